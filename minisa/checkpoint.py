@@ -1,0 +1,76 @@
+"""Save and load what a training run makes: one folder, two files.
+
+    model.pt   config, tokenizer, weights with the best validation loss, and what is known of them: what sample.py reads
+    train.pt   the same for the last step, with the optimizer's state: what train.py --resume reads
+
+Files are written under another name first and renamed when whole, so a run that is killed, or a disk that is full, leaves
+the old file. They hold tensors, numbers and text only: torch.load(weights_only=True) runs nothing that a file contains.
+"""
+
+import io
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from minisa.model import GPT, GPTConfig
+from minisa.tokenizer import Tokenizer
+
+
+def write_file(path, data):
+    """Write bytes to path, all or nothing. Raises OSError, and then leaves what was there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save(path, model, tokenizer, info, **more):
+    """Write a checkpoint. info: a dict of numbers and text; more: further tensors and dicts (the optimizer's state)."""
+    buffer = io.BytesIO()
+    torch.save({"config": asdict(model.config), "tokenizer": tokenizer.description, "model": model.state_dict(), "info": info, **more}, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def read(path, device="cpu"):
+    """The dict that save() wrote. Raises ValueError if the file is missing, damaged or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; train one with: python train.py")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        assert {"config", "tokenizer", "model", "info"} <= state.keys()
+    except Exception as error:                                                  # torch raises many kinds for a damaged file
+        raise ValueError(f"{path}: damaged, or no checkpoint of minisa ({type(error).__name__}); train it again with: python train.py") from None
+    return state
+
+
+def build(state, device="cpu", **changes):
+    """The dict that save() wrote → model in eval mode, tokenizer, info. changes: as in load()."""
+    trained = GPTConfig(**state["config"])
+    config = GPTConfig(**{**state["config"], **{name: value for name, value in changes.items() if value is not None}})
+    model = GPT(config)
+    model.load_weights(state["model"], trained)
+    return model.to(device).eval(), Tokenizer.load(state["tokenizer"]), state["info"]
+
+
+def load(source, share=None, device="cpu", **changes):
+    """A run's folder → model in eval mode, tokenizer, info (a dict: step, val_loss, val_bpb, data, seconds).
+
+    share: other spans than it was trained with, as "1-3" for weights trained with full attention (zero-shot).
+    changes: other fields of GPTConfig to change, as share_kind or dropout. None changes nothing.
+    Raises ValueError if the checkpoint cannot be read or cannot share that way.
+    """
+    source = Path(source)
+    return build(read(source / "model.pt" if source.is_dir() else source, device), device, share=share, **changes)

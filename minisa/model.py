@@ -1,0 +1,375 @@
+"""A small GPT (the Llama architecture) in which layers can share attention. This file is the whole model.
+
+Attention layer l of a decoder, for one head, over keys and values of all tokens so far:
+
+    P = softmax(q kᵀ / √D)         the attention weights: row t says where token t looks, and sums to 1
+    y = P v                        what it sees there
+
+Neighbouring layers often look at the same places. Shared Attention (Liao & Vargas 2024, arXiv:2407.12866)
+lets the first layer of a span, its anchor, compute P, and lets the others reuse it:
+
+    anchor layer a:                P = softmax(q_a k_aᵀ / √D)    y_a = P v_a
+    reuse layer l of the span:                                   y_l = P v_l    (no q, no k, no softmax)
+
+so a reuse layer caches only v. The rival is Cross-Layer Attention (CLA, arXiv:2405.12981): a reuse layer
+keeps its own q and borrows k and v of the anchor, so it caches nothing but computes its own P.
+
+`share="1-3"` makes layers 1..3 (0-based, inclusive) a span with anchor 1. `share_kind` is "weights" for
+Shared Attention or "kv" for CLA. Look for `shared` below: it is what travels from an anchor to its reuse layers.
+
+Shapes: B batch, T new tokens, S visible keys, H query heads, G key/value heads, D head dim, C = H·D, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+PREFILL_CHUNK = 256  # tokens of a prompt processed at once, so that P is never larger than (B, H, 256, S)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the model is
+
+def parse_spans(share, n_layer):
+    """"1-3,5-7" → [(1, 3), (5, 7)]: spans of layers, 0-based, both ends included, in rising order.
+
+    Raises ValueError for text that is no span and for a span that is reversed, of one layer, out of range,
+    or overlapping the one before it.
+    """
+    spans = []
+    for text in share.split(",") if share else []:
+        first, _, last = text.strip().partition("-")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise ValueError(f"--share={share}: '{text}' is not a span; write first-last, as in --share=1-3 or --share=1-3,5-7")
+        a, b = int(first), int(last)
+        if a >= b:
+            raise ValueError(f"--share={share}: span {text} needs at least two layers, the lower one first, as in --share={b}-{a if a > b else a + 1}")
+        if b >= n_layer:
+            raise ValueError(f"--share={share}: there is no layer {b}; the layers of this model are 0 to {n_layer - 1}")
+        if spans and a <= spans[-1][1]:
+            raise ValueError(f"--share={share}: span {text} must start after layer {spans[-1][1]}; list spans in rising order, without overlap")
+        spans.append((a, b))
+    return spans
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256           # most tokens a token can see, itself included
+    vocab_size: int = 1024
+    n_layer: int = 4
+    n_head: int = 4                 # query heads, H
+    n_kv_head: int | None = None    # key/value heads, G: None = n_head; fewer is GQA; 1 is MQA
+    n_embd: int = 128               # C
+    n_hidden: int | None = None     # width of the MLP: None = 8/3 n_embd, rounded up to a multiple of 32
+    dropout: float = 0.0
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    share: str = ""                 # spans of layers that share, "" = none
+    share_kind: str = "weights"     # "weights" = Shared Attention, "kv" = Cross-Layer Attention
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        self.n_hidden = -(-8 * self.n_embd // (3 * 32)) * 32 if self.n_hidden is None else self.n_hidden
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be at least 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"--n_embd={self.n_embd}: must be a multiple of 2 × n_head = {2 * self.n_head}, so that every head gets an even width")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"--n_kv_head={self.n_kv_head}: must divide --n_head={self.n_head}, so that every key/value head serves as many query heads")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout={self.dropout}: must be at least 0 and below 1")
+        if self.share_kind not in ("weights", "kv"):
+            raise ValueError(f"--share_kind={self.share_kind}: must be 'weights' (Shared Attention) or 'kv' (Cross-Layer Attention)")
+        self.spans = parse_spans(self.share, self.n_layer)
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    def role(self, layer):
+        """"full" (in no span), "anchor" (first of its span) or "reuse" (the rest of it)."""
+        for a, b in self.spans:
+            if a <= layer <= b:
+                return "anchor" if layer == a else "reuse"
+        return "full"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The layers
+
+def linear(x, weight):
+    """x (..., in), weight (out, in) → x weightᵀ (..., out)."""
+    if x.numel() == x.size(-1) and x.device.type == "cpu" and not torch.is_grad_enabled():
+        n = torch.get_num_threads()
+        if weight.size(0) % n == 0:
+            # One token on a CPU: the time is that of reading the weight, and BLAS reads it with a single thread.
+            # Cut into n matrices of out/n rows, it is read by n.
+            parts = weight.view(n, -1, weight.size(1)).transpose(1, 2)                  # (n, in, out/n)
+            return torch.bmm(x.reshape(1, 1, -1).expand(n, 1, -1), parts).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
+def rotate(x, rope):
+    """RoPE: turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by the angle of its position.
+
+    The product of a rotated q and a rotated k depends only on the distance of their positions (arXiv:2104.09864).
+    """
+    cos, sin = rope                                                                     # (T, D) each
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
+
+
+def weighted_sum(P, v):
+    """P (B, H, T, S), v (B, G, S, D) → P v (B, H, T, D). The H/G heads that share a v are stacked along time."""
+    B, H, T, S = P.shape
+    G = v.size(1)
+    return (P.view(B, G, H // G * T, S) @ v).view(B, H, T, -1)
+
+
+def attention_weights(q, k, mask):
+    """q (B, H, T, D), k (B, G, S, D), mask (T, S) or None → P (B, H, T, S), by a softmax in float32."""
+    B, H, T, D = q.shape
+    scores = q.reshape(B, k.size(1), -1, D) @ k.transpose(2, 3)                         # (B, G, H/G·T, S)
+    scores = scores.view(B, H, T, -1) * D**-0.5
+    if mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(q)
+
+
+def causal_mask(T, length, size, like):
+    """(T, S): 0 where one of T new tokens, after `length` old ones, may see a key, -inf elsewhere.
+
+    The keys are those that KVCache.update returns: the old ones in the order of their slots, then the new ones.
+    """
+    new = torch.arange(length, length + T, device=like.device)                          # positions
+    slot = torch.arange(min(length, size), device=like.device)
+    old = length - 1 - (length - 1 - slot) % size                                       # the last position written to each slot
+    distance = new[:, None] - torch.cat((old, new))                                     # (T, S)
+    return torch.zeros_like(distance, dtype=like.dtype).masked_fill((distance < 0) | (distance >= size), -torch.inf)
+
+
+def heads_made(config, layer):
+    """How many heads of q, of k and of v a layer computes itself."""
+    H, G = config.n_head, config.n_kv_head
+    if config.role(layer) != "reuse":
+        return H, G, G
+    return (0, 0, G) if config.share_kind == "weights" else (H, 0, 0)
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one layer: full, anchor, or reuse."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.role, self.shares_weights = layer, config.role(layer), config.share_kind == "weights"
+        self.heads, self.head_dim = heads_made(config, layer), config.head_dim
+        self.qkv = Linear(config.n_embd, sum(self.heads) * self.head_dim)               # rows: q heads, k heads, v heads
+        self.out = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, rope, mask, shared=None, cache=None, seen=None):
+        """x (B, T, C) → y (B, T, C), shared. `shared` comes from the layer below and goes to the layer above."""
+        B, T, C = x.shape
+        n_q, n_k, n_v = self.heads                                                      # 0 of what is borrowed
+        x = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)                   # (B, n_q + n_k + n_v, T, D)
+        qk, v = x.split((n_q + n_k, n_v), dim=1)
+        q, k = rotate(qk, rope).split((n_q, n_k), dim=1)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)                                       # (B, G, T, D) → (B, G, S, D)
+
+        if self.role == "reuse" and self.shares_weights:
+            P = shared                                                                  # Shared Attention
+            y = weighted_sum(P, v)                                                      # (B, H, T, D)
+        else:
+            if self.role == "reuse":
+                k, v = shared                                                           # Cross-Layer Attention
+            if self.role == "anchor" and self.shares_weights or seen is not None:
+                P = attention_weights(q, k, mask)                                       # (B, H, T, S)
+                y = weighted_sum(P, v)
+            else:                                                                       # the same, by a kernel that never forms P
+                causal = T == k.size(2)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal,
+                                                   enable_gqa=k.size(1) < q.size(1))
+            shared = P if self.shares_weights and self.role == "anchor" else (k, v)
+        if seen is not None:
+            seen.append(P)
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), shared
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = Linear(config.n_embd, 2 * config.n_hidden)                       # both in one product
+        self.down = Linear(config.n_hidden, config.n_embd)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                                     # (B, T, M) each
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask, shared=None, cache=None, seen=None):
+        y, shared = self.attn(self.norm1(x), rope, mask, shared, cache, seen)
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp(self.norm2(x))), shared
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The KV cache
+
+class KVCache:
+    """The keys and values of the last `size` tokens of B sequences, in every layer just what it makes itself:
+    k and v, or v only (Shared Attention's reuse layers), or nothing (CLA's).
+
+    A ring: position p lives in slot p mod size, so a new token overwrites the oldest. Keys are kept rotated;
+    RoPE is relative, so they stay valid. `length` counts the tokens seen so far.
+    """
+
+    def __init__(self, config, batch_size, size, dtype=torch.float32, device="cpu"):
+        self.size, self.length = size, 0
+        made = [heads_made(config, layer) for layer in range(config.n_layer)]
+        self.k = [torch.zeros(batch_size, n_k, size, config.head_dim, dtype=dtype, device=device) for _, n_k, _ in made]
+        self.v = [torch.zeros(batch_size, n_v, size, config.head_dim, dtype=dtype, device=device) for _, _, n_v in made]
+
+    @property
+    def nbytes(self):
+        """Bytes of storage held."""
+        return sum(t.untyped_storage().nbytes() for t in self.k + self.v)
+
+    def update(self, layer, k, v):
+        """Take k and v (B, G, T, D) of T new tokens; return all that they may see, (B, G, S, D) each."""
+        return self.write(self.k[layer], k), self.write(self.v[layer], v)
+
+    def write(self, old, new):
+        T, slot = new.size(2), self.length % self.size
+        if T == 1 or self.length + T <= self.size:
+            old[:, :, slot:slot + T] = new
+            return old[:, :, :self.length + T]
+        # The first of these T tokens still see what the last of them overwrite: copy, then write.
+        seen = torch.cat((old[:, :, :self.length], new), dim=2)
+        old[:, :, torch.arange(self.length, self.length + T, device=new.device) % self.size] = new
+        return seen
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)                     # also the output head
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:                                                            # GPT-2's: residual branches start small
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
+
+    def rope(self, start, T, device):
+        """cos and sin (T, D) of the angles at positions start..start+T-1; in sin the first half is negative."""
+        exact = torch.float32 if device.type == "mps" else torch.float64                # positions grow without end
+        half = torch.arange(0, self.config.head_dim, 2, device=device, dtype=exact) / self.config.head_dim
+        angle = torch.outer(torch.arange(start, start + T, device=device, dtype=exact), self.config.rope_base**-half)
+        cos, sin = angle.cos().float(), angle.sin().float()                             # (T, D/2)
+        return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
+
+    def hidden(self, idx, cache=None, seen=None):
+        """idx (B, T) → last hidden state (B, T, C), which `head` turns into logits. `seen`: a list to fill with each layer's P."""
+        B, T = idx.shape
+        length, size = (cache.length, cache.size) if cache is not None else (0, self.config.block_size)
+        if T > size:
+            raise ValueError(f"{T} tokens at once are more than the {size} that fit: crop them, or feed a KVCache in chunks")
+        x = self.drop(self.embed(idx))                                                  # (B, T, C)
+        rope = self.rope(length, T, idx.device)
+        mask = causal_mask(T, length, size, like=x) if T > 1 else None                  # one token sees every key
+        shared = None
+        for block in self.blocks:
+            x, shared = block(x, rope, mask, shared, cache, seen)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def head(self, x):
+        return linear(x, self.embed.weight)                                             # (..., C) → (..., V)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) int64 → logits (B, T, V), and the mean cross-entropy in nats per token if targets (B, T) are given.
+
+        With a cache, idx continues what the cache has seen; without one, T is at most block_size (else ValueError).
+        """
+        logits = self.head(self.hidden(idx, cache))
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, loss
+
+    @torch.no_grad()
+    def attention_weights(self, idx):
+        """idx (B, T) → L tensors (B, H, T, T): what each layer attends with. A reuse layer's is its anchor's."""
+        seen = []
+        self.hidden(idx, seen=seen)
+        return seen
+
+    @torch.inference_mode()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
+        """Continue idx (B, T ≥ 1), yielding each next token (B, 1) as it is made. Call eval() first.
+
+        temperature 0 takes the likeliest token, else one is drawn from softmax(logits / temperature), of the top_k
+        likeliest if given. After block_size tokens it goes on, each token seeing the last block_size ones.
+        """
+        if cache is None:
+            cache = KVCache(self.config, idx.size(0), self.config.block_size, self.embed.weight.dtype, idx.device)
+        for chunk in idx.split(min(PREFILL_CHUNK, cache.size), dim=1):
+            x = self.hidden(chunk, cache)
+        for i in range(max_new_tokens):
+            logits = self.head(x[:, -1]).float()                                        # (B, V)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -torch.inf
+                token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            yield token
+            if i + 1 < max_new_tokens:
+                x = self.hidden(token, cache)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
+        """idx (B, T) → idx with max_new_tokens more, (B, T + max_new_tokens). Arguments as for stream()."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator, cache)), dim=1)
+
+    def load_weights(self, state, config):
+        """Load a state_dict of a model with this config, which may share less: q, k, v that are now borrowed are dropped.
+
+        Raises ValueError where the weights lack what this model needs.
+        """
+        state = dict(state)
+        for layer in range(self.config.n_layer):
+            name, have, want = f"blocks.{layer}.attn.qkv.weight", heads_made(config, layer), heads_made(self.config, layer)
+            if any(w > h for w, h in zip(want, have)):
+                raise ValueError(f"--share={self.config.share}: layer {layer} was trained with --share={config.share} "
+                                 f"--share_kind={config.share_kind} and has no weights of its own for what it must now compute")
+            rows = state[name].split([n * self.config.head_dim for n in have])
+            state[name] = torch.cat([part for part, n in zip(rows, want) if n])
+        self.load_state_dict(state)

@@ -1,0 +1,119 @@
+"""Byte-level BPE: merges learned here, run by tiktoken.
+
+Byte-pair encoding (Gage 1994; arXiv:1508.07909) starts from the 256 bytes and again and again gives the pair of
+neighbouring tokens that occurs most often a token of its own. Bytes make up every text, so nothing is out of vocabulary.
+Text is first cut into words by PATTERN, and no token crosses from one word into the next; so it is enough to
+count each different word once.
+"""
+
+import codecs
+import re
+from collections import Counter, defaultdict
+
+import regex  # comes with tiktoken
+import tiktoken
+
+# A word with the space before it; digits; punctuation with the line ends after it; white space.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+"""
+
+
+def learn(text, vocab_size):
+    """Learn BPE on text → the tokens as bytes, in order of their ids: 256 bytes, then one token a merge.
+
+    Stops early when no pair of tokens is left to merge. Raises ValueError if vocab_size is below 256.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"--vocab_size={vocab_size}: must be at least 256, one token for each byte")
+    tokens = [bytes([b]) for b in range(256)]
+    known = set(tokens)
+    counts = Counter(regex.findall(PATTERN, text))
+    words = [[list(word.encode()), n] for word, n in counts.items()]            # (its tokens, how often it occurs)
+    pairs, where = Counter(), defaultdict(set)                                  # how often a pair occurs, in which words
+    for w, (ids, n) in enumerate(words):
+        for pair in zip(ids, ids[1:]):
+            pairs[pair] += n
+            where[pair].add(w)
+    while len(tokens) < vocab_size:
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)   # ties: any fixed rule will do
+        if best is None or pairs[best] < 1:
+            break
+        merged = tokens[best[0]] + tokens[best[1]]
+        if merged in known:                                                     # the same bytes by another way: tiktoken would take
+            del pairs[best]                                                     # the token that is there
+            continue
+        new = len(tokens)
+        tokens.append(merged)
+        known.add(merged)
+        for w in where.pop(best):
+            ids, n = words[w]
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] -= n
+            i = 0
+            while i < len(ids) - 1:
+                if (ids[i], ids[i + 1]) == best:
+                    ids[i:i + 2] = [new]
+                i += 1
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += n
+                where[pair].add(w)
+    return tokens
+
+
+class Tokenizer:
+    """encode, decode and stream over a tiktoken.Encoding."""
+
+    def __init__(self, encoding, description):
+        self.encoding, self.description = encoding, description
+        self.vocab_size = encoding.n_vocab
+
+    @classmethod
+    def from_tokens(cls, tokens):
+        """tokens: a list of bytes, all 256 single ones among them; the id of a token is its place."""
+        ranks = {token: i for i, token in enumerate(tokens)}
+        encoding = tiktoken.Encoding("minisa", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        return cls(encoding, {"kind": "bpe", "tokens": [token.hex() for token in tokens]})
+
+    @classmethod
+    def gpt2(cls):
+        """GPT-2's 50,257 tokens. tiktoken downloads them once; raises ValueError where it cannot."""
+        try:
+            return cls(tiktoken.get_encoding("gpt2"), {"kind": "gpt2"})
+        except Exception as error:                                              # requests' errors, and tiktoken's for a wrong hash
+            raise ValueError(f"--tokenizer=gpt2: tiktoken could not download it ({type(error).__name__}); "
+                             "go online once, or use --tokenizer=bpe, which needs no download") from None
+
+    @classmethod
+    def load(cls, description):
+        """The inverse of .description, a dict that JSON can hold. Raises ValueError if it is not one."""
+        try:
+            if description["kind"] == "gpt2":
+                return cls.gpt2()
+            if description["kind"] == "bpe":
+                return cls.from_tokens([bytes.fromhex(token) for token in description["tokens"]])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a tokenizer: {error!r}") from None
+        raise ValueError(f"unknown kind of tokenizer: {description['kind']!r}")
+
+    def encode(self, text):
+        """str or bytes → list of token ids. Bytes need not be UTF-8."""
+        if isinstance(text, str):
+            return self.encoding.encode_ordinary(text)
+        ids = []
+        for part in re.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):     # bytes that are no UTF-8
+            odd = part.encode("utf-8", "surrogateescape")
+            ids += [self.encoding.encode_single_token(odd)] if "\udc80" <= part <= "\udcff" else self.encode(part)
+        return ids
+
+    def decode_bytes(self, ids):
+        return self.encoding.decode_bytes(ids)
+
+    def decode(self, ids):
+        """Token ids → str; what is no UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_stream(self, ids):
+        """Ids, as they come → pieces of text, as soon as their characters are whole."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self.encoding.decode_single_token_bytes(i))
+        yield decoder.decode(b"", final=True)
