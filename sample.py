@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minisa import Parser, amount, at_least, checkpoint, command, count
+from minisa import Parser, amount, at_least, checkpoint, command, count, device
 from minisa.cost import cost, measure
 from minisa.data import Data
 
@@ -32,10 +32,10 @@ def parse_args():
     add("--temperature", metavar="FLOAT", type=amount, default=0.8, help="0 takes the likeliest token, 1 the model's own distribution (default 0.8)")
     add("--top_k", metavar="INT", type=count, help="draw from the top_k likeliest tokens only (default from all)")
     add("--seed", metavar="INT", type=at_least(int, 0), default=1337, help="of the sampling: same seed, same text (default 1337)")
-    add("--device", metavar="STR", default="cpu", help="cpu, cuda, cuda:1 or mps (default cpu)")
+    add("--device", metavar="STR", type=device, default="cpu", help="cpu, cuda, cuda:1 or mps (default cpu)")
     add("--csv", metavar="FILE", help="also write the bill as CSV (default no)")
     add("--plot", metavar="FILE", help="also draw the bill, as .png, .svg or .pdf; needs matplotlib (default no)")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def read_prompt(text):
@@ -126,6 +126,9 @@ def main():
             raise ValueError("--plot: needs matplotlib; install it with: pip install matplotlib") from None
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--plot={args.plot}: must end in .png, .svg or .pdf")
+    for flag, file in (("csv", args.csv), ("plot", args.plot)):
+        if file and (file.endswith("/") or Path(file).is_dir()):
+            raise ValueError(f"--{flag}={file}: is a folder; name a file in it")
     if args.share_kind and not args.share:
         raise ValueError(f"--share_kind={args.share_kind}: says what the layers of --share share; give --share too")
     prompt = read_prompt(args.prompt)

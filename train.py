@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data.prepare import prepare
-from minisa import Parser, amount, at_least, checkpoint, command, count
-from minisa.data import Data, tokenize
+from minisa import Parser, amount, at_least, checkpoint, command, count, device
+from minisa.data import FOLDER, Data, tokenize
 from minisa.model import GPT, GPTConfig
 
 
@@ -58,13 +58,14 @@ FLAGS = [
     ("grad_clip", amount, 1.0, "largest norm of the gradient, 0 for any"),
     ("seed", at_least(int, 0), 1337, "of weights, batches and dropout"),
     ("dtype", str, None, "float32 or bfloat16, None for bfloat16 on CUDA and float32 elsewhere"),
-    ("device", str, None, "cpu, cuda, cuda:1 or mps, None for the fastest there is"),
+    ("device", device, None, "cpu, cuda, cuda:1 or mps, None for the fastest there is"),
     ("out_dir", str, None, "folder of the run, None for out/MODE"),
+    ("data_dir", str, str(FOLDER), "folder of the token files"),
     ("eval_interval", count, 250, "steps between evaluations, which also save the run"),
     ("log_interval", count, 20, "steps between log lines"),
 ]
 MODEL_FLAGS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
-FREE_ON_RESUME = {"device", "out_dir", "eval_interval", "log_interval"}        # all others belong to the run
+FREE_ON_RESUME = {"device", "out_dir", "data_dir", "eval_interval", "log_interval"}        # all others belong to the run
 
 
 def parse_args():
@@ -80,21 +81,19 @@ def parse_args():
 
 def settle(args):
     """Fill in what was not given. Raises ValueError for what cannot be."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    args.device = args.device or best
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device={args.device}: not on this machine; drop the flag to use {best}") from None
-    on_gpu = torch.device(args.device).type != "cpu"
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    on_gpu = args.device.type != "cpu"
     for name, _, default, _ in FLAGS:
         if getattr(args, name) is None:
             setattr(args, name, default[on_gpu] if isinstance(default, tuple) else default)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     if args.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype={args.dtype}: must be float32 or bfloat16")
     if args.tokenizer not in ("bpe", "gpt2"):
         raise ValueError(f"--tokenizer={args.tokenizer}: must be bpe or gpt2")
+    for name in ("beta1", "beta2"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"--{name}={getattr(args, name)}: must be below 1")
     return args
 
 
@@ -124,7 +123,7 @@ def open_run(args, given):
     for name, value in saved["args"].items():
         if name in given - FREE_ON_RESUME and getattr(args, name) != value:
             raise ValueError(f"--{name}={getattr(args, name)}: the run in {out} was started with {value!r}; drop the flag, or start a new run without --resume")
-        if name not in given | FREE_ON_RESUME:
+        if name not in given | {"out_dir"}:
             setattr(args, name, value)
     return out, saved
 
@@ -145,9 +144,9 @@ def main():
     parts = world * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise ValueError(f"--batch_size={args.batch_size}: must be a multiple of processes × gradient_accumulation_steps = {parts}")
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and world > 1 else args.device)
+    where = torch.device(f"cuda:{os.environ['LOCAL_RANK']}") if args.device.type == "cuda" and world > 1 else args.device
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_, **__: None
     keep_memory()
 
@@ -155,17 +154,17 @@ def main():
     torch.manual_seed(args.seed)
     model, tokenizer = None, None
     if saved:
-        model, tokenizer, info = checkpoint.build(saved, device)
+        model, tokenizer, info = checkpoint.build(saved, where)
     elif args.init_from:
+        model, tokenizer, _ = checkpoint.load(args.init_from, args.share, where, share_kind=args.share_kind, dropout=args.dropout)
         clash = sorted(given & set(MODEL_FLAGS) - {"share", "share_kind", "dropout"})
         if clash:
             raise ValueError(f"--{clash[0]}: {args.init_from} brings its own; drop the flag")
-        model, tokenizer, _ = checkpoint.load(args.init_from, args.share, device, share_kind=args.share_kind, dropout=args.dropout)
     else:
         config = GPTConfig(vocab_size=args.vocab_size, **{name: getattr(args, name) for name in MODEL_FLAGS})
     if rank > 0:
         dist.barrier()                                  # while process 0 makes the token files
-    folder = tokenize(args.text or prepare(), args.tokenizer, args.vocab_size, tokenizer if args.init_from else None)
+    folder = tokenize(args.text or prepare(), args.tokenizer, args.vocab_size, tokenizer if args.init_from else None, args.data_dir)
     if world > 1 and rank == 0:
         dist.barrier()
     data = Data(folder)
@@ -173,7 +172,8 @@ def main():
         raise ValueError(f"the text is not the one that {out} was trained on ({info['data']}); bring it back, or start a new run without --resume")
     if model is None:
         config.vocab_size = data.tokenizer.vocab_size
-        model = GPT(config).to(device)
+        model = GPT(config).to(where)
+    model.train()
     config = model.config
     if len(data.train) <= config.block_size:
         raise ValueError(f"--block_size={config.block_size}: the training text has only {len(data.train)} tokens; take a smaller one, or more text")
@@ -186,10 +186,10 @@ def main():
         start, best, seconds = saved["info"]["step"], saved["best"], saved["info"]["seconds"]
     forward = torch.compile(model) if args.compile else model
     forward = DistributedDataParallel(forward) if world > 1 else forward
-    autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+    autocast = torch.autocast(where.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
 
     say(f"{out}: {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}, sharing {config.share_kind + ' ' + config.share if config.share else 'nothing'}; "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(data.train):,} training tokens; {device.type}, {args.dtype}", flush=True)
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(data.train):,} training tokens; {where.type}, {args.dtype}", flush=True)
 
     # ---- log, save, stop ----
     log = []
@@ -209,7 +209,7 @@ def main():
     def save(name, step, loss=None, bpb=None):
         if rank == 0:
             info = {"step": step, "val_loss": loss, "val_bpb": bpb, "data": str(folder), "seconds": seconds + time.perf_counter() - begun}
-            more = {} if name == "model.pt" else {"optimizer": optimizer.state_dict(), "best": best, "args": {flag: getattr(args, flag) for flag, *_ in FLAGS}}
+            more = {} if name == "model.pt" else {"optimizer": optimizer.state_dict(), "best": best, "args": {flag: getattr(args, flag) for flag, *_ in FLAGS if flag != "device"}}
             checkpoint.save(out / name, model, data.tokenizer, info, **more)
 
     def check(loss, step):
@@ -227,7 +227,7 @@ def main():
     def everywhere(value, op):
         """A number that all processes agree on: the mean or the maximum of theirs."""
         if world > 1:
-            value = torch.tensor(float(value), device=device)
+            value = torch.tensor(float(value), device=where)
             dist.all_reduce(value, op)
             value = value / world if op == dist.ReduceOp.SUM else value
         return float(value)
@@ -251,14 +251,14 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         if config.dropout:
-            torch.manual_seed((args.seed << 40) + (step << 12) + rank)
+            torch.manual_seed(((args.seed << 40) + (step << 12) + rank) % 2**63)
         per_part = args.batch_size // parts
         for micro in range(args.gradient_accumulation_steps):
             part = rank * args.gradient_accumulation_steps + micro
             x, y = data.batch(step, args.seed, args.batch_size, config.block_size, rows=slice(part * per_part, (part + 1) * per_part))
             last = micro == args.gradient_accumulation_steps - 1
             with autocast, nullcontext() if world == 1 or last else forward.no_sync():
-                _, loss = forward(x.to(device), y.to(device))
+                _, loss = forward(x.to(where), y.to(where))
                 (loss / args.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
         if args.grad_clip:

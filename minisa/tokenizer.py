@@ -86,13 +86,14 @@ class Tokenizer:
     def load(cls, description):
         """The inverse of .description, a dict that JSON can hold. Raises ValueError if it is not one."""
         try:
-            if description["kind"] == "gpt2":
-                return cls.gpt2()
-            if description["kind"] == "bpe":
-                return cls.from_tokens([bytes.fromhex(token) for token in description["tokens"]])
-        except (KeyError, TypeError) as error:
+            kind, tokens = description["kind"], [bytes.fromhex(token) for token in description.get("tokens", [])]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a tokenizer: {error!r}") from None
-        raise ValueError(f"unknown kind of tokenizer: {description['kind']!r}")
+        if kind == "gpt2":
+            return cls.gpt2()
+        if kind != "bpe" or set(map(bytes, ([b] for b in range(256)))) - set(tokens):
+            raise ValueError(f"not a tokenizer, or of an unknown kind: {kind!r}")
+        return cls.from_tokens(tokens)
 
     def encode(self, text):
         """str or bytes → list of token ids. Bytes need not be UTF-8."""

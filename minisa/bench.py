@@ -1,0 +1,131 @@
+"""How fast each kind of sharing trains, prefills and decodes on this machine, beside full attention and the machine's limit.
+
+    python -m minisa.bench                  all shapes, a few minutes on a laptop
+    python -m minisa.bench --shapes=long --rounds=9
+
+Every figure is a median over rounds, in each of which all modes run in turn, so that a machine that gets slower or faster
+meanwhile is the same for all. A decode step must read all weights and the whole cache once; the limit is the time which
+that takes at the speed that this machine reads a large tensor at, measured in the same rounds.
+"""
+
+import statistics
+import time
+
+import torch
+
+from minisa import Parser, command, count, device
+from minisa.cost import cost
+from minisa.model import GPT, GPTConfig, KVCache
+
+MODES = {"full": dict(), "weights": dict(share_kind="weights"), "kv": dict(share_kind="kv")}
+#         config, batch of a training step, batch and context of a decode step
+SHAPES = {
+    "small": (dict(n_layer=4, n_head=4, n_embd=128, block_size=128), 16, 1, 128),
+    "large": (dict(n_layer=6, n_head=6, n_embd=384, block_size=256), 8, 1, 256),
+    "long": (dict(n_layer=6, n_head=4, n_embd=128, block_size=8192), None, 1, 8192),     # the cache is ten times the weights
+}
+
+
+def timed(f, where, at_least=0.05):
+    """Seconds that f() takes, from as many calls as fill at_least seconds."""
+    def wait():
+        if where.type != "cpu":
+            torch.cuda.synchronize() if where.type == "cuda" else torch.mps.synchronize()
+    calls, begun = 0, time.perf_counter()
+    while True:
+        f()
+        wait()
+        calls += 1
+        if (elapsed := time.perf_counter() - begun) >= at_least:
+            return elapsed / calls
+
+
+def trainer(model, batch_size, T):
+    """→ a function that does one training step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    idx = torch.randint(model.config.vocab_size, (batch_size, T + 1), device=model.embed.weight.device)
+
+    def step():
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def prefiller(model, T):
+    """→ a function that reads a prompt of T tokens, in chunks, into a new cache."""
+    idx = torch.randint(model.config.vocab_size, (1, T), device=model.embed.weight.device)
+    return lambda: model.generate(idx, 1)
+
+
+def decoder(model, batch_size, context):
+    """→ a function that makes one token per sequence, of which each sees `context` keys."""
+    cache = KVCache(model.config, batch_size, context, model.embed.weight.dtype, model.embed.weight.device)
+    idx = torch.randint(model.config.vocab_size, (batch_size, 1), device=model.embed.weight.device)
+
+    @torch.inference_mode()
+    def step():
+        cache.length = 2 * context - 1          # a full ring
+        model.head(model.hidden(idx, cache)[:, -1]).argmax(-1)
+    return step
+
+
+def bench(shape, rounds, where):
+    """Measure one shape and print its table."""
+    fields, train_batch, batch, context = SHAPES[shape]
+    work, configs = {}, {}
+    for mode, sharing in MODES.items():
+        config = configs[mode] = GPTConfig(**fields, **sharing, share=f"1-{fields['n_layer'] - 1}" if sharing else "")
+        model = GPT(config).to(where)
+        if train_batch:
+            work[mode, "train"] = trainer(GPT(config).to(where), train_batch, config.block_size)
+        work[mode, "prefill"] = prefiller(model.eval(), min(context, 2048))
+        work[mode, "decode"] = decoder(model, batch, context)
+    ballast = torch.ones(2**26, device=where)                                          # 256 MB: larger than any cache
+    work["machine", "read"] = ballast.sum
+
+    seconds = {key: [] for key in work}
+    for i in range(rounds + 1):
+        for key, f in work.items():
+            print(f"\r{shape}: round {i} of {rounds}, {key[0]} {key[1]}" + " " * 20, end="", flush=True)
+            elapsed = timed(f, where)
+            if i > 0:                                                                   # the first warms up
+                seconds[key].append(elapsed)
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    bandwidth = ballast.nbytes / median["machine", "read"]
+
+    params, full = cost(configs["full"], context, batch), configs["full"]
+    print(f"\r{shape}: {full.n_layer} layers, {full.n_embd} wide, {params.params / 1e6:.1f} M parameters; training batch {train_batch or '-'} × {full.block_size}; "
+          f"decoding batch {batch} at context {context}; this machine reads {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'mode':10}{'train tok/s':>14}{'÷ full':>8}{'prefill tok/s':>16}{'÷ full':>8}{'decode tok/s':>15}{'÷ full':>8}{'÷ limit':>9}{'MB read/step':>14}")
+    read = {}
+    for mode, config in configs.items():
+        predicted = cost(config, context, batch)
+        read[mode] = 4 * predicted.params + predicted.cache_bytes
+        row = f"{mode:10}"
+        for what, tokens in (("train", (train_batch or 0) * config.block_size), ("prefill", min(context, 2048)), ("decode", batch)):
+            width = {"train": 14, "prefill": 16, "decode": 15}[what]
+            row += f"{tokens / median[mode, what]:>{width},.0f}{median['full', what] / median[mode, what]:>8.2f}" if (mode, what) in median else f"{'-':>{width}}{'-':>8}"
+        print(row + f"{read[mode] / bandwidth / median[mode, 'decode']:>9.2f}{read[mode] / 1e6:>14.1f}")
+    for mode in ("weights", "kv"):
+        saved = 1 - cost(configs[mode], context, batch).cache_bytes / params.cache_bytes
+        faster = 1 - median[mode, "decode"] / median["full", "decode"]
+        print(f"{mode}: a decode step takes {faster:.0%} less time, for {saved:.0%} fewer cache bytes ({faster / saved:.2f})")
+    print(flush=True)
+
+
+def main():
+    parser = Parser(__doc__, usage="python -m minisa.bench [--FLAG=VALUE ...]")
+    parser.add_argument("--shapes", metavar="STR", default="small,large,long", help="which of small, large and long (default small,large,long)")
+    parser.add_argument("--rounds", metavar="INT", type=count, default=7, help="measurements of each figure (default 7)")
+    parser.add_argument("--device", metavar="STR", type=device, default="cpu", help="cpu, cuda or mps (default cpu)")
+    args = parser.parse_args()
+    for shape in args.shapes.split(","):
+        if shape not in SHAPES:
+            raise ValueError(f"--shapes={args.shapes}: '{shape}' is none of {', '.join(SHAPES)}")
+    for shape in args.shapes.split(","):
+        bench(shape, args.rounds, args.device)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,42 @@
+"""The benchmark measures what it says, on a tiny shape."""
+
+import pytest
+import torch
+
+from minisa import bench
+from minisa.cost import measure
+from minisa.model import GPT, GPTConfig
+
+
+def test_it_prints_a_row_for_each_mode(run, monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (dict(n_layer=3, n_head=2, n_embd=16, vocab_size=64, block_size=32), 2, 2, 32)})
+    monkeypatch.setattr(bench, "timed", lambda f, where: (f(), 0.5)[1])
+    status, out, err = run(bench.main, "--shapes=tiny", "--rounds=2")
+    assert (status, err) == (0, "")
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()[:1] in (["full"], ["weights"], ["kv"])}
+    assert out.count("÷ full") == 3 and rows["full"][1:6] == ["128", "1.00", "64", "1.00", "4"]      # 2 × 32 tokens in half a second
+    assert "17% fewer cache bytes" in out and "33% fewer cache bytes" in out
+
+
+def test_a_decode_step_sees_a_full_cache():
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=16, vocab_size=64, block_size=32, share="0-2")
+    model, step_flops = GPT(config).eval(), []
+    from torch.utils.flop_counter import FlopCounterMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    step = bench.decoder(model, 1, 32)
+    for _ in range(3):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            step()
+        step_flops.append(counter.get_total_flops())
+    assert step_flops == [measure(model, 32).decode_flops] * 3
+
+
+def test_timing_repeats_until_it_is_long_enough():
+    calls = []
+    assert bench.timed(lambda: calls.append(1), torch.device("cpu"), at_least=0.01) == pytest.approx(0.01 / len(calls), rel=0.5)
+
+
+@pytest.mark.parametrize("flag, message", [("--shapes=huge", "'huge' is none of small, large, long"), ("--rounds=0", "0 is not a number"), ("--device=tpu", "--device: tpu is not on this machine")])
+def test_a_wrong_flag_gets_one_line_and_status_2(run, flag, message):
+    status, _, err = run(bench.main, flag)
+    assert status == 2 and message in err and err.count("\n") == 1
