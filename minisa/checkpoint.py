@@ -10,6 +10,7 @@ the old file. They hold tensors, numbers and text only: torch.load(weights_only=
 import io
 import os
 import tempfile
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def read(path, device="cpu"):
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; train one with: python train.py")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location=device, weights_only=True)
         assert {"config", "tokenizer", "model", "info"} <= state.keys()
     except Exception as error:                                                  # torch raises many kinds for a damaged file
         raise ValueError(f"{path}: damaged, or no checkpoint of minisa ({type(error).__name__}); train it again with: python train.py") from None

@@ -29,15 +29,8 @@ from torch.nn import functional as F
 PREFILL_CHUNK = 256  # tokens of a prompt processed at once, so that P is never larger than (B, H, 256, S)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What the model is
-
 def parse_spans(share, n_layer):
-    """"1-3,5-7" → [(1, 3), (5, 7)]: spans of layers, 0-based, both ends included, in rising order.
-
-    Raises ValueError for text that is no span and for a span that is reversed, of one layer, out of range,
-    or overlapping the one before it.
-    """
+    """"1-3,5-7" → [(1, 3), (5, 7)]: spans of layers, 0-based, both ends included. Raises ValueError for any other text."""
     spans = []
     for text in share.split(",") if share else []:
         first, _, last = text.strip().partition("-")
@@ -45,7 +38,7 @@ def parse_spans(share, n_layer):
             raise ValueError(f"--share={share}: '{text}' is not a span; write first-last, as in --share=1-3 or --share=1-3,5-7")
         a, b = int(first), int(last)
         if a >= b:
-            raise ValueError(f"--share={share}: span {text} needs at least two layers, the lower one first, as in --share={b}-{a if a > b else a + 1}")
+            raise ValueError(f"--share={share}: span {text} must name two layers or more, the lower one first, as in --share=1-3")
         if b >= n_layer:
             raise ValueError(f"--share={share}: there is no layer {b}; the layers of this model are 0 to {n_layer - 1}")
         if spans and a <= spans[-1][1]:
@@ -100,23 +93,17 @@ class GPTConfig:
         return "full"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The layers
-
 def linear(x, weight):
     """x (..., in), weight (out, in) → x weightᵀ (..., out)."""
-    if x.numel() == x.size(-1) and x.device.type == "cpu" and not torch.is_grad_enabled():
-        n = torch.get_num_threads()
-        if weight.size(0) % n == 0:
-            # One token on a CPU: the time is that of reading the weight, and BLAS reads it with a single thread.
-            # Cut into n matrices of out/n rows, it is read by n.
-            parts = weight.view(n, -1, weight.size(1)).transpose(1, 2)                  # (n, in, out/n)
-            return torch.bmm(x.reshape(1, 1, -1).expand(n, 1, -1), parts).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+    n = torch.get_num_threads()
+    if x.numel() > x.size(-1) or weight.size(0) % n or x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.linear(x, weight)
+    # One token on a CPU: the time is that of reading the weight, and BLAS would read it with one thread. Cut into n parts, n do.
+    parts = weight.view(n, -1, weight.size(1)).transpose(1, 2)                          # (n, in, out/n)
+    return torch.bmm(x.reshape(1, 1, -1).expand(n, 1, -1), parts).view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -126,10 +113,8 @@ class Linear(nn.Linear):
 
 
 def rotate(x, rope):
-    """RoPE: turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by the angle of its position.
-
-    The product of a rotated q and a rotated k depends only on the distance of their positions (arXiv:2104.09864).
-    """
+    """RoPE (arXiv:2104.09864): turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by an angle that grows with its position.
+    The product of a rotated q and a rotated k depends on the distance of their positions alone."""
     cos, sin = rope                                                                     # (T, D) each
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
 
@@ -152,10 +137,8 @@ def attention_weights(q, k, mask):
 
 
 def causal_mask(T, length, size, like):
-    """(T, S): 0 where one of T new tokens, after `length` old ones, may see a key, -inf elsewhere.
-
-    The keys are those that KVCache.update returns: the old ones in the order of their slots, then the new ones.
-    """
+    """(T, S): 0 where one of T new tokens, after `length` old ones, may see a key, -inf elsewhere. The keys are those that
+    KVCache.update returns: the old ones in the order of their slots, then the new ones."""
     new = torch.arange(length, length + T, device=like.device)                          # positions
     slot = torch.arange(min(length, size), device=like.device)
     old = length - 1 - (length - 1 - slot) % size                                       # the last position written to each slot
@@ -239,19 +222,13 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x))), shared
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The KV cache
-
 class KVCache:
-    """The keys and values of the last `size` tokens of B sequences, in every layer just what it makes itself:
-    k and v, or v only (Shared Attention's reuse layers), or nothing (CLA's).
-
-    A ring: position p lives in slot p mod size, so a new token overwrites the oldest. Keys are kept rotated;
-    RoPE is relative, so they stay valid. `length` counts the tokens seen so far.
-    """
+    """The keys and values of the last `size` tokens of B sequences, of every layer just those that it makes itself:
+    k and v, or v only (Shared Attention's reuse layers), or nothing (CLA's). A ring: position p lives in slot p mod size,
+    so a new token overwrites the oldest. Keys are kept rotated; RoPE is relative, so they stay valid."""
 
     def __init__(self, config, batch_size, size, dtype=torch.float32, device="cpu"):
-        self.size, self.length = size, 0
+        self.size, self.length = size, 0                                                # length: tokens seen so far
         made = [heads_made(config, layer) for layer in range(config.n_layer)]
         self.k = [torch.zeros(batch_size, n_k, size, config.head_dim, dtype=dtype, device=device) for _, n_k, _ in made]
         self.v = [torch.zeros(batch_size, n_v, size, config.head_dim, dtype=dtype, device=device) for _, _, n_v in made]
@@ -275,9 +252,6 @@ class KVCache:
         old[:, :, torch.arange(self.length, self.length + T, device=new.device) % self.size] = new
         return seen
 
-
-# ---------------------------------------------------------------------------------------------------------
-# The model
 
 class GPT(nn.Module):
 
@@ -321,9 +295,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 → logits (B, T, V), and the mean cross-entropy in nats per token if targets (B, T) are given.
-
-        With a cache, idx continues what the cache has seen; without one, T is at most block_size (else ValueError).
-        """
+        With a cache, idx continues what the cache has seen; without one, T is at most block_size (else ValueError)."""
         logits = self.head(self.hidden(idx, cache))
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return logits, loss
@@ -337,11 +309,9 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
-        """Continue idx (B, T ≥ 1), yielding each next token (B, 1) as it is made. Call eval() first.
-
-        temperature 0 takes the likeliest token, else one is drawn from softmax(logits / temperature), of the top_k
-        likeliest if given. After block_size tokens it goes on, each token seeing the last block_size ones.
-        """
+        """Continue idx (B, T ≥ 1), yielding each next token (B, 1) as it is made. Call eval() first. Past block_size it goes on,
+        each token seeing the last block_size ones. temperature 0 takes the likeliest token; else one is drawn from
+        softmax(logits / temperature), of the top_k likeliest if given."""
         if cache is None:
             cache = KVCache(self.config, idx.size(0), self.config.block_size, self.embed.weight.dtype, idx.device)
         for chunk in idx.split(min(PREFILL_CHUNK, cache.size), dim=1):
@@ -353,7 +323,8 @@ class GPT(nn.Module):
             else:
                 if top_k is not None:
                     logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -torch.inf
-                token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+                logits = (logits - logits.max(-1, keepdim=True).values) / temperature       # the likeliest is 0: none can overflow
+                token = torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)
             yield token
             if i + 1 < max_new_tokens:
                 x = self.hidden(token, cache)
@@ -364,9 +335,7 @@ class GPT(nn.Module):
 
     def load_weights(self, state, config):
         """Load a state_dict of a model with this config, which may share less: q, k, v that are now borrowed are dropped.
-
-        Raises ValueError where the weights lack what this model needs.
-        """
+        Raises ValueError where the weights lack what this model needs."""
         state = dict(state)
         for layer in range(self.config.n_layer):
             name, have, want = f"blocks.{layer}.attn.qkv.weight", heads_made(config, layer), heads_made(self.config, layer)

@@ -142,7 +142,7 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine():
 
 WRONG = {
     "--n_layer=abc": "--n_layer: invalid int value: 'abc'", "--n_layer=0": "--n_layer: 0 is not a number from 1 up", "--n_head=3": "--n_embd=16: must be a multiple",
-    "--n_kv_head=5": "--n_kv_head=5: must divide", "--share=2-1": "--share=2-1: span 2-1 needs", "--share=0-9": "there is no layer 9", "--share=0-1,1-2": "must start after layer 1",
+    "--n_kv_head=5": "--n_kv_head=5: must divide", "--share=2-1": "--share=2-1: span 2-1 must name two layers", "--share=0-9": "there is no layer 9", "--share=0-1,1-2": "must start after layer 1",
     "--share=x": "is not a span", "--share_kind=both": "--share_kind=both: must be", "--dropout=1": "--dropout=1.0: must be", "--dropout=-1": "-1 is not a number from 0.0 up",
     "--learning_rate=nan": "nan is not a number", "--learning_rate=-1": "-1 is not a number", "--max_iters=0": "0 is not a number from 1 up", "--max_iters=1.5": "invalid int value",
     "--batch_size=0": "0 is not a number", "--gradient_accumulation_steps=3": "must be a multiple of processes", "--vocab_size=100": "--vocab_size=100: must be at least 256",
