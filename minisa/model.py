@@ -80,10 +80,7 @@ class GPTConfig:
         if self.share_kind not in ("weights", "kv"):
             raise ValueError(f"--share_kind={self.share_kind}: must be 'weights' (Shared Attention) or 'kv' (Cross-Layer Attention)")
         self.spans = parse_spans(self.share, self.n_layer)
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
+        self.head_dim = self.n_embd // self.n_head                                      # D
 
     def role(self, layer):
         """"full" (in no span), "anchor" (first of its span) or "reuse" (the rest of it)."""
@@ -99,12 +96,11 @@ def linear(x, weight):
     if x.numel() > x.size(-1) or weight.size(0) % n or x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight)
     # One token on a CPU: the time is that of reading the weight, and BLAS would read it with one thread. Cut into n parts, n do.
-    parts = weight.view(n, -1, weight.size(1)).transpose(1, 2)                          # (n, in, out/n)
-    return torch.bmm(x.reshape(1, 1, -1).expand(n, 1, -1), parts).view(*x.shape[:-1], -1)
+    parts = weight.view(n, -1, weight.size(1)).mT                                       # (n, in, out/n)
+    return torch.bmm(x.view(1, 1, -1).expand(n, -1, -1), parts).view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
-
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
@@ -207,14 +203,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-
     def __init__(self, config, layer):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, layer)
         self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
+
+    def drop(self, y):
+        return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
     def forward(self, x, rope, mask, shared=None, cache=None, seen=None):
         y, shared = self.attn(self.norm1(x), rope, mask, shared, cache, seen)
@@ -238,23 +236,26 @@ class KVCache:
         """Bytes of storage held."""
         return sum(t.untyped_storage().nbytes() for t in self.k + self.v)
 
+    def open(self, T):
+        """Find the slots of T new tokens."""
+        self.overflows = T > 1 and self.length + T > self.size
+        self.held = min(self.length if self.overflows else self.length + T, self.size)
+        self.slots = torch.arange(self.length, self.length + T, device=self.v[0].device) % self.size
+        self.length += T
+
     def update(self, layer, k, v):
-        """Take k and v (B, G, T, D) of T new tokens; return all that they may see, (B, G, S, D) each."""
+        """Take k and v (B, G, T, D) of the new tokens; return all that they may see, (B, G, S, D) each."""
         return self.write(self.k[layer], k), self.write(self.v[layer], v)
 
     def write(self, old, new):
-        T, slot = new.size(2), self.length % self.size
-        if T == 1 or self.length + T <= self.size:
-            old[:, :, slot:slot + T] = new
-            return old[:, :, :self.length + T]
-        # The first of these T tokens still see what the last of them overwrite: copy, then write.
-        seen = torch.cat((old[:, :, :self.length], new), dim=2)
-        old[:, :, torch.arange(self.length, self.length + T, device=new.device) % self.size] = new
-        return seen
+        if self.overflows:      # the first of the new tokens still see what the last of them overwrite: copy, then write
+            seen = torch.cat((old[:, :, :self.held], new), dim=2)
+            old.index_copy_(2, self.slots, new)
+            return seen
+        return old.index_copy_(2, self.slots, new)[:, :, :self.held]
 
 
 class GPT(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -280,14 +281,14 @@ class GPT(nn.Module):
         length, size = (cache.length, cache.size) if cache is not None else (0, self.config.block_size)
         if T > size:
             raise ValueError(f"{T} tokens at once are more than the {size} that fit: crop them, or feed a KVCache in chunks")
+        if cache is not None:
+            cache.open(T)
         x = self.drop(self.embed(idx))                                                  # (B, T, C)
         rope = self.rope(length, T, idx.device)
         mask = causal_mask(T, length, size, like=x) if T > 1 else None                  # one token sees every key
         shared = None
         for block in self.blocks:
             x, shared = block(x, rope, mask, shared, cache, seen)
-        if cache is not None:
-            cache.length += T
         return self.norm(x)
 
     def head(self, x):
