@@ -36,7 +36,7 @@ FLAGS = [
     ("n_layer", count, (4, 6), "number of layers"),
     ("n_head", count, (4, 6), "number of query heads"),
     ("n_kv_head", count, None, "number of key/value heads, None for as many as query heads"),
-    ("n_embd", count, (192, 384), "width of the model, in numbers per token"),
+    ("n_embd", count, (128, 384), "width of the model, in numbers per token"),
     ("n_hidden", count, None, "width of the MLP, in numbers per token, None for about 8/3 n_embd"),
     ("block_size", count, (128, 256), "context, in tokens"),
     ("dropout", amount, (0.0, 0.2), "fraction of activations dropped in training"),
@@ -46,23 +46,23 @@ FLAGS = [
     ("tokenizer", str, "bpe", "bpe, learned on the text, or gpt2, which tiktoken downloads"),
     ("vocab_size", count, 1024, "number of tokens that bpe makes; 256 for single bytes"),
     ("init_from", str, "", "run folder to take model and tokenizer from, '' for random weights"),
-    ("batch_size", count, (16, 64), "sequences per step, over all processes and micro-batches together"),
+    ("batch_size", count, (8, 64), "sequences per step, over all processes and micro-batches together"),
     ("gradient_accumulation_steps", count, 1, "micro-batches that a step is cut into, to save memory"),
-    ("max_iters", count, (1000, 5000), "number of steps"),
-    ("learning_rate", amount, (3e-3, 1e-3), "highest learning rate, per step"),
+    ("max_iters", count, (2000, 5000), "number of steps"),
+    ("learning_rate", amount, (2e-3, 1e-3), "highest learning rate, per step"),
     ("min_lr", amount, 0.0, "learning rate of the last step"),
-    ("warmup_iters", count, 50, "steps in which the learning rate rises"),
+    ("warmup_iters", count, (500, 100), "steps in which the learning rate rises"),
     ("weight_decay", amount, 0.1, "AdamW's, for matrices"),
     ("beta1", amount, 0.9, "AdamW's decay of the mean gradient, per step"),
-    ("beta2", amount, 0.99, "AdamW's decay of its mean square, per step"),
+    ("beta2", amount, (0.95, 0.99), "AdamW's decay of its mean square, per step"),
     ("grad_clip", amount, 1.0, "largest norm of the gradient, 0 for any"),
     ("seed", at_least(int, 0), 1337, "of weights, batches and dropout"),
     ("dtype", str, None, "float32 or bfloat16, None for bfloat16 on CUDA and float32 elsewhere"),
     ("device", device, None, "cpu, cuda, cuda:1 or mps, None for the fastest there is"),
     ("out_dir", str, None, "folder of the run, None for out/MODE"),
     ("data_dir", str, str(FOLDER), "folder of the token files"),
-    ("eval_interval", count, 250, "steps between evaluations, which also save the run"),
-    ("log_interval", count, 20, "steps between log lines"),
+    ("eval_interval", count, (400, 250), "steps between evaluations, which also save the run"),
+    ("log_interval", count, 50, "steps between log lines"),
 ]
 MODEL_FLAGS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
 FREE_ON_RESUME = {"device", "out_dir", "data_dir", "eval_interval", "log_interval"}        # all others belong to the run
@@ -147,6 +147,8 @@ def main():
     where = torch.device(f"cuda:{os.environ['LOCAL_RANK']}") if args.device.type == "cuda" and world > 1 else args.device
     if world > 1:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
     say = print if rank == 0 else lambda *_, **__: None
     keep_memory()
 
@@ -221,6 +223,7 @@ def main():
     def stop(signum, _):
         stopped.append(signum)
         signal.signal(signum, signal.SIG_DFL)           # a second one stops at once
+
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
@@ -245,6 +248,7 @@ def main():
                 best = loss
                 save("model.pt", step, loss, bpb)
             save("train.pt", step, loss, bpb)
+            marked = time.perf_counter()
         if step == args.max_iters:
             break
 
@@ -284,6 +288,8 @@ def main():
 
     say(f"done in {clock(seconds + time.perf_counter() - begun)}; {out}/model.pt has the best validation loss, {best:.4f} nats per token. "
         f"Next: python sample.py", flush=True)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
