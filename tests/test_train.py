@@ -74,14 +74,22 @@ def start(folder, *flags):
     return process
 
 
-def test_a_killed_run_leaves_a_checkpoint_that_can_be_read_and_gone_on_with(run, text, tmp_path):
+def test_a_killed_run_leaves_a_checkpoint_that_can_be_read_and_gone_on_with(run, text, tmp_path, monkeypatch):
     process = start(tmp_path, f"--text={text}")
     process.kill()
     process.wait()
     at = checkpoint.read(tmp_path / "out/full/train.pt")["info"]["step"]
     assert at >= 20 and at % 20 == 0
     status, _, err = run(train.main, "--resume", "--learning_rate=0.5")
-    assert status == 2 and "--learning_rate=0.5: the run in out/full was started with 0.003" in err
+    assert status == 2 and "--learning_rate=0.5: the run in out/full was started with" in err
+    batch = train.Data.batch
+    def stop_soon(self, step, *args, **kwargs):
+        if step == at + 3:
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, step, *args, **kwargs)
+    monkeypatch.setattr(train.Data, "batch", stop_soon)
+    status, out, _ = run(train.main, "--resume")
+    assert status == 143 and f"stopped at step {at + 4}" in out and checkpoint.read("out/full/train.pt")["info"]["step"] == at + 4
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
