@@ -45,9 +45,10 @@ def read_prompt(text):
             text = sys.stdin.buffer.read().decode()
         elif text.startswith("FILE:"):
             text = Path(text[5:]).read_text(encoding="utf-8")
+        text.encode()                                       # a flag can hold bytes that are no UTF-8
     except OSError as error:
         raise ValueError(f"--prompt={text}: {error.strerror}; name a readable file") from None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise ValueError("--prompt: not UTF-8 text; convert it first, for instance with iconv") from None
     if not text:
         raise ValueError("--prompt: is empty; give at least one character")

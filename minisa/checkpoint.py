@@ -23,6 +23,9 @@ from minisa.tokenizer import Tokenizer
 def write_file(path, data):
     """Write bytes to path, all or nothing. Raises OSError, and then leaves what was there."""
     path = Path(path)
+    if path.exists() and not path.is_file():            # a pipe or device, such as /dev/stdout: nothing to keep, nothing to rename
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
