@@ -22,7 +22,7 @@ MODES = {"full": dict(), "weights": dict(share_kind="weights"), "kv": dict(share
 SHAPES = {
     "small": (dict(n_layer=4, n_head=4, n_embd=128, block_size=128), 16, 1, 128),
     "large": (dict(n_layer=6, n_head=6, n_embd=384, block_size=256), 8, 1, 256),
-    "long": (dict(n_layer=6, n_head=4, n_embd=128, block_size=8192), None, 1, 8192),     # the cache is ten times the weights
+    "long": (dict(n_layer=6, n_head=2, n_embd=128, block_size=8192), None, 1, 8192),     # the cache is ten times the weights
 }
 
 

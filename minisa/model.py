@@ -163,19 +163,19 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, shared=None, cache=None, seen=None):
         """x (B, T, C) → y (B, T, C), shared. `shared` comes from the layer below and goes to the layer above."""
         B, T, C = x.shape
-        n_q, n_k, n_v = self.heads                                                      # 0 of what is borrowed
-        x = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)                   # (B, n_q + n_k + n_v, T, D)
-        qk, v = x.split((n_q + n_k, n_v), dim=1)
-        q, k = rotate(qk, rope).split((n_q, n_k), dim=1)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)                                       # (B, G, T, D) → (B, G, S, D)
-
-        if self.role == "reuse" and self.shares_weights:
-            P = shared                                                                  # Shared Attention
+        x = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)                   # (B, heads made here, T, D)
+        if self.role == "reuse" and self.shares_weights:                                # Shared Attention:
+            v = x if cache is None else cache.write(cache.v[self.layer], x)             # v of this layer, (B, G, S, D),
+            P = shared                                                                  # P of the anchor, (B, H, T, S)
             y = weighted_sum(P, v)                                                      # (B, H, T, D)
         else:
-            if self.role == "reuse":
-                k, v = shared                                                           # Cross-Layer Attention
+            n_q, n_k, n_v = self.heads
+            qk, v = x.split((n_q + n_k, n_v), dim=1)
+            q, k = rotate(qk, rope).split((n_q, n_k), dim=1)
+            if cache is not None:
+                k, v = cache.update(self.layer, k, v)                                   # (B, G, T, D) → (B, G, S, D)
+            if self.role == "reuse":                                                    # Cross-Layer Attention:
+                k, v = shared                                                           # k and v of the anchor
             if self.role == "anchor" and self.shares_weights or seen is not None:
                 P = attention_weights(q, k, mask)                                       # (B, H, T, S)
                 y = weighted_sum(P, v)
