@@ -35,8 +35,10 @@ def write_file(path, data):
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: could not be written ({error.strerror}); free some space or choose another folder, nothing there was changed") from None
         raise
 
 

@@ -73,6 +73,6 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(run, monkeypatch):
     before = (run / "model.pt").read_bytes()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="model.pt: could not be written .No space left"):
         checkpoint.save(run / "model.pt", make(), TOKENIZER, {"step": 8})
     assert (run / "model.pt").read_bytes() == before and os.listdir(run) == ["model.pt"]
