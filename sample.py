@@ -3,29 +3,33 @@
     python sample.py                          every run in out/
     python sample.py out/full out/weights-1-3 --prompt="ROMEO:" --temperature=0.8
     python sample.py out/full --share=1-3     weights trained with full attention, made to share (zero-shot)
+    python sample.py smollm2 --share=26-28 --heads=mix --prompt="Once upon a time"
 """
 
 import csv
 import io
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from minisa import Parser, amount, at_least, checkpoint, command, count, device
+from data.prepare import prepare
+from minisa import Parser, amount, at_least, checkpoint, command, count, device, plot, similarity
 from minisa.cost import cost, measure
-from minisa.data import Data
+from minisa.data import Data, tokenize
 
-COLUMNS = ["model", "sharing", "parameters", "val bpb", "cache B/token", "cache B, full context", "FLOPs/token, full context", "tokens/s"]
+COLUMNS = ["model", "sharing", "parameters", "val bpb", "cache B/token", "context", "cache B", "FLOPs/token", "tokens/s"]
 
 
 def parse_args():
     parser = Parser(__doc__, usage="python sample.py [RUN ...] [--FLAG=VALUE ...]")
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run folders (default every run in out/)")
+    add("runs", nargs="*", metavar="RUN", help="run folders, .gguf files, or smollm2, which is downloaded once (default every run in out/)")
     add("--share", metavar="STR", help="spans to share in models trained with full attention; each is then billed both ways (default as trained)")
     add("--share_kind", metavar="STR", help="with --share: weights (Shared Attention) or kv (Cross-Layer Attention) (default weights)")
+    add("--heads", metavar="STR", help="with --share: whose weights a head of a reuse layer takes: same (the anchor's same head), match (the most alike) or mix (a mixture), fitted on the training text (default same)")
     add("--prompt", metavar="STR", default="\n", help="text to go on from; - is standard input, FILE:NAME the text of a file (default a line end)")
     add("--num_samples", metavar="INT", type=count, default=1, help="texts per model (default 1)")
     add("--max_new_tokens", metavar="INT", type=count, default=200, help="length of a text, in tokens (default 200)")
@@ -33,6 +37,9 @@ def parse_args():
     add("--top_k", metavar="INT", type=count, help="draw from the top_k likeliest tokens only (default from all)")
     add("--seed", metavar="INT", type=at_least(int, 0), default=1337, help="of the sampling: same seed, same text (default 1337)")
     add("--device", metavar="STR", type=device, default="cpu", help="cpu, cuda, cuda:1 or mps (default cpu)")
+    add("--context", metavar="INT", type=count, default=1024, help="tokens in the cache that the bill is for, at most block_size (default 1024)")
+    add("--eval_tokens", metavar="INT", type=count, default=4096, help="tokens of validation text for the loss of a downloaded model (default 4096)")
+    add("--dtype", metavar="STR", default="float32", help="of weights and cache: float32 or bfloat16 (default float32)")
     add("--csv", metavar="FILE", help="also write the bill as CSV (default no)")
     add("--plot", metavar="FILE", help="also draw the bill, as .png, .svg or .pdf; needs matplotlib (default no)")
     return parser.parse_intermixed_args()
@@ -84,26 +91,27 @@ def both(predicted, measured):
     return f"{predicted:,}" if predicted == measured else f"ERROR: predicted {predicted:,}, measured {measured:,}"
 
 
-def bill(name, model, bpb, speed):
+def sharing(config):
+    return f"{config.share_kind} {config.share}" + (f" {config.heads}" if config.heads != "same" else "") if config.share else "none"
+
+
+def bill(name, model, bpb, speed, context):
     """→ a row of the bill, as a dict of text; and whether every prediction was met."""
     config = model.config
-    predicted = cost(config, config.block_size, bytes_per_number=model.embed.weight.element_size())
-    measured = measure(model, config.block_size)
-    sharing = f"{config.share_kind} {config.share}" if config.share else "none"
-    row = [name, sharing, both(predicted.params, measured.params), "?" if bpb is None else f"{bpb:.4f}",
-           both(predicted.cache_bytes_per_token, measured.cache_bytes_per_token), both(predicted.cache_bytes, measured.cache_bytes),
+    context = min(context, config.block_size)
+    predicted = cost(config, context, bytes_per_number=model.embed.weight.element_size())
+    measured = measure(model, context)
+    row = [name, sharing(config), both(predicted.params, measured.params), "?" if bpb is None else f"{bpb:.4f}",
+           both(predicted.cache_bytes_per_token, measured.cache_bytes_per_token), f"{context:,}", both(predicted.cache_bytes, measured.cache_bytes),
            both(predicted.decode_flops, measured.decode_flops), f"{speed:,.0f}"]
     return dict(zip(COLUMNS, row)), predicted == measured
 
 
 def draw(rows, file):
     """The bill as bars, a panel per column."""
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = plot.pyplot("--plot")
     names = [f"{row['model']}\nsharing {row['sharing']}" for row in rows]
-    panels = ["val bpb", "cache B/token", "FLOPs/token, full context", "tokens/s"]
+    panels = ["val bpb", "cache B/token", "FLOPs/token", "tokens/s"]
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 1.2 + 0.6 * len(rows)), sharey=True, layout="constrained")
     for axis, panel in zip(axes, panels):
         values = [float(row[panel].replace(",", "")) if row[panel][0].isdigit() else 0.0 for row in rows]
@@ -113,25 +121,51 @@ def draw(rows, file):
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(file).suffix[1:] or "png", dpi=120)
-    checkpoint.write_file(file, buffer.getvalue())
+    plot.save(figure, file)
+
+
+def models(run, args):
+    """Yield model, tokenizer and validation loss (bits per byte, or None) of a run as it is; then sharing, if --share is given."""
+    model, tokenizer, info = checkpoint.load(run, device=args.device, dtype=getattr(torch, args.dtype))
+    if args.share:
+        config = replace(model.config, share=args.share, share_kind=args.share_kind or "weights", heads=args.heads or "same")    # raises if it cannot be
+    data, tokens = None, None
+    if info["data"] is None:                                # a downloaded model: no text is its own
+        data, tokens = Data(tokenize(prepare(), tokenizer=tokenizer)), args.eval_tokens
+    elif Path(info["data"]).is_dir():
+        data = Data(info["data"])
+
+    def evaluate(model):
+        if tokens:
+            print(f"measuring the loss on {tokens:,} tokens of {data.name}", file=sys.stderr, flush=True)
+        return data.evaluate(model, tokens=tokens)[1] if data else None
+
+    yield model, tokenizer, evaluate(model) if info["val_bpb"] is None else info["val_bpb"]
+    if args.share:
+        products = None
+        if config.heads != "same":
+            if not data:
+                raise ValueError(f"--heads={args.heads}: needs the text that {run} was trained on; {info['data']} is missing")
+            print("comparing the heads of all layers on the training text", file=sys.stderr, flush=True)
+            products = similarity.gram(model, data.windows("train", 4, min(512, model.config.block_size)).to(args.device)[:, :-1])
+        model = similarity.share(model, config, products)
+        yield model, tokenizer, evaluate(model)
 
 
 def main():
     args = parse_args()
     if args.plot:
-        try:
-            import matplotlib
-        except ImportError:
-            raise ValueError("--plot: needs matplotlib; install it with: pip install matplotlib") from None
+        plot.pyplot("--plot")
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--plot={args.plot}: must end in .png, .svg or .pdf")
     for flag, file in (("csv", args.csv), ("plot", args.plot)):
         if file and (file.endswith("/") or Path(file).is_dir()):
             raise ValueError(f"--{flag}={file}: is a folder; name a file in it")
-    if args.share_kind and not args.share:
-        raise ValueError(f"--share_kind={args.share_kind}: says what the layers of --share share; give --share too")
+    for flag in ("share_kind", "heads"):
+        if getattr(args, flag) and not args.share:
+            raise ValueError(f"--{flag}={getattr(args, flag)}: says what the layers of --share share; give --share too")
+    if args.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype={args.dtype}: must be float32 or bfloat16")
     prompt = read_prompt(args.prompt)
     runs = args.runs or sorted(str(path.parent) for path in Path("out").glob("*/model.pt"))
     if not runs:
@@ -139,16 +173,9 @@ def main():
 
     rows, right = [], True
     for run in runs:
-        for share in [None, args.share] if args.share else [None]:
-            model, tokenizer, info = checkpoint.load(run, share, args.device, share_kind=args.share_kind if share else None)
-            bpb = info["val_bpb"]
-            if share:                                       # other sharing than it was trained with: the loss is another
-                try:
-                    bpb = Data(info["data"]).evaluate(model)[1]
-                except ValueError:
-                    bpb = None                              # the text is not on this machine
-            print(f"{run}, sharing {model.config.share_kind + ' ' + model.config.share if model.config.share else 'nothing'}\n" + "-" * 80)
-            row, met = bill(run, model, bpb, write(model, tokenizer, prompt, args))
+        for model, tokenizer, bpb in models(run, args):
+            print(f"{run}, sharing {sharing(model.config).replace('none', 'nothing')}\n" + "-" * 80)
+            row, met = bill(run, model, bpb, write(model, tokenizer, prompt, args), args.context)
             rows.append(row)
             right = right and met
 

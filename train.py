@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data.prepare import prepare
-from minisa import Parser, amount, at_least, checkpoint, command, count, device
+from minisa import Parser, amount, at_least, checkpoint, command, count, device, similarity
 from minisa.data import FOLDER, Data, tokenize
 from minisa.model import GPT, GPTConfig
 
@@ -33,19 +33,20 @@ from minisa.model import GPT, GPTConfig
 FLAGS = [
     ("share", str, "", "spans of layers that share attention, as 1-3 or 1-3,5-7; '' for none"),
     ("share_kind", str, "weights", "what they share: weights (Shared Attention) or kv (Cross-Layer Attention)"),
+    ("heads", str, "same", "whose weights a head of a reuse layer takes: same (its anchor's same head) or mix (a learned mixture of them); with --init_from also match (the most alike)"),
     ("n_layer", count, (4, 6), "number of layers"),
     ("n_head", count, (4, 6), "number of query heads"),
     ("n_kv_head", count, None, "number of key/value heads, None for as many as query heads"),
     ("n_embd", count, (128, 384), "width of the model, in numbers per token"),
     ("n_hidden", count, None, "width of the MLP, in numbers per token, None for about 8/3 n_embd"),
-    ("block_size", count, (128, 256), "context, in tokens"),
+    ("block_size", count, (128, 256), "context, in tokens; with --init_from that of the model, but 512 at most unless given"),
     ("dropout", amount, (0.0, 0.2), "fraction of activations dropped in training"),
     ("rope_base", amount, 10000.0, "base of RoPE's wavelengths"),
     ("norm_eps", amount, 1e-5, "what RMSNorm adds to the mean square"),
     ("text", str, "", "UTF-8 file to train on, '' for nine plays of Shakespeare, fetched if missing"),
     ("tokenizer", str, "bpe", "bpe, learned on the text, or gpt2, which tiktoken downloads"),
     ("vocab_size", count, 1024, "number of tokens that bpe makes; 256 for single bytes"),
-    ("init_from", str, "", "run folder to take model and tokenizer from, '' for random weights"),
+    ("init_from", str, "", "run folder, .gguf file or smollm2 (downloaded once) to take model and tokenizer from, '' for random weights"),
     ("batch_size", count, (8, 64), "sequences per step, over all processes and micro-batches together"),
     ("gradient_accumulation_steps", count, 1, "micro-batches that a step is cut into, to save memory"),
     ("max_iters", count, (2000, 5000), "number of steps"),
@@ -62,10 +63,12 @@ FLAGS = [
     ("out_dir", str, None, "folder of the run, None for out/MODE"),
     ("data_dir", str, str(FOLDER), "folder of the token files"),
     ("eval_interval", count, (400, 250), "steps between evaluations, which also save the run"),
+    ("eval_tokens", at_least(int, 0), 0, "validation tokens that an evaluation reads, in windows spread evenly, 0 for all"),
     ("log_interval", count, 50, "steps between log lines"),
+    ("similarity_every", at_least(int, 0), 0, "steps between maps of how alike the layers attend, for python -m minisa.similarity RUN --history; 0 for none"),
 ]
-MODEL_FLAGS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
-FREE_ON_RESUME = {"device", "out_dir", "data_dir", "eval_interval", "log_interval"}        # all others belong to the run
+MODEL_FLAGS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "tied")]
+FREE_ON_RESUME = {"device", "out_dir", "data_dir", "eval_interval", "eval_tokens", "log_interval", "similarity_every"}        # all others belong to the run
 
 
 def parse_args():
@@ -112,6 +115,7 @@ def clock(seconds):
 def open_run(args, given):
     """Settle where the run is saved. → its folder, and its last checkpoint if it goes on from one."""
     mode = f"{args.share_kind}-{args.share}" if args.share else "full"
+    mode += f"-{args.heads}" if args.heads != "same" else ""
     mode += f"-kv{args.n_kv_head}" if args.n_kv_head else ""
     mode += f"-from-{Path(args.init_from).stem}" if args.init_from else ""
     out = Path(args.out_dir or f"out/{mode}")
@@ -158,10 +162,13 @@ def main():
     if saved:
         model, tokenizer, info = checkpoint.build(saved, where)
     elif args.init_from:
-        model, tokenizer, _ = checkpoint.load(args.init_from, args.share, where, share_kind=args.share_kind, dropout=args.dropout)
-        clash = sorted(given & set(MODEL_FLAGS) - {"share", "share_kind", "dropout"})
+        model, tokenizer, _ = checkpoint.load(args.init_from, device=where)
+        clash = sorted(given & set(MODEL_FLAGS) - {"share", "share_kind", "heads", "dropout", "block_size"})
         if clash:
             raise ValueError(f"--{clash[0]}: {args.init_from} brings its own; drop the flag")
+        block_size = args.block_size if "block_size" in given else min(model.config.block_size, 512)
+        config = replace(model.config, share=args.share or model.config.share, share_kind=args.share_kind if args.share else model.config.share_kind,
+                         heads=args.heads if args.share else model.config.heads, dropout=args.dropout, block_size=block_size)
     else:
         config = GPTConfig(vocab_size=args.vocab_size, **{name: getattr(args, name) for name in MODEL_FLAGS})
     if rank > 0:
@@ -172,11 +179,20 @@ def main():
     data = Data(folder)
     if saved and folder.name != Path(info["data"]).name:
         raise ValueError(f"the text is not the one that {out} was trained on ({info['data']}); bring it back, or start a new run without --resume")
-    if model is None:
+    if saved:
+        config = model.config
+    elif args.init_from:
+        products = None
+        if config.heads != "same" and args.share:
+            say("comparing the heads of all layers on the training text", flush=True)
+            products = similarity.gram(model, data.windows("train", 4, config.block_size).to(where)[:, :-1])
+        model = similarity.share(model, config, products)
+    else:
+        if args.heads == "match":
+            raise ValueError("--heads=match: chooses heads of a trained model; give --init_from, or take --heads=mix, which is learned")
         config.vocab_size = data.tokenizer.vocab_size
         model = GPT(config).to(where)
     model.train()
-    config = model.config
     if len(data.train) <= config.block_size:
         raise ValueError(f"--block_size={config.block_size}: the training text has only {len(data.train)} tokens; take a smaller one, or more text")
     decay = [p for p in model.parameters() if p.dim() == 2], [p for p in model.parameters() if p.dim() == 1]
@@ -235,12 +251,15 @@ def main():
             value = value / world if op == dist.ReduceOp.SUM else value
         return float(value)
 
+    if args.similarity_every:
+        alike = data.windows("val", 2, min(config.block_size, len(data.val) - 1)).to(where)[:, :-1]
+
     # ---- train ----
     begun = time.perf_counter()
     losses, marked = [], begun
     for step in range(start, args.max_iters + 1):
         if step > start and (step % args.eval_interval == 0 or step == args.max_iters):
-            loss, bpb = data.evaluate(model, autocast=autocast)
+            loss, bpb = data.evaluate(model, autocast, args.eval_tokens)
             check(loss, step)
             say(f"step {step:5d}/{args.max_iters}  validation loss {loss:.4f} nats per token, {bpb:.4f} bits per byte", flush=True)
             record(step=step, val_loss=loss, val_bpb=bpb, seconds=seconds + time.perf_counter() - begun)
@@ -248,6 +267,10 @@ def main():
                 best = loss
                 save("model.pt", step, loss, bpb)
             save("train.pt", step, loss, bpb)
+            marked = time.perf_counter()
+        if args.similarity_every and (step % args.similarity_every == 0 or step == args.max_iters) and rank == 0:
+            record(step=step, similarity=[[round(value, 4) for value in row] for row in similarity.layer_similarity(model.eval(), alike).tolist()])
+            model.train()
             marked = time.perf_counter()
         if step == args.max_iters:
             break

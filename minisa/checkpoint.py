@@ -63,21 +63,27 @@ def read(path, device="cpu"):
     return state
 
 
-def build(state, device="cpu", **changes):
+def build(state, device="cpu", dtype=torch.float32, **changes):
     """The dict that save() wrote → model in eval mode, tokenizer, info. changes: as in load()."""
     trained = GPTConfig(**state["config"])
-    config = GPTConfig(**{**state["config"], **{name: value for name, value in changes.items() if value is not None}})
-    model = GPT(config)
-    model.load_weights(state["model"], trained)
+    model = GPT(GPTConfig(**{**state["config"], **{name: value for name, value in changes.items() if value is not None}}))
+    model.load_weights({name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in state["model"].items()}, trained)
     return model.to(device).eval(), Tokenizer.load(state["tokenizer"]), state["info"]
 
 
-def load(source, share=None, device="cpu", **changes):
-    """A run's folder → model in eval mode, tokenizer, info (a dict: step, val_loss, val_bpb, data, seconds).
+def load(source, share=None, device="cpu", dtype=torch.float32, **changes):
+    """A model → model in eval mode, tokenizer, info (a dict: step, val_loss, val_bpb, data, seconds; None where not known).
 
+    source: a run's folder, a .gguf file of a model of the Llama architecture, or "smollm2", which is downloaded once.
     share: other spans than it was trained with, as "1-3" for weights trained with full attention (zero-shot).
     changes: other fields of GPTConfig to change, as share_kind or dropout. None changes nothing.
-    Raises ValueError if the checkpoint cannot be read or cannot share that way.
+    Raises ValueError if the source cannot be read or cannot share that way.
     """
+    if str(source) == "smollm2" or str(source).endswith(".gguf"):
+        from minisa import pretrained
+        changes = {name: value for name, value in dict(changes, share=share).items() if value is not None}
+        model, tokenizer = pretrained.load_gguf(pretrained.fetch() if str(source) == "smollm2" else source, dtype=dtype, **changes)
+        return model.to(device).for_decoding(), tokenizer, dict.fromkeys(("step", "val_loss", "val_bpb", "data", "seconds"))
     source = Path(source)
-    return build(read(source / "model.pt" if source.is_dir() else source, device), device, share=share, **changes)
+    model, tokenizer, info = build(read(source / "model.pt" if source.is_dir() else source, device), device, dtype, share=share, **changes)
+    return model.for_decoding(), tokenizer, info

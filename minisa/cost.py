@@ -6,6 +6,7 @@ A multiply-add is 2 FLOPs; only matrix products count, as in torch.utils.flop_co
 
 and the model 2·C·V once, for the logits. Cached per token and layer, with b bytes per number: k and v, G·D·b each.
 What a layer borrows from its anchor falls away: q, k and the scores in Shared Attention, k and v in Cross-Layer Attention.
+A mixture of the anchor's heads costs a reuse layer 2·H²·S, and H² parameters.
 """
 
 from dataclasses import dataclass
@@ -33,9 +34,11 @@ def cost(config, context, batch_size=1, bytes_per_number=4):
     C, D, M, V, L = config.n_embd, config.head_dim, config.n_hidden, config.vocab_size, config.n_layer
     made = [heads_made(config, layer) for layer in range(L)]            # (query, key, value) heads of each layer
 
+    mixing = 2 * config.n_head**2 if config.heads == "mix" else 0       # FLOPs of a reuse layer per key
+
     def layers(T, S):                                                   # FLOPs of T tokens that are each multiplied with S keys
         return T * sum(2 * C * D * (n_q + n_k + n_v)                    # projections
-                       + (2 * C * S if n_q else 0)                      # scores; H·D = C
+                       + (2 * C * S if n_q else mixing * S)             # scores; H·D = C
                        + 2 * C * S + 2 * C * C + 6 * C * M              # weighted sum, output, MLP
                        for n_q, n_k, n_v in made)
 
@@ -43,7 +46,8 @@ def cost(config, context, batch_size=1, bytes_per_number=4):
     ends = [*range(PREFILL_CHUNK, context, PREFILL_CHUNK), context]     # how many keys each chunk of the prompt is multiplied with
     per_token = sum(n_k + n_v for _, n_k, n_v in made) * D * bytes_per_number
     return Cost(
-        params=V * C + C + sum(2 * C + C * D * sum(heads) + C * C + 3 * C * M for heads in made),
+        params=V * C * (1 if config.tied else 2) + C
+               + sum(2 * C + C * D * sum(heads) + C * C + 3 * C * M + (0 if heads[0] else mixing // 2) for heads in made),
         cache_bytes_per_token=per_token,
         cache_bytes=per_token * context * batch_size,
         decode_flops=batch_size * (layers(1, context) + head),

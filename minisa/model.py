@@ -59,9 +59,11 @@ class GPTConfig:
     dropout: float = 0.0
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    tied: bool = True               # the output head is the token embedding
     share: str = ""                 # spans of layers that share, "" = none
     share_kind: str = "weights"     # "weights" = Shared Attention, "kv" = Cross-Layer Attention
-
+    heads: str = "same"             # whose weights head h of a reuse layer takes: "same" = those of its anchor's head h,
+                                    # "match" = of one that was chosen for it, "mix" = a weighted sum over the anchor's heads
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         self.n_hidden = -(-8 * self.n_embd // (3 * 32)) * 32 if self.n_hidden is None else self.n_hidden
@@ -79,6 +81,10 @@ class GPTConfig:
             raise ValueError(f"--dropout={self.dropout}: must be at least 0 and below 1")
         if self.share_kind not in ("weights", "kv"):
             raise ValueError(f"--share_kind={self.share_kind}: must be 'weights' (Shared Attention) or 'kv' (Cross-Layer Attention)")
+        if self.heads not in ("same", "match", "mix"):
+            raise ValueError(f"--heads={self.heads}: must be 'same', 'match' or 'mix'")
+        if self.heads != "same" and (self.share_kind != "weights" or not self.share):
+            raise ValueError(f"--heads={self.heads}: only Shared Attention takes over heads; give --share, and --share_kind=weights")
         self.spans = parse_spans(self.share, self.n_layer)
         self.head_dim = self.n_embd // self.n_head                                      # D
 
@@ -92,12 +98,15 @@ class GPTConfig:
 
 def linear(x, weight):
     """x (..., in), weight (out, in) → x weightᵀ (..., out)."""
-    n = torch.get_num_threads()
-    if x.numel() > x.size(-1) or weight.size(0) % n or x.device.type != "cpu" or torch.is_grad_enabled():
+    n, (n_out, n_in) = torch.get_num_threads(), weight.shape
+    if x.numel() > n_in or weight.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight)
     # One token on a CPU: the time is that of reading the weight, and BLAS would read it with one thread. Cut into n parts, n do.
-    parts = weight.view(n, -1, weight.size(1)).mT                                       # (n, in, out/n)
-    return torch.bmm(x.view(1, 1, -1).expand(n, -1, -1), parts).view(*x.shape[:-1], -1)
+    if weight.stride(0) == 1 and n_in % n == 0:                                         # stored by columns: parts of the input
+        return torch.bmm(x.view(n, 1, -1), weight.mT.view(n, -1, n_out)).sum(0).view(*x.shape[:-1], n_out)
+    if weight.stride(1) == 1 and n_out % n == 0:                                        # stored by rows: parts of the output
+        return torch.bmm(x.view(1, 1, -1).expand(n, -1, -1), weight.view(n, -1, n_in).mT).view(*x.shape[:-1], n_out)
+    return F.linear(x, weight)
 
 
 class Linear(nn.Linear):
@@ -108,11 +117,25 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight (arXiv:1910.07467), in fewer steps than nn.RMSNorm takes."""
+
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.register_buffer("eps", torch.tensor(eps, device="cpu"), persistent=False)
+
+    def forward(self, x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return x * torch.addcmul(self.eps, norm, norm, value=1 / x.size(-1)).rsqrt().type_as(x) * self.weight
+
+
 def rotate(x, rope):
     """RoPE (arXiv:2104.09864): turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by an angle that grows with its position.
     The product of a rotated q and a rotated k depends on the distance of their positions alone."""
     cos, sin = rope                                                                     # (T, D) each
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).type_as(x)
 
 
 def weighted_sum(P, v):
@@ -159,6 +182,11 @@ class Attention(nn.Module):
         self.heads, self.head_dim = heads_made(config, layer), config.head_dim
         self.qkv = Linear(config.n_embd, sum(self.heads) * self.head_dim)               # rows: q heads, k heads, v heads
         self.out = Linear(config.n_embd, config.n_embd)
+        self.takes = config.heads if self.role == "reuse" else "same"
+        if self.takes == "match":
+            self.register_buffer("source", torch.arange(config.n_head))                 # a head of the anchor for each head
+        if self.takes == "mix":
+            self.mix = nn.Parameter(torch.eye(config.n_head))                           # a row for each head
 
     def forward(self, x, rope, mask, shared=None, cache=None, seen=None):
         """x (B, T, C) → y (B, T, C), shared. `shared` comes from the layer below and goes to the layer above."""
@@ -167,6 +195,10 @@ class Attention(nn.Module):
         if self.role == "reuse" and self.shares_weights:                                # Shared Attention:
             v = x if cache is None else cache.write(cache.v[self.layer], x)             # v of this layer, (B, G, S, D),
             P = shared                                                                  # P of the anchor, (B, H, T, S)
+            if self.takes == "match":
+                P = P[:, self.source]
+            if self.takes == "mix":
+                P = (self.mix @ P.flatten(2)).view_as(P)
             y = weighted_sum(P, v)                                                      # (B, H, T, D)
         else:
             n_q, n_k, n_v = self.heads
@@ -205,9 +237,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm1 = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, layer)
-        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
@@ -259,12 +291,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)                     # also the output head
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        if not config.tied:
+            self.unembed = Linear(config.n_embd, config.vocab_size)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
         for name, p in self.named_parameters():
-            if p.dim() == 2:                                                            # GPT-2's: residual branches start small
+            if p.dim() == 2 and not name.endswith("mix"):                               # GPT-2's: residual branches start small
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
 
     def rope(self, start, T, device):
@@ -292,7 +326,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def head(self, x):
-        return linear(x, self.embed.weight)                                             # (..., C) → (..., V)
+        return linear(x, (self.embed if self.config.tied else self.unembed).weight)                                           # (..., C) → (..., V)
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 → logits (B, T, V), and the mean cross-entropy in nats per token if targets (B, T) are given.
@@ -335,8 +369,8 @@ class GPT(nn.Module):
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator, cache)), dim=1)
 
     def load_weights(self, state, config):
-        """Load a state_dict of a model with this config, which may share less: q, k, v that are now borrowed are dropped.
-        Raises ValueError where the weights lack what this model needs."""
+        """Take over a state_dict (its tensors, not copies of them) of a model with this config, which may share less: q, k, v
+        that are now borrowed are dropped. Raises ValueError where the weights lack what this model needs."""
         state = dict(state)
         for layer in range(self.config.n_layer):
             name, have, want = f"blocks.{layer}.attn.qkv.weight", heads_made(config, layer), heads_made(self.config, layer)
@@ -345,4 +379,14 @@ class GPT(nn.Module):
                                  f"--share_kind={config.share_kind} and has no weights of its own for what it must now compute")
             rows = state[name].split([n * self.config.head_dim for n in have])
             state[name] = torch.cat([part for part, n in zip(rows, want) if n])
-        self.load_state_dict(state)
+        for name, p in self.state_dict().items():                                       # heads that were not chosen yet
+            if name.endswith(("source", "mix")) and name not in state:
+                state[name] = (torch.eye(len(p)) if p.dim() == 2 else torch.arange(len(p))).to(p.dtype)
+        self.load_state_dict(state, assign=True)
+
+    def for_decoding(self):
+        """Store the wide matrices by columns, which linear() reads fastest. → self"""
+        for part in self.modules():
+            if isinstance(part, Linear) and part.weight.size(0) > 2 * part.weight.size(1) and part.weight.dtype == torch.float32:
+                part.weight.data = part.weight.data.mT.contiguous().mT
+        return self

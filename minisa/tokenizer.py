@@ -15,6 +15,13 @@ import tiktoken
 
 # A word with the space before it; digits; punctuation with the line ends after it; white space.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+"""
+# How pretrained models cut text into words. SmolLM cuts out every digit, then cuts what lies between them like GPT-2.
+PATTERNS = {
+    "minisa": PATTERN,
+    "gpt-2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "smollm": r"""'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+""",
+    "llama-bpe": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+}
 
 
 def learn(text, vocab_size):
@@ -64,14 +71,24 @@ class Tokenizer:
 
     def __init__(self, encoding, description):
         self.encoding, self.description = encoding, description
-        self.vocab_size = encoding.n_vocab
+        self.vocab_size = len(description["tokens"]) if "tokens" in description else encoding.n_vocab
 
     @classmethod
-    def from_tokens(cls, tokens):
-        """tokens: a list of bytes, all 256 single ones among them; the id of a token is its place."""
-        ranks = {token: i for i, token in enumerate(tokens)}
-        encoding = tiktoken.Encoding("minisa", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-        return cls(encoding, {"kind": "bpe", "tokens": [token.hex() for token in tokens]})
+    def from_tokens(cls, tokens, special=(), words="minisa"):
+        """tokens: a list of bytes; the id of a token is its place. special: the ids of those that stand for no text, such as
+        the end of a turn, and so are never made from text. words: which of PATTERNS cuts the text.
+
+        Some pretrained models have no token for bytes that their training text lacked; encode() leaves such bytes out, as
+        Hugging Face's tokenizers do.
+        """
+        special = sorted(special)
+        ranks = {token: i for i, token in enumerate(tokens) if i not in set(special)}
+        for byte in (bytes([b]) for b in range(256)):
+            ranks.setdefault(byte, len(tokens) + byte[0])                       # past the vocabulary: encode() drops it
+        encoding = tiktoken.Encoding("minisa", pat_str=PATTERNS[words], mergeable_ranks=ranks,
+                                     special_tokens={tokens[i].decode(): i for i in special})
+        description = {"kind": "bpe", "tokens": [token.hex() for token in tokens]}
+        return cls(encoding, {**description, "special": special, "words": words} if words != "minisa" else description)
 
     @classmethod
     def gpt2(cls):
@@ -87,23 +104,25 @@ class Tokenizer:
         """The inverse of .description, a dict that JSON can hold. Raises ValueError if it is not one."""
         try:
             kind, tokens = description["kind"], [bytes.fromhex(token) for token in description.get("tokens", [])]
+            special, words = description.get("special", []), description.get("words", "minisa")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a tokenizer: {error!r}") from None
         if kind == "gpt2":
             return cls.gpt2()
-        if kind != "bpe" or set(map(bytes, ([b] for b in range(256)))) - set(tokens):
+        whole = len(set(tokens)) == len(tokens) and (words != "minisa" or set(map(bytes, ([b] for b in range(256)))) <= set(tokens))
+        if kind != "bpe" or words not in PATTERNS or not whole or not set(special) <= set(range(len(tokens))):
             raise ValueError(f"not a tokenizer, or of an unknown kind: {kind!r}")
-        return cls.from_tokens(tokens)
+        return cls.from_tokens(tokens, special, words)
 
     def encode(self, text):
         """str or bytes → list of token ids. Bytes need not be UTF-8."""
         if isinstance(text, str):
-            return self.encoding.encode_ordinary(text)
+            return [i for i in self.encoding.encode_ordinary(text) if i < self.vocab_size]
         ids = []
         for part in re.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):     # bytes that are no UTF-8
             odd = part.encode("utf-8", "surrogateescape")
             ids += [self.encoding.encode_single_token(odd)] if "\udc80" <= part <= "\udcff" else self.encode(part)
-        return ids
+        return [i for i in ids if i < self.vocab_size]
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(ids)

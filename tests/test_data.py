@@ -1,6 +1,5 @@
 """From Markdown plays to speeches, from text to token files, batches and the validation loss."""
 
-import hashlib
 import math
 import os
 import subprocess
@@ -13,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from data import prepare
-from minisa.data import Data, tokenize
+from minisa.data import Data, check_hash, tokenize
 from minisa.model import GPT, GPTConfig
 
 PLAY = """# Title
@@ -57,17 +56,15 @@ def wheel(path):
     return path
 
 
-def test_the_plays_are_read_in_the_order_of_tiny_shakespeare(tmp_path, monkeypatch):
-    file = wheel(tmp_path / "x.whl")
-    monkeypatch.setattr(prepare, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
-    found = [line for line in prepare.read_plays(file).splitlines() if line.isupper()]
+def test_the_plays_are_read_in_the_order_of_tiny_shakespeare(tmp_path):
+    found = [line for line in prepare.read_plays(wheel(tmp_path / "x.whl")).splitlines() if line.isupper()]
     assert [name.rstrip(":") for name in found] == ["CORIOLANUS", "RICHARD-III", "RICHARD-II", "ROMEO-AND-JULIET", "HENRY-VI-PART-3",
                                                    "A-WINTER-S-TALE", "MEASURE-FOR-MEASURE", "THE-TAMING-OF-THE-SHREW", "THE-TEMPEST"]
 
 
 def test_a_wheel_with_another_hash_is_refused_before_it_is_opened(tmp_path):
     with pytest.raises(ValueError, match="sha256 is [0-9a-f]{64}, expected"):
-        prepare.read_plays(wheel(tmp_path / "x.whl"))
+        check_hash(wheel(tmp_path / "x.whl"), prepare.SHA256)
 
 
 def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch):
@@ -154,7 +151,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step_and_processes_share_it(data
 def test_the_validation_loss_is_that_of_every_token_of_the_split_read_in_windows(data):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=24, vocab_size=300, n_layer=2, n_head=2, n_embd=16, dropout=0.5)).train()
-    per_token, per_byte = data.evaluate(model, batch_size=3)
+    per_token, per_byte = data.evaluate(model)
     assert model.training
     model.eval()
     ids, nats = torch.tensor(data.val.astype(np.int64)), 0.0
@@ -163,6 +160,20 @@ def test_the_validation_loss_is_that_of_every_token_of_the_split_read_in_windows
         nats += F.cross_entropy(model(window[None, :-1])[0][0].double(), window[1:], reduction="sum").item()
     assert per_token == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
     assert per_byte == pytest.approx(nats / math.log(2) / len(data.tokenizer.decode(ids[1:].tolist()).encode()), rel=1e-5)
+
+
+def test_a_large_model_is_evaluated_on_windows_spread_over_the_split(data):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=24, vocab_size=300, n_layer=2, n_head=2, n_embd=16)).eval()
+    per_token, per_byte = data.evaluate(model, tokens=100)
+    windows = data.windows("val", 4, 24)
+    assert windows.shape == (4, 25) and windows[0, 0] == data.val[0] and windows[-1, -1] == data.val[-1]
+    nats = sum(F.cross_entropy(model(w[None, :-1])[0][0].double(), w[1:]).item() for w in windows) / 4
+    assert per_token == pytest.approx(nats, rel=1e-5)
+    n_bytes = sum(len(data.tokenizer.decode_bytes(w[1:].tolist())) for w in windows)
+    assert per_byte == pytest.approx(nats * 4 * 24 / math.log(2) / n_bytes, rel=1e-5)
+    with pytest.raises(ValueError, match="need more text"):
+        data.windows("val", 1, 10**6)
 
 
 def test_the_script_says_where_the_text_is():

@@ -1,0 +1,315 @@
+"""How alike the layers of a model attend; which spans can share; and which head takes over which.
+
+    python -m minisa.similarity out/full                    how alike, how spread: two maps
+    python -m minisa.similarity smollm2 --scan              the loss of every span, made to share without training
+    python -m minisa.similarity smollm2 --scan --heads=mix  the same, with the anchor's heads mixed for each head
+
+P_l[h] (T, T) is what head h of layer l attends with on a window of T tokens (a row per query), and ⟨A, B⟩ = Σ A·B over all entries.
+
+Similarity of two layers: sim(l, m) = mean over windows, heads h and rows t of the cosine of P_l[h, t] and P_m[h, t].
+
+Spread of a layer (the isotropy of Liao & Vargas 2024, section 3): var(l) = mean over windows, heads and rows t ≥ 1 of the variance
+of the t+1 weights that the row gives to the tokens it can see. 0 is a layer that looks at all tokens alike; the largest
+that row t can have, all weight on one token, is t / (t+1)².
+
+Heads of a reuse layer l with anchor a: "match" takes for each head h the head g of the anchor with the largest
+cosine ⟨P_l[h], P_a[g]⟩ / |P_l[h]| |P_a[g]|. "mix" takes Σ_g w_g P_a[g], with the w ≥ 0, Σ w = 1, that minimise
+|P_l[h] − Σ_g w_g P_a[g]|². Both need only the inner products of all heads of all layers: see gram().
+"""
+
+import csv
+import io
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from minisa import Parser, at_least, checkpoint, command, count, device, plot
+from minisa.cost import cost
+from minisa.data import Data, tokenize
+from minisa.model import GPT, causal_mask
+
+
+def layer_similarity(model, idx):
+    """idx (B, T) → (L, L): how alike each two layers attend, 1 on the diagonal; see sim(l, m) above."""
+    rows = torch.stack([F.normalize(P, dim=-1).flatten() for P in model.attention_weights(idx)])        # (L, B·H·T·T)
+    return rows @ rows.mT / (idx.numel() * model.config.n_head)
+
+
+def spread(model, idx):
+    """idx (B, T ≥ 2) → (L,): var(l) above."""
+    n = torch.arange(1, idx.size(1) + 1, device=idx.device, dtype=torch.float32)                        # tokens that row t sees
+    return torch.stack([((P * P).sum(-1) / n - 1 / n**2)[..., 1:].mean() for P in model.attention_weights(idx)])
+
+
+@torch.no_grad()
+def gram(model, windows):
+    """windows (N, T) → (L, H, L, H) in float64: the inner products ⟨P_l[h], P_m[g]⟩, summed over the windows."""
+    L, H = model.config.n_layer, model.config.n_head
+    total = torch.zeros(L * H, L * H, dtype=torch.float64)
+    for window in windows:
+        rows = torch.stack(model.attention_weights(window[None])).flatten(0, 2).flatten(1)              # (L·H, T·T)
+        total += (rows @ rows.mT).cpu()
+    return total.view(L, H, L, H)
+
+
+def nearest_mixture(A, b, steps=1000):
+    """For each row of b (R, H), the w (H,) ≥ 0 with Σ w = 1 that minimises w A wᵀ − 2 w·b. → (R, H).
+
+    Projected gradient descent with momentum (FISTA, Beck & Teboulle 2009); the projection on the simplex as in Duchi et al. 2008.
+    """
+    H = A.size(0)
+    w = z = torch.full_like(b, 1 / H)
+    rate, t = 1 / torch.linalg.matrix_norm(A, 2), 1.0
+    for _ in range(steps):
+        v = z - rate * (z @ A - b)
+        ordered = v.sort(dim=1, descending=True).values
+        excess = (ordered.cumsum(1) - 1) / torch.arange(1, H + 1)                                       # if the k largest stay
+        kept = (ordered > excess).sum(1, keepdim=True)
+        new = (v - excess.gather(1, kept - 1)).clamp(min=0)
+        t_new = (1 + (1 + 4 * t * t)**0.5) / 2
+        w, z, t = new, new + (t - 1) / t_new * (new - w), t_new
+    return w
+
+
+def share(model, config, products=None):
+    """A model → one with another config, which differs in what it shares, zero-shot. It uses the same weights, not copies.
+
+    products: gram(model, windows of a calibration text), for config.heads "match" and "mix".
+    Raises ValueError if the model has no weights for what the config says.
+    """
+    with torch.device("meta"):
+        shared = GPT(config)
+    shared.load_weights(model.state_dict(), model.config)
+    for a, b in config.spans if products is not None and config.heads != "same" else []:
+        for layer in range(a + 1, b + 1):
+            A, b = products[a, :, a], products[layer, :, a]                                             # (H, H) each
+            attention = shared.blocks[layer].attn
+            if config.heads == "match":
+                attention.source = (b / A.diagonal().sqrt()).argmax(1)
+            else:
+                attention.mix.data = nearest_mixture(A, b).to(attention.mix)
+    return shared.to(model.embed.weight.device).eval()
+
+
+@torch.inference_mode()
+def loss(model, windows):
+    """windows (N, T + 1) → mean cross-entropy of their last T tokens, in nats."""
+    return sum(F.cross_entropy(model.head(model.hidden(w[None, :-1]))[0].float(), w[1:]).item() for w in windows) / len(windows)
+
+
+@torch.inference_mode()
+def scan(model, windows, longest, share_kind="weights", heads="same", products=None, skip=()):
+    """Yield (a, b, loss) for every span a..b of at most `longest` layers that is not in skip, shared zero-shot.
+
+    What lies below a span is computed once for all spans, and what lies inside once for all spans with the same anchor.
+    """
+    L, T = model.config.n_layer, windows.size(1) - 1
+    rope = model.rope(0, T, windows.device)
+    below = [[model.embed(w[None, :-1]) for w in windows]]                                              # the input of each layer
+    mask = causal_mask(T, 0, T, like=below[0][0])
+    for block in model.blocks[:-1]:
+        below.append([block(x, rope, mask)[0] for x in below[-1]])
+    for a in range(L - 1):
+        last = min(a + longest, L) - 1
+        if all((a, b) in skip for b in range(a + 1, last + 1)):
+            continue
+        blocks = share(model, replace(model.config, share=f"{a}-{last}", share_kind=share_kind, heads=heads), products).blocks
+        inside = [blocks[a](x, rope, mask) for x in below[a]]                                           # (x, shared) of each window
+        for b in range(a + 1, last + 1):
+            inside = [blocks[b](x, rope, mask, shared) for x, shared in inside]
+            if (a, b) not in skip:
+                total = 0.0
+                for (x, _), w in zip(inside, windows):
+                    for block in model.blocks[b + 1:]:
+                        x, _ = block(x, rope, mask)
+                    total += F.cross_entropy(model.head(model.norm(x))[0].float(), w[1:]).item()
+                yield a, b, total / len(windows)
+
+
+def best_sets(deltas, n_layer, most):
+    """deltas: {(a, b): Δ loss} of single spans → {r: (sum, spans)}: for each number r ≤ most of reuse layers, the spans without
+    overlap whose Δ add up to the least. Dynamic programming over the layers; that the Δ of spans add up is an assumption."""
+    best = [{0: (0.0, ())}]                                     # best[i][r]: r reuse layers among layers 0..i-1
+    for i in range(1, n_layer + 1):
+        here = dict(best[-1])
+        for (a, b), delta in deltas.items():
+            if b == i - 1:
+                for r, (total, spans) in best[a].items():
+                    r += b - a
+                    if r <= most and (r not in here or total + delta < here[r][0]):
+                        here[r] = (total + delta, (*spans, (a, b)))
+        best.append(here)
+    return {r: best[-1][r] for r in sorted(best[-1]) if r}
+
+
+def spans_text(spans):
+    return ",".join(f"{a}-{b}" for a, b in spans)
+
+
+def saved(model, spans, context):
+    """→ the part of the cache, and of the FLOPs of a decode step at this context, that sharing these spans saves."""
+    full, less = (cost(replace(model.config, share=text), context) for text in ("", spans))
+    return 1 - less.cache_bytes / full.cache_bytes, 1 - less.decode_flops / full.decode_flops
+
+
+def write_csv(file, columns, rows):
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(rows)
+    checkpoint.write_file(file, text.getvalue().encode())
+
+
+def read_scan(file, settings):
+    """The rows of an earlier scan with the same settings → {(a, b): loss}, (-1, -1) for full attention."""
+    try:
+        rows = list(csv.reader(file.read_text().splitlines()))[1:] if file.exists() else []
+        if any(row[:3] != settings for row in rows):
+            raise ValueError("it is of another model, text, --windows or --context")
+        return {(int(row[3]), int(row[4])): float(row[5]) for row in rows}
+    except (IndexError, ValueError, OSError) as error:
+        raise ValueError(f"{file}: cannot be continued ({error}); delete it, or take another --out_dir") from None
+
+
+def draw_history(run, out):
+    """The similarity maps that train.py --similarity_every=N logged, as one picture."""
+    try:
+        lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        raise ValueError(f"{run}/log.jsonl: no readable log; train with: python train.py --similarity_every=100") from None
+    maps = {f"step {line['step']}": torch.tensor(line["similarity"]) for line in lines if "similarity" in line}
+    if not maps:
+        raise ValueError(f"{run}/log.jsonl: holds no maps; train with: python train.py --similarity_every=100")
+    plot.similarity_maps(maps, out / "history.png")
+    print(f"wrote {out}/history.png: {len(maps)} maps")
+
+
+def maps(model, windows, out):
+    """Print and draw how alike the layers attend, and how spread."""
+    L = model.config.n_layer
+    alike, variance = torch.zeros(L, L), torch.zeros(L)
+    for i, window in enumerate(windows):
+        print(f"\rattention weights of window {i + 1} of {len(windows)}", end="", flush=True)
+        alike += layer_similarity(model, window[None]).cpu() / len(windows)
+        variance += spread(model, window[None]).cpu() / len(windows)
+    print("\n\nmean cosine of the attention weights of two layers, in hundredths:")
+    print("layer " + "".join(f"{layer:>4}" for layer in range(L)))
+    for layer in range(L):
+        print(f"{layer:>5} " + "".join(f"{round(100 * value):>4}" for value in alike[layer].tolist()))
+    print("\nlayer   like the next   spread (variance of the weights)")
+    for layer in range(L):
+        following = f"{alike[layer, layer + 1]:.3f}" if layer + 1 < L else ""
+        print(f"{layer:>5}   {following:>13}   {variance[layer]:.6f}")
+    write_csv(out / "similarity.csv", ["layer", *range(L)], [[layer, *row] for layer, row in enumerate(alike.tolist())])
+    write_csv(out / "spread.csv", ["layer", "variance"], enumerate(variance.tolist()))
+    plot.similarity_maps({"how alike the layers attend": alike}, out / "similarity.png")
+    plot.by_layer(variance.tolist(), "variance of attention weights", out / "spread.png")
+    print(f"wrote {out}/similarity.csv, similarity.png, spread.csv, spread.png", flush=True)
+
+
+def run_scan(model, fit, search, held_out, settings, args, out):
+    """Scan all spans, print and draw them, and look for the best sets of spans."""
+    L, T, kind, heads = model.config.n_layer, search.size(1) - 1, args.share_kind, args.heads
+    name = f"scan-{kind}" + (f"-{heads}" if heads != "same" else "")
+    file = out / f"{name}.csv"
+    losses = read_scan(file, settings)
+    products = None
+    if heads != "same":
+        print(f"comparing heads on {len(fit)} windows", flush=True)
+        products = gram(model, fit[:, :-1])
+    if (-1, -1) not in losses:
+        losses[-1, -1] = loss(model, search)
+
+    def save():
+        full = losses[-1, -1]
+        write_csv(file, ["model", "windows", "context", "anchor", "last", "loss", "percent"],
+                  [[*settings, a, b, value, round(100 * (value / full - 1), 3)] for (a, b), value in losses.items()])
+
+    C, M, V = model.config.n_embd, model.config.n_hidden, model.config.vocab_size
+    left = {(a, b): (L - b) * (4 * C * C + 3 * C * M) + V * C                   # work
+            for a in range(L - 1) for b in range(a + 1, min(a + args.longest, L)) if (a, b) not in losses}
+    work, begun = sum(left.values()), time.perf_counter()
+    try:
+        for a, b, value in scan(model, search, args.longest, kind, heads, products, skip=losses):
+            losses[a, b] = value
+            save()
+            left.pop((a, b))
+            seconds = (time.perf_counter() - begun) / (work - sum(left.values())) * sum(left.values())
+            print(f"span {f'{a}-{b}':>6}  loss {value:.4f}  {100 * (value / losses[-1, -1] - 1):+8.2f} %   {len(left)} spans, {int(seconds) // 60}m{int(seconds) % 60:02d}s left", flush=True)
+    except KeyboardInterrupt:
+        raise ValueError(f"stopped; {file} holds {len(losses) - 1} spans, and the same command goes on from there") from None
+    save()
+    full = losses.pop((-1, -1))
+    percent = {span: 100 * (value / full - 1) for span, value in losses.items()}
+    plot.span_map(percent, L, f"zero-shot, {kind}" + (f", heads {heads}" if heads != "same" else ""), out / f"{name}.png")
+    print(f"wrote {file} and {name}.png; full attention: {full:.4f} nats per token")
+
+    print(f"\nthe best span for each number of reuse layers\nreuse layers    span    loss over full   cache saved   FLOPs saved at context {T}")
+    for r in range(1, args.longest):
+        spans = [span for span in percent if span[1] - span[0] == r]
+        if spans:
+            best = min(spans, key=percent.get)
+            cache, flops = saved(model, spans_text([best]), T) if kind == "weights" else (None, None)
+            print(f"{r:>12}  {spans_text([best]):>6}  {percent[best]:>+13.2f} %" + (f"{cache:>13.1%}{flops:>13.1%}" if cache else ""))
+
+    print(f"\nthe best sets of spans, if their losses add up; then measured, on {len(held_out)} windows of the validation part")
+    print("reuse layers   sum of losses     measured   cache saved   spans")
+    held_out_full = loss(model, held_out)
+    rows = []
+    for r, (total, spans) in best_sets(percent, L, args.most).items():
+        text = spans_text(spans)
+        measured = 100 * (loss(share(model, replace(model.config, share=text, share_kind=kind, heads=heads), products), held_out) / held_out_full - 1)
+        part = 1 - cost(replace(model.config, share=text, share_kind=kind), T).cache_bytes / cost(model.config, T).cache_bytes
+        rows.append([r, text, total, measured, part])
+        print(f"{r:>12}   {total:>+11.2f} %   {measured:>+8.2f} %   {part:>11.1%}   {text}", flush=True)
+    write_csv(out / f"{name.replace('scan', 'sets')}.csv", ["reuse_layers", "spans", "percent_sum", "percent_measured", "cache_saved"], rows)
+
+
+def main():
+    parser = Parser(__doc__, usage="python -m minisa.similarity MODEL [--FLAG=VALUE ...]")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run's folder, a .gguf file, or smollm2")
+    add("--scan", action="store_true", help="measure the loss of every span, and look for the best sets of spans (default off)")
+    add("--history", action="store_true", help="draw the maps that train.py --similarity_every logged in this run (default off)")
+    add("--share_kind", metavar="STR", default="weights", help="what the scanned spans share: weights (Shared Attention) or kv (Cross-Layer Attention) (default weights)")
+    add("--heads", metavar="STR", default="same", help="whose weights a head of a reuse layer takes: same, match or mix (default same)")
+    add("--longest", metavar="INT", type=at_least(int, 2), default=5, help="length of the longest span scanned, in layers (default 5)")
+    add("--most", metavar="INT", type=count, default=8, help="largest number of reuse layers to look for a set of spans for (default 8)")
+    add("--windows", metavar="INT", type=count, default=4, help="windows of text for the maps and for fitting heads, as many others for the scan, and twice as many for the sets (default 4)")
+    add("--context", metavar="INT", type=at_least(int, 2), default=512, help="length of a window, in tokens (default 512, or block_size if that is less)")
+    add("--text", metavar="FILE", help="UTF-8 text (default the one that the run was trained on, or nine plays of Shakespeare)")
+    add("--out_dir", metavar="DIR", help="where pictures and .csv files go (default MODEL for a run, else out/similarity-NAME)")
+    add("--device", metavar="STR", type=device, default="cpu", help="cpu, cuda, cuda:1 or mps (default cpu)")
+    args = parser.parse_args()
+    plot.pyplot("minisa.similarity")
+    out = Path(args.out_dir or (args.model if Path(args.model).is_dir() else f"out/similarity-{Path(args.model).stem}"))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out_dir={out}: is a file; name a folder")
+    if args.history:
+        return draw_history(args.model, out)
+    model, tokenizer, info = checkpoint.load(args.model, device=args.device)
+    if args.scan:
+        if model.config.share:
+            raise ValueError(f"{args.model}: already shares {model.config.share}; --scan needs a model that was trained with full attention")
+        replace(model.config, share="0-1", share_kind=args.share_kind, heads=args.heads)    # raises for a wrong kind
+    data = Data(info["data"]) if info["data"] and Path(info["data"]).exists() and not args.text else Data(tokenize(args.text or plays(), tokenizer=tokenizer))
+    T = min(args.context, model.config.block_size)
+    windows = data.windows("train", 2 * args.windows, T).to(args.device)
+    if args.scan:
+        settings = [str(args.model), f"{args.windows} of {data.name}", str(T)]
+        run_scan(model, windows[::2], windows[1::2], data.windows("val", 2 * args.windows, T).to(args.device), settings, args, out)
+    else:
+        maps(model, windows[::2, :-1], out)
+
+
+def plays():
+    from data.prepare import prepare
+    return prepare()
+
+
+if __name__ == "__main__":
+    command(main)
