@@ -2,6 +2,7 @@
 
     python -m minisa.bench                  all shapes, a few minutes on a laptop
     python -m minisa.bench --shapes=long --rounds=9
+    python -m minisa.bench --model=smollm2 --share=26-28        a real LLM: load, prefill, decode
 
 Every figure is a median over rounds, in each of which all modes run in turn, so that a machine that gets slower or faster
 meanwhile is the same for all. A decode step must read all weights and the whole cache once; the limit is the time which
@@ -10,10 +11,12 @@ that takes at the speed that this machine reads a large tensor at, measured in t
 
 import statistics
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from minisa import Parser, command, count, device
+from minisa import Parser, checkpoint, command, count, device, pretrained, similarity
 from minisa.cost import cost
 from minisa.model import GPT, GPTConfig, KVCache
 
@@ -114,12 +117,110 @@ def bench(shape, rounds, where):
     print(flush=True)
 
 
+def streamed(stream):
+    """Seconds per token of an iterator over tokens, the first one (and so the prompt) not counted."""
+    next(stream)
+    begun, tokens = time.perf_counter(), 0
+    for token in stream:
+        int(token)                              # waits for a GPU
+        tokens += 1
+    return (time.perf_counter() - begun) / tokens
+
+
+class Clock:
+    """A streamer for transformers' generate that notes when each token comes."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, _):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def bench_model(source, share, rounds, beside, where):
+    """Measure a pretrained model and print its table: float32, bfloat16, sharing, and transformers from the same file."""
+    begun = time.perf_counter()
+    model, tokenizer, _ = checkpoint.load(source, device=where)
+    n, prompt, T = 33, min(128, model.config.block_size // 4), min(2048, model.config.block_size // 2)
+    idx = torch.randint(model.config.vocab_size, (1, prompt), device=where)
+    next(iter(model.stream(idx, 1, 0)))
+    seconds_to_first = time.perf_counter() - begun
+    models = {"full, float32": model, "full, bfloat16": checkpoint.load(source, device=where, dtype=torch.bfloat16)[0]}
+    if share:
+        models |= {name.replace("full", f"share {share}"): similarity.share(full, replace(full.config, share=share)) for name, full in models.items()}
+    theirs = None
+    if beside:
+        path = pretrained.fetch() if source == "smollm2" else Path(source)
+        begun = time.perf_counter()
+        theirs = beside.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval().to(where)
+        theirs.generate(idx, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        their_seconds = time.perf_counter() - begun
+    long = torch.randint(model.config.vocab_size, (1, T), device=where)
+    ballast = torch.ones(2**26, device=where)
+    decode, prefill, read = {name: [] for name in (*models, "transformers")}, {name: [] for name in (*models, "transformers")}, []
+    for i in range(rounds):
+        for name, ours in models.items():
+            print(f"\rround {i + 1} of {rounds}: {name}" + " " * 20, end="", flush=True)
+            decode[name].append(streamed(ours.stream(idx, n, 0)))
+            if "bfloat16" not in name:
+                begun = time.perf_counter()
+                int(next(iter(ours.stream(long, 1, 0))))
+                prefill[name].append(time.perf_counter() - begun)
+        if theirs:
+            clock = Clock()
+            theirs.generate(idx, max_new_tokens=n, min_new_tokens=n, do_sample=False, streamer=clock, pad_token_id=0)
+            decode["transformers"].append((clock.times[-1] - clock.times[1]) / (n - 1))      # the first put() is the prompt
+            with torch.inference_mode():
+                begun = time.perf_counter()
+                int(theirs(long, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+                prefill["transformers"].append(time.perf_counter() - begun)
+        read.append(timed(ballast.sum, where))
+    bandwidth = ballast.nbytes / statistics.median(read)
+    print(f"\r{source}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; decoding after a prompt of {prompt} tokens, prefill of {T}; this machine reads {bandwidth / 1e9:.1f} GB/s")
+    print(f"from the file to the first token: {seconds_to_first:.1f} s" + (f"; transformers {their_seconds:.1f} s" if theirs else ""))
+    print(f"{'':34}{'decode tok/s':>14}{'÷ full':>8}{'÷ limit':>9}{'prefill tok/s':>15}{'÷ full':>8}")
+    first = "full, float32"
+    for name in decode:
+        if decode[name]:
+            seconds = statistics.median(decode[name])
+            row = f"{name:34}{1 / seconds:>14.1f}{statistics.median(decode[first]) / seconds:>8.2f}"
+            if name in models:
+                ours = models[name]
+                size = ours.embed.weight.element_size()
+                n_bytes = sum(p.nbytes for p in ours.parameters()) + cost(ours.config, prompt + n // 2, bytes_per_number=size).cache_bytes
+                row += f"{n_bytes / bandwidth / seconds:>9.2f}"
+            else:
+                row += f"{'-':>9}"
+            if prefill[name]:
+                row += f"{T / statistics.median(prefill[name]):>15,.0f}{statistics.median(prefill[first]) / statistics.median(prefill[name]):>8.2f}"
+            print(row)
+
+
 def main():
     parser = Parser(__doc__, usage="python -m minisa.bench [--FLAG=VALUE ...]")
     parser.add_argument("--shapes", metavar="STR", default="small,large,long", help="which of small, large and long (default small,large,long)")
+    parser.add_argument("--model", metavar="STR", help="instead of shapes: a .gguf file, smollm2 or a run's folder (default none)")
+    parser.add_argument("--share", metavar="STR", help="with --model: spans to share beside full attention (default none)")
+    parser.add_argument("--beside_transformers", action="store_true", help="with --model: also Hugging Face transformers, from the same .gguf file, if installed (default off)")
     parser.add_argument("--rounds", metavar="INT", type=count, default=7, help="measurements of each figure (default 7)")
     parser.add_argument("--device", metavar="STR", type=device, default="cpu", help="cpu, cuda or mps (default cpu)")
     args = parser.parse_args()
+    if args.model:
+        beside = None
+        if args.beside_transformers and not args.model.endswith((".gguf", "smollm2")):
+            raise ValueError(f"--beside_transformers: transformers reads .gguf files; {args.model} is none")
+        if args.beside_transformers:
+            try:
+                import accelerate
+                import transformers as beside
+            except ImportError:
+                raise ValueError("--beside_transformers: needs transformers and accelerate; install them with: pip install transformers accelerate") from None
+        return bench_model(args.model, args.share, args.rounds, beside, args.device)
+    if args.share or args.beside_transformers:
+        raise ValueError("--share and --beside_transformers: go with --model")
     for shape in args.shapes.split(","):
         if shape not in SHAPES:
             raise ValueError(f"--shapes={args.shapes}: '{shape}' is none of {', '.join(SHAPES)}")

@@ -117,25 +117,11 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · weight (arXiv:1910.07467), in fewer steps than nn.RMSNorm takes."""
-
-    def __init__(self, n, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
-        self.register_buffer("eps", torch.tensor(eps, device="cpu"), persistent=False)
-
-    def forward(self, x):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return x * torch.addcmul(self.eps, norm, norm, value=1 / x.size(-1)).rsqrt().type_as(x) * self.weight
-
-
 def rotate(x, rope):
     """RoPE (arXiv:2104.09864): turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by an angle that grows with its position.
     The product of a rotated q and a rotated k depends on the distance of their positions alone."""
     cos, sin = rope                                                                     # (T, D) each
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
 
 
 def weighted_sum(P, v):
@@ -202,8 +188,8 @@ class Attention(nn.Module):
             y = weighted_sum(P, v)                                                      # (B, H, T, D)
         else:
             n_q, n_k, n_v = self.heads
-            qk, v = x.split((n_q + n_k, n_v), dim=1)
-            q, k = rotate(qk, rope).split((n_q, n_k), dim=1)
+            qk, v = x.split_with_sizes((n_q + n_k, n_v), dim=1)
+            q, k = rotate(qk, rope).split_with_sizes((n_q, n_k), dim=1)
             if cache is not None:
                 k, v = cache.update(self.layer, k, v)                                   # (B, G, T, D) → (B, G, S, D)
             if self.role == "reuse":                                                    # Cross-Layer Attention:
@@ -237,9 +223,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, layer)
-        self.norm2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
@@ -296,7 +282,7 @@ class GPT(nn.Module):
             self.unembed = Linear(config.n_embd, config.vocab_size)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         for name, p in self.named_parameters():
             if p.dim() == 2 and not name.endswith("mix"):                               # GPT-2's: residual branches start small
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
@@ -379,14 +365,15 @@ class GPT(nn.Module):
                                  f"--share_kind={config.share_kind} and has no weights of its own for what it must now compute")
             rows = state[name].split([n * self.config.head_dim for n in have])
             state[name] = torch.cat([part for part, n in zip(rows, want) if n])
-        for name, p in self.state_dict().items():                                       # heads that were not chosen yet
+        for name, p in self.state_dict().items():                                       # heads that are not chosen yet
             if name.endswith(("source", "mix")) and name not in state:
                 state[name] = (torch.eye(len(p)) if p.dim() == 2 else torch.arange(len(p))).to(p.dtype)
+        state = {name: t for name, t in state.items() if name in self.state_dict() or not name.endswith(("source", "mix"))}
         self.load_state_dict(state, assign=True)
 
     def for_decoding(self):
-        """Store the wide matrices by columns, which linear() reads fastest. → self"""
+        """Store the matrices with many outputs by columns, which linear() reads fastest. → self"""
         for part in self.modules():
-            if isinstance(part, Linear) and part.weight.size(0) > 2 * part.weight.size(1) and part.weight.dtype == torch.float32:
+            if isinstance(part, (Linear, nn.Embedding)) and part.weight.size(0) > 2 * part.weight.size(1) and part.weight.dtype == torch.float32:
                 part.weight.data = part.weight.data.mT.contiguous().mT
         return self

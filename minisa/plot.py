@@ -56,18 +56,19 @@ def by_layer(values, title, file):
 
 
 def span_map(percent, n_layer, title, file):
-    """percent: {(a, b): Δ loss in percent} → a triangle, anchors across, last layers up; the colour is on a log scale."""
+    """percent: {(a, b): Δ loss in percent} → a map, anchors across, reuse layers up; the colour is on a log scale."""
     plt = pyplot("the picture")
     from matplotlib.colors import LogNorm
     import numpy as np
-    grid = np.full((n_layer, n_layer), np.nan)
+    most = max(b - a for a, b in percent)
+    grid = np.full((most, n_layer - 1), np.nan)
     for (a, b), value in percent.items():
-        grid[b, a] = max(value, 0.1)
-    figure, axis = plt.subplots(figsize=(0.22 * n_layer + 3, 0.2 * n_layer + 2), layout="constrained")
-    image = axis.imshow(grid, norm=LogNorm(0.1, 100), cmap="viridis_r", origin="lower")
-    axis.set(xlabel="anchor a", ylabel="last layer b of the span a-b", title=title)
-    if n_layer <= 12:
-        for (a, b), value in percent.items():
-            axis.text(a, b, f"{value:+.1f}", ha="center", va="center", fontsize=7, color="white" if value > 5 else "black")
-    figure.colorbar(image, ax=axis, label="loss over full attention, % (0.1 or less: lightest)", shrink=0.8)
+        grid[b - a - 1, a] = max(value, 0.1)
+    figure, axis = plt.subplots(figsize=(0.42 * n_layer + 1.8, 0.3 * most + 1.4), layout="constrained")
+    image = axis.imshow(grid, norm=LogNorm(0.1, 100), cmap="viridis_r", origin="lower", aspect="auto")
+    for (a, b), value in percent.items():
+        axis.text(a, b - a - 1, f"{value:.1f}" if value < 10 else f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 3 else "black")
+    axis.set(xlabel="anchor (first layer of the span)", ylabel="reuse layers", title=title, xticks=range(n_layer - 1), yticks=range(most), yticklabels=range(1, most + 1))
+    axis.tick_params(labelsize=7)
+    figure.colorbar(image, ax=axis, label="loss over full, %")
     save(figure, file)

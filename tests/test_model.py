@@ -236,3 +236,25 @@ def test_too_many_tokens_at_once_are_refused():
         model(tokens(1, 13))
     with pytest.raises(ValueError, match="8 tokens"):
         model(tokens(1, 8), cache=KVCache(model.config, 1, 7))
+
+
+@pytest.mark.parametrize("n_out, n_in", [(24, 16), (64, 16), (7, 16), (24, 9), (7, 9)])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_one_token_is_multiplied_the_same_however_the_weight_is_stored(n_out, n_in, by_columns):
+    torch.manual_seed(0)
+    weight, x = torch.randn(n_out, n_in), torch.randn(1, 1, n_in)
+    stored = weight.mT.contiguous().mT if by_columns else weight
+    with torch.inference_mode():
+        assert linear(x, stored).shape == (1, 1, n_out)
+        torch.testing.assert_close(linear(x, stored).double(), x.double() @ weight.double().T, atol=1e-5, rtol=1e-5)
+
+
+def test_storing_for_decoding_changes_no_output():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=100, block_size=32, n_layer=2, n_head=2, n_embd=32, tied=False)).eval()
+    idx = torch.randint(100, (1, 9))
+    logits, tokens = model(idx)[0], model.generate(idx, 40, 0)
+    model.for_decoding()
+    assert model.embed.weight.stride(0) == model.unembed.weight.stride(0) == model.blocks[0].mlp.gate_up.weight.stride(0) == 1 != model.blocks[0].attn.out.weight.stride(0)
+    torch.testing.assert_close(model(idx)[0], logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.generate(idx, 40, 0), tokens)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import sample
-from minisa import checkpoint, pretrained
+from minisa import bench, checkpoint, pretrained
 from minisa.data import FOLDER
 from minisa.pretrained import BYTES, load_gguf
 from minisa.tokenizer import PATTERNS, Tokenizer
@@ -215,6 +215,13 @@ def test_the_download_is_kept_only_if_it_is_the_right_one(tmp_path, monkeypatch)
     (tmp_path / pretrained.SMOLLM2).write_bytes(b"cut short")
     with pytest.raises(ValueError, match="sha256.*delete it"):
         pretrained.fetch()
+
+
+def test_it_can_be_benched(tmp_path, run):
+    status, out, err = run(bench.main, f"--model={write(tmp_path / 'x.gguf', tensors())}", "--share=0-2", "--rounds=1")
+    assert (status, err) == (0, "") and "from the file to the first token" in out
+    assert [line[:24].strip() for line in out.splitlines()[-4:]] == ["full, float32", "full, bfloat16", "share 0-2, float32", "share 0-2, bfloat16"]
+    assert run(bench.main, f"--model={tmp_path}/none.gguf")[0] == run(bench.main, "--share=1-2")[0] == 2
 
 
 @pytest.fixture(scope="module")

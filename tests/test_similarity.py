@@ -215,6 +215,7 @@ def test_heads_are_fitted_by_the_sampler_and_by_fine_tuning_and_stored(run, trai
     model, _, _ = checkpoint.load(tmp_path / "out" / "weights-0-2-match-from-full")
     assert model.config.heads == "match" and model.blocks[1].attn.source.dtype == torch.int64
     assert run(sample.main, tmp_path / "out" / "weights-0-2-match-from-full", "--max_new_tokens=3")[0] == 0
+    assert run(sample.main, tmp_path / "out" / "weights-0-2-match-from-full", "--share=0-2", "--heads=mix", "--max_new_tokens=3")[0] == 0
 
 
 def test_a_mixture_is_learned_from_scratch(run, text, tmp_path):
