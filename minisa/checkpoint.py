@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
-from minisa.model import GPT, GPTConfig
+from minisa.model import GPT, GPTConfig, Linear, heads_made
 from minisa.tokenizer import Tokenizer
 
 
@@ -63,11 +64,39 @@ def read(path, device="cpu"):
     return state
 
 
+def load_weights(model, state, config):
+    """Give a model the tensors (not copies) of a state_dict of a model with this config, which may share less: q, k, v that
+    are now borrowed are dropped. Raises ValueError where the weights lack what the model needs."""
+    state, own = dict(state), model.state_dict()
+    for layer in range(model.config.n_layer):
+        name, have, want = f"blocks.{layer}.attn.qkv.weight", heads_made(config, layer), heads_made(model.config, layer)
+        if any(w > h for w, h in zip(want, have)):
+            raise ValueError(f"--share={model.config.share}: layer {layer} was trained with --share={config.share} "
+                             f"--share_kind={config.share_kind} and has no weights of its own for what it must now compute")
+        rows = state[name].split([n * model.config.head_dim for n in have])
+        state[name] = torch.cat([part for part, n in zip(rows, want) if n])
+    for name in {*own, *state}:
+        if name.endswith(("attn.source", "attn.mix")):      # whose heads a layer takes: its own first, unless chosen before
+            if name not in own:
+                del state[name]
+            elif name not in state:
+                state[name] = (torch.eye(len(own[name])) if own[name].dim() == 2 else torch.arange(len(own[name]))).to(own[name].dtype)
+    model.load_state_dict(state, assign=True)
+
+
+def for_decoding(model):
+    """Store the matrices with many outputs by columns, which model.linear() reads fastest. → the model"""
+    for part in model.modules():
+        if isinstance(part, (Linear, nn.Embedding)) and part.weight.size(0) > 2 * part.weight.size(1) and part.weight.dtype == torch.float32:
+            part.weight.data = part.weight.data.mT.contiguous().mT
+    return model
+
+
 def build(state, device="cpu", dtype=torch.float32, **changes):
     """The dict that save() wrote → model in eval mode, tokenizer, info. changes: as in load()."""
     trained = GPTConfig(**state["config"])
     model = GPT(GPTConfig(**{**state["config"], **{name: value for name, value in changes.items() if value is not None}}))
-    model.load_weights({name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in state["model"].items()}, trained)
+    load_weights(model, {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in state["model"].items()}, trained)
     return model.to(device).eval(), Tokenizer.load(state["tokenizer"]), state["info"]
 
 
@@ -83,7 +112,7 @@ def load(source, share=None, device="cpu", dtype=torch.float32, **changes):
         from minisa import pretrained
         changes = {name: value for name, value in dict(changes, share=share).items() if value is not None}
         model, tokenizer = pretrained.load_gguf(pretrained.fetch() if str(source) == "smollm2" else source, dtype=dtype, **changes)
-        return model.to(device).for_decoding(), tokenizer, dict.fromkeys(("step", "val_loss", "val_bpb", "data", "seconds"))
+        return for_decoding(model.to(device)), tokenizer, dict.fromkeys(("step", "val_loss", "val_bpb", "data", "seconds"))
     source = Path(source)
     model, tokenizer, info = build(read(source / "model.pt" if source.is_dir() else source, device), device, dtype, share=share, **changes)
-    return model.for_decoding(), tokenizer, info
+    return for_decoding(model), tokenizer, info

@@ -353,27 +353,3 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
         """idx (B, T) → idx with max_new_tokens more, (B, T + max_new_tokens). Arguments as for stream()."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator, cache)), dim=1)
-
-    def load_weights(self, state, config):
-        """Take over a state_dict (its tensors, not copies of them) of a model with this config, which may share less: q, k, v
-        that are now borrowed are dropped. Raises ValueError where the weights lack what this model needs."""
-        state = dict(state)
-        for layer in range(self.config.n_layer):
-            name, have, want = f"blocks.{layer}.attn.qkv.weight", heads_made(config, layer), heads_made(self.config, layer)
-            if any(w > h for w, h in zip(want, have)):
-                raise ValueError(f"--share={self.config.share}: layer {layer} was trained with --share={config.share} "
-                                 f"--share_kind={config.share_kind} and has no weights of its own for what it must now compute")
-            rows = state[name].split([n * self.config.head_dim for n in have])
-            state[name] = torch.cat([part for part, n in zip(rows, want) if n])
-        for name, p in self.state_dict().items():                                       # heads that are not chosen yet
-            if name.endswith(("source", "mix")) and name not in state:
-                state[name] = (torch.eye(len(p)) if p.dim() == 2 else torch.arange(len(p))).to(p.dtype)
-        state = {name: t for name, t in state.items() if name in self.state_dict() or not name.endswith(("source", "mix"))}
-        self.load_state_dict(state, assign=True)
-
-    def for_decoding(self):
-        """Store the matrices with many outputs by columns, which linear() reads fastest. → self"""
-        for part in self.modules():
-            if isinstance(part, (Linear, nn.Embedding)) and part.weight.size(0) > 2 * part.weight.size(1) and part.weight.dtype == torch.float32:
-                part.weight.data = part.weight.data.mT.contiguous().mT
-        return self

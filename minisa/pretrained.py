@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisa.checkpoint import write_file
+from minisa.checkpoint import load_weights, write_file
 from minisa.data import FOLDER, check_hash, wheel
 from minisa.model import GPT, GPTConfig
 from minisa.tokenizer import PATTERNS, Tokenizer
@@ -140,7 +140,7 @@ def load_gguf(path, share="", share_kind="weights", dtype=torch.float32, **chang
     with torch.device("meta"):                              # no memory, no random weights: the file's take their place
         model = GPT(config)
     try:
-        model.load_weights(state, trained)
+        load_weights(model, state, trained)
     except RuntimeError as error:
         raise ValueError(f"{path}: its tensors do not have the shapes that its configuration says ({str(error).splitlines()[1].strip()})") from None
     return model.eval(), tokenizer

@@ -83,7 +83,7 @@ def share(model, config, products=None):
     """
     with torch.device("meta"):
         shared = GPT(config)
-    shared.load_weights(model.state_dict(), model.config)
+    checkpoint.load_weights(shared, model.state_dict(), model.config)
     for a, b in config.spans if products is not None and config.heads != "same" else []:
         for layer in range(a + 1, b + 1):
             A, b = products[a, :, a], products[layer, :, a]                                             # (H, H) each

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from minisa.checkpoint import for_decoding, load_weights
 from minisa.model import GPT, GPTConfig, KVCache, linear, weighted_sum
 
 MODES = [dict(share=share, share_kind=kind, n_kv_head=G)
@@ -140,7 +141,7 @@ def test_attention_weights_sum_to_one_and_a_reuse_layers_are_its_anchors(mode):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode["share"]], ids=str)
 def test_full_attention_weights_load_into_a_model_that_shares(mode):
     full, shared = make(n_kv_head=mode["n_kv_head"]), make(**mode)
-    shared.load_weights(full.state_dict(), full.config)
+    load_weights(shared, full.state_dict(), full.config)
     for layer, (old, new) in enumerate(zip(full.blocks, shared.blocks)):
         rows = old.attn.qkv.weight.split([n * 8 for n in (4, mode["n_kv_head"], mode["n_kv_head"])])
         kept = [part for part, n in zip(rows, new.attn.heads) if n]
@@ -152,7 +153,7 @@ def test_weights_trained_to_share_do_not_load_into_a_model_that_shares_less_or_o
     shared = make(share="1-3")
     for other in (make(), make(share="1-2"), make(share="1-3", share_kind="kv")):
         with pytest.raises(ValueError, match="--share"):
-            other.load_weights(shared.state_dict(), shared.config)
+            load_weights(other, shared.state_dict(), shared.config)
 
 
 @modes
@@ -254,7 +255,7 @@ def test_storing_for_decoding_changes_no_output():
     model = GPT(GPTConfig(vocab_size=100, block_size=32, n_layer=2, n_head=2, n_embd=32, tied=False)).eval()
     idx = torch.randint(100, (1, 9))
     logits, tokens = model(idx)[0], model.generate(idx, 40, 0)
-    model.for_decoding()
+    for_decoding(model)
     assert model.embed.weight.stride(0) == model.unembed.weight.stride(0) == model.blocks[0].mlp.gate_up.weight.stride(0) == 1 != model.blocks[0].attn.out.weight.stride(0)
     torch.testing.assert_close(model(idx)[0], logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.generate(idx, 40, 0), tokens)
