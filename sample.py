@@ -30,6 +30,7 @@ def parse_args():
     add("--share", metavar="STR", help="spans to share in models trained with full attention; each is then billed both ways (default as trained)")
     add("--share_kind", metavar="STR", help="with --share: weights (Shared Attention) or kv (Cross-Layer Attention) (default weights)")
     add("--heads", metavar="STR", help="with --share: whose weights a head of a reuse layer takes: same (the anchor's same head), match (the most alike) or mix (a mixture), fitted on the training text (default same)")
+    add("--refit", action="store_true", help="with --share: refit the output projections of reuse layers on the training text (default off)")
     add("--prompt", metavar="STR", default="\n", help="text to go on from; - is standard input, FILE:NAME the text of a file (default a line end)")
     add("--num_samples", metavar="INT", type=count, default=1, help="texts per model (default 1)")
     add("--max_new_tokens", metavar="INT", type=count, default=200, help="length of a text, in tokens (default 200)")
@@ -142,13 +143,9 @@ def models(run, args):
 
     yield model, tokenizer, evaluate(model) if info["val_bpb"] is None else info["val_bpb"]
     if args.share:
-        products = None
-        if config.heads != "same":
-            if not data:
-                raise ValueError(f"--heads={args.heads}: needs the text that {run} was trained on; {info['data']} is missing")
-            print("comparing the heads of all layers on the training text", file=sys.stderr, flush=True)
-            products = similarity.gram(model, data.windows("train", 4, min(512, model.config.block_size)).to(args.device)[:, :-1])
-        model = similarity.share(model, config, products)
+        if (config.heads != "same" or args.refit) and not data:
+            raise ValueError(f"--heads and --refit need the text that {run} was trained on; {info['data']} is missing")
+        model = similarity.share_fitted(model, config, data, args.refit) if data else similarity.share(model, config)
         yield model, tokenizer, evaluate(model)
 
 
@@ -161,9 +158,9 @@ def main():
     for flag, file in (("csv", args.csv), ("plot", args.plot)):
         if file and (file.endswith("/") or Path(file).is_dir()):
             raise ValueError(f"--{flag}={file}: is a folder; name a file in it")
-    for flag in ("share_kind", "heads"):
+    for flag in ("share_kind", "heads", "refit"):
         if getattr(args, flag) and not args.share:
-            raise ValueError(f"--{flag}={getattr(args, flag)}: says what the layers of --share share; give --share too")
+            raise ValueError(f"--{flag}: is about the layers of --share; give --share too")
     if args.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype={args.dtype}: must be float32 or bfloat16")
     prompt = read_prompt(args.prompt)

@@ -76,6 +76,7 @@ def parse_args():
     for name, kind, default, text in FLAGS:
         shown = f"{default[0]}, on a GPU {default[1]}" if isinstance(default, tuple) else repr(default)
         parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=f"{text} (default {shown})")
+    parser.add_argument("--refit", action="store_true", help="with --init_from and --share: begin with refitted output projections of reuse layers (default off)")
     parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile (default off)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of out_dir (default off)")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in out_dir (default off)")
@@ -145,6 +146,8 @@ def main():
     settle(args)
     out, saved = open_run(args, given)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
+    if args.refit and not (args.init_from and args.share):
+        raise ValueError("--refit: is about reuse layers of trained weights; give --init_from and --share too")
     parts = world * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise ValueError(f"--batch_size={args.batch_size}: must be a multiple of processes × gradient_accumulation_steps = {parts}")
@@ -182,11 +185,7 @@ def main():
     if saved:
         config = model.config
     elif args.init_from:
-        products = None
-        if config.heads != "same" and args.share:
-            say("comparing the heads of all layers on the training text", flush=True)
-            products = similarity.gram(model, data.windows("train", 4, config.block_size).to(where)[:, :-1])
-        model = similarity.share(model, config, products)
+        model = similarity.share_fitted(model, config, data, args.refit) if args.share else similarity.share(model, config)
     else:
         if args.heads == "match":
             raise ValueError("--heads=match: chooses heads of a trained model; give --init_from, or take --heads=mix, which is learned")

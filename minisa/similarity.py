@@ -2,7 +2,7 @@
 
     python -m minisa.similarity out/full                    how alike, how spread: two maps
     python -m minisa.similarity smollm2 --scan              the loss of every span, made to share without training
-    python -m minisa.similarity smollm2 --scan --heads=mix  the same, with the anchor's heads mixed for each head
+    python -m minisa.similarity smollm2 --scan --heads=mix --refit      with the anchor's heads mixed for each head
 
 P_l[h] (T, T) is what head h of layer l attends with on a window of T tokens (a row per query), and ⟨A, B⟩ = Σ A·B over all entries.
 
@@ -15,11 +15,16 @@ that row t can have, all weight on one token, is t / (t+1)².
 Heads of a reuse layer l with anchor a: "match" takes for each head h the head g of the anchor with the largest
 cosine ⟨P_l[h], P_a[g]⟩ / |P_l[h]| |P_a[g]|. "mix" takes Σ_g w_g P_a[g], with the w ≥ 0, Σ w = 1, that minimise
 |P_l[h] − Σ_g w_g P_a[g]|². Both need only the inner products of all heads of all layers: see gram().
+
+Refitting (--refit): with other weights P, the values z_t that the heads of a reuse layer sum up for token t differ from those that
+its output projection W was trained on. The W' that minimises Σ_t |W' z_t − y_t|² + λ |W' − W|², where y_t is what the layer put out
+with full attention, takes W's place. It costs nothing when the model runs: see refit().
 """
 
 import csv
 import io
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +98,51 @@ def share(model, config, products=None):
             else:
                 attention.mix.data = nearest_mixture(A, b).to(attention.mix)
     return shared.to(model.embed.weight.device).eval()
+
+
+@torch.no_grad()
+def refit(shared, model, windows, ridge=0.1):
+    """Refit the output projections of the reuse layers of share(model, …), in place, on windows (N, T) of a calibration text.
+
+    The layers are taken in turn, each on what it sees in the model that shares, refitted below it.
+    λ is ridge · the mean of the diagonal of Σ z zᵀ.
+    """
+    T, C = windows.size(1), model.config.n_embd
+    rope = model.rope(0, T, windows.device)
+    x_full = [model.embed(window[None]) for window in windows]                                          # (1, T, C) each
+    x, passed, mask = list(x_full), [None] * len(windows), causal_mask(T, 0, T, like=x_full[0])
+    for block, full in zip(shared.blocks, model.blocks):
+        zz, zy = torch.zeros(2, C, C, dtype=torch.float64)
+        out, block.attn.out = block.attn.out, torch.nn.Identity()                                       # so that attn() gives z
+        for i in range(len(windows)):
+            y = full.attn(full.norm1(x_full[i]), rope, mask)[0]
+            if block.attn.role == "reuse":
+                z = block.attn(block.norm1(x[i]), rope, mask, passed[i])[0][0]                          # (T, C)
+                zz += (z.mT.float() @ z.float()).cpu()
+                zy += (z.mT.float() @ (y[0] - out(z)).float()).cpu()
+            x_full[i] = x_full[i] + y
+            x_full[i] = x_full[i] + full.mlp(full.norm2(x_full[i]))
+        block.attn.out = out
+        if block.attn.role == "reuse":
+            zz.diagonal().add_(ridge * zz.diagonal().mean())
+            out.weight = torch.nn.Parameter(out.weight + torch.linalg.solve(zz, zy).mT.to(out.weight))  # another tensor: model keeps its own
+        for i in range(len(windows)):
+            x[i], passed[i] = block(x[i], rope, mask, passed[i])
+    return shared
+
+
+def share_fitted(model, config, data, refit_outputs=False):
+    """share(), with heads, and output projections if wanted, fitted on twelve windows of the training part of a minisa.data.Data."""
+    windows = data.windows("train", 12, min(512, model.config.block_size)).to(model.embed.weight.device)[:, :-1]
+    products = None
+    if config.heads != "same":
+        print(f"comparing the heads of all layers on {data.name}", file=sys.stderr, flush=True)
+        products = gram(model, windows[::3])
+    shared = share(model, config, products)
+    if refit_outputs:
+        print(f"refitting the output projections of reuse layers on {data.name}", file=sys.stderr, flush=True)
+        refit(shared, model, windows)
+    return shared
 
 
 @torch.inference_mode()
@@ -211,7 +261,7 @@ def maps(model, windows, out):
     print(f"wrote {out}/similarity.csv, similarity.png, spread.csv, spread.png", flush=True)
 
 
-def run_scan(model, fit, search, held_out, settings, args, out):
+def run_scan(model, fit, search, held_out, refit_on, settings, args, out):
     """Scan all spans, print and draw them, and look for the best sets of spans."""
     L, T, kind, heads = model.config.n_layer, search.size(1) - 1, args.share_kind, args.heads
     name = f"scan-{kind}" + (f"-{heads}" if heads != "same" else "")
@@ -257,16 +307,20 @@ def run_scan(model, fit, search, held_out, settings, args, out):
             print(f"{r:>12}  {spans_text([best]):>6}  {percent[best]:>+13.2f} %" + (f"{cache:>13.1%}{flops:>13.1%}" if cache else ""))
 
     print(f"\nthe best sets of spans, if their losses add up; then measured, on {len(held_out)} windows of the validation part")
-    print("reuse layers   sum of losses     measured   cache saved   spans")
+    print("reuse layers   sum of losses     measured" + ("      refitted" if args.refit else "") + "   cache saved   spans")
     held_out_full = loss(model, held_out)
     rows = []
     for r, (total, spans) in best_sets(percent, L, args.most).items():
         text = spans_text(spans)
-        measured = 100 * (loss(share(model, replace(model.config, share=text, share_kind=kind, heads=heads), products), held_out) / held_out_full - 1)
+        shared = share(model, replace(model.config, share=text, share_kind=kind, heads=heads), products)
+        measured = [100 * (loss(shared, held_out) / held_out_full - 1)]
+        if args.refit:
+            measured.append(100 * (loss(refit(shared, model, refit_on), held_out) / held_out_full - 1))
         part = 1 - cost(replace(model.config, share=text, share_kind=kind), T).cache_bytes / cost(model.config, T).cache_bytes
-        rows.append([r, text, total, measured, part])
-        print(f"{r:>12}   {total:>+11.2f} %   {measured:>+8.2f} %   {part:>11.1%}   {text}", flush=True)
-    write_csv(out / f"{name.replace('scan', 'sets')}.csv", ["reuse_layers", "spans", "percent_sum", "percent_measured", "cache_saved"], rows)
+        rows.append([r, text, total, *measured, part])
+        print(f"{r:>12}   {total:>+11.2f} %" + "".join(f"   {percent:>+8.2f} %" for percent in measured) + f"   {part:>11.1%}   {text}", flush=True)
+    columns = ["reuse_layers", "spans", "percent_sum", "percent_measured", *["percent_refitted"] * args.refit, "cache_saved"]
+    write_csv(out / f"{name.replace('scan', 'sets')}.csv", columns, rows)
 
 
 def main():
@@ -277,6 +331,7 @@ def main():
     add("--history", action="store_true", help="draw the maps that train.py --similarity_every logged in this run (default off)")
     add("--share_kind", metavar="STR", default="weights", help="what the scanned spans share: weights (Shared Attention) or kv (Cross-Layer Attention) (default weights)")
     add("--heads", metavar="STR", default="same", help="whose weights a head of a reuse layer takes: same, match or mix (default same)")
+    add("--refit", action="store_true", help="with --scan: measure the best sets with refitted output projections too (default off)")
     add("--longest", metavar="INT", type=at_least(int, 2), default=5, help="length of the longest span scanned, in layers (default 5)")
     add("--most", metavar="INT", type=count, default=8, help="largest number of reuse layers to look for a set of spans for (default 8)")
     add("--windows", metavar="INT", type=count, default=4, help="windows of text for the maps and for fitting heads, as many others for the scan, and twice as many for the sets (default 4)")
@@ -301,7 +356,8 @@ def main():
     windows = data.windows("train", 2 * args.windows, T).to(args.device)
     if args.scan:
         settings = [str(args.model), f"{args.windows} of {data.name}", str(T)]
-        run_scan(model, windows[::2], windows[1::2], data.windows("val", 2 * args.windows, T).to(args.device), settings, args, out)
+        held_out, refit_on = data.windows("val", 2 * args.windows, T).to(args.device), data.windows("train", 12, T).to(args.device)[:, :-1]
+        run_scan(model, windows[::2], windows[1::2], held_out, refit_on, settings, args, out)
     else:
         maps(model, windows[::2, :-1], out)
 

@@ -107,7 +107,7 @@ def test_a_missing_matplotlib_is_named(run, runs, monkeypatch):
 
 
 WRONG = {
-    "out/none": "no such checkpoint", "--share=0-9": "there is no layer 9", "--share=x": "is not a span", "--share_kind=kv": "give --share too", "--prompt=": "--prompt: is empty",
+    "out/none": "no such checkpoint", "--share=0-9": "there is no layer 9", "--share=x": "is not a span", "--share_kind=kv": "give --share too", "--heads=mix": "give --share too", "--refit": "give --share too", "--dtype=int8": "must be float32 or bfloat16", "--context=0": "0 is not a number", "--prompt=": "--prompt: is empty",
     "--prompt=FILE:none.txt": "No such file", "--prompt=FILE:out": "Is a directory", "--temperature=-1": "-1 is not a number", "--top_k=0": "0 is not a number",
     "--max_new_tokens=0": "0 is not a number", "--num_samples=x": "invalid int value", "--device=tpu": "--device: tpu is not on this machine", "--csv=out": "--csv=out: is a folder",
     "--colour=red": "unrecognized arguments",

@@ -14,7 +14,7 @@ import train
 from minisa import checkpoint, similarity
 from minisa.cost import cost, measure
 from minisa.model import GPT, GPTConfig, KVCache
-from minisa.similarity import best_sets, gram, layer_similarity, loss, nearest_mixture, scan, share, spread
+from minisa.similarity import best_sets, gram, layer_similarity, loss, nearest_mixture, refit, scan, share, spread
 
 
 @pytest.fixture
@@ -120,6 +120,27 @@ def test_heads_need_shared_attention():
             GPTConfig(**wrong)
 
 
+@pytest.mark.parametrize("kind", ["weights", "kv"])
+def test_a_refitted_projection_is_the_least_squares_solution_and_leaves_the_model_alone(model, kind):
+    torch.manual_seed(6)
+    windows = torch.randint(50, (4, 20))
+    shared, before = share(model, replace(model.config, share="1-3", share_kind=kind)), [p.clone() for p in model.parameters()]
+    refit(shared, model, windows, ridge=0.05)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    seen = {}
+    for layer in (2, 3):
+        shared.blocks[layer].attn.out.register_forward_pre_hook(lambda _, args, layer=layer: seen.update({("z", layer): args[0]}))
+        model.blocks[layer].attn.out.register_forward_hook(lambda _, args, y, layer=layer: seen.update({("y", layer): y}))
+    shared(windows), model(windows)
+    for layer in (2, 3):
+        z, y = seen["z", layer].flatten(0, 1).double(), seen["y", layer].flatten(0, 1).double()
+        old, new = (m.blocks[layer].attn.out.weight.double() for m in (model, shared))
+        pull = (0.05 * (z * z).sum(0).mean()).sqrt() * torch.eye(32).double()   # λ |W' − W|² as rows of an ordinary least squares problem
+        plain = torch.linalg.lstsq(torch.cat((z, pull)), torch.cat((y, pull @ old.T))).solution.T
+        torch.testing.assert_close(new, plain, atol=1e-4, rtol=1e-3)
+        assert (z @ new.T - y).norm() < (z @ old.T - y).norm()
+
+
 @pytest.mark.parametrize("kind, heads", [("weights", "same"), ("weights", "mix"), ("kv", "same")])
 def test_a_scan_finds_the_loss_of_each_model_that_shares(model, kind, heads):
     torch.manual_seed(5)
@@ -172,7 +193,7 @@ def test_maps_over_training_are_drawn(run, trained):
 
 
 def test_a_scan_is_written_drawn_and_continued(run, trained, monkeypatch):
-    flags = [trained, "--scan", "--heads=match", "--windows=2", "--longest=3", "--most=2"]
+    flags = [trained, "--scan", "--heads=match", "--refit", "--windows=2", "--longest=3", "--most=2"]
     whole, seen = similarity.scan, []
 
     def stops(*args, **more):
@@ -192,6 +213,7 @@ def test_a_scan_is_written_drawn_and_continued(run, trained, monkeypatch):
     model, _, info = checkpoint.load(trained)
     sets = list(csv.DictReader((trained / "sets-weights-match.csv").open()))
     assert [row["reuse_layers"] for row in sets] == ["1", "2"] and sets[1]["spans"] == "0-2"
+    assert {"percent_measured", "percent_refitted"} <= sets[1].keys()
     assert float(sets[1]["cache_saved"]) == pytest.approx(1 / 3)
     status, _, err = run(similarity.main, trained, "--scan", "--heads=match", "--windows=3")
     assert status == 2 and "cannot be continued" in err
@@ -208,9 +230,9 @@ def test_wrong_use_gets_one_line_and_status_2(run, trained, tmp_path):
 # ---- heads in training and sampling ----
 
 def test_heads_are_fitted_by_the_sampler_and_by_fine_tuning_and_stored(run, trained, text, tmp_path):
-    status, out, _ = run(sample.main, trained, "--share=0-2", "--heads=mix", "--max_new_tokens=3")
+    status, out, _ = run(sample.main, trained, "--share=0-2", "--heads=mix", "--refit", "--max_new_tokens=3")
     assert status == 0 and "weights 0-2 mix" in out and "they agree" in out
-    status, out, err = run(train.main, f"--init_from={trained}", "--share=0-2", "--heads=match", f"--text={text}", f"--data_dir={tmp_path}/data", "--max_iters=2", "--device=cpu")
+    status, out, err = run(train.main, f"--init_from={trained}", "--share=0-2", "--heads=match", "--refit", f"--text={text}", f"--data_dir={tmp_path}/data", "--max_iters=2", "--device=cpu")
     assert status == 0, err
     model, _, _ = checkpoint.load(tmp_path / "out" / "weights-0-2-match-from-full")
     assert model.config.heads == "match" and model.blocks[1].attn.source.dtype == torch.int64

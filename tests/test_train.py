@@ -213,4 +213,4 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_kept(run, text, monkeyp
 
 def test_help_names_every_flag_with_its_default(run):
     status, out, _ = run(train.main, "--help")
-    assert status == 0 and all(f"--{name} " in out for name, *_ in train.FLAGS) and out.count("(default") == len(train.FLAGS) + 3
+    assert status == 0 and all(f"--{name} " in out for name, *_ in train.FLAGS) and out.count("(default") == len(train.FLAGS) + 4
