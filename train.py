@@ -166,7 +166,7 @@ def main():
         model, tokenizer, info = checkpoint.build(saved, where)
     elif args.init_from:
         model, tokenizer, _ = checkpoint.load(args.init_from, device=where)
-        clash = sorted(given & set(MODEL_FLAGS) - {"share", "share_kind", "heads", "dropout", "block_size"})
+        clash = sorted(given & {*MODEL_FLAGS, "tokenizer", "vocab_size"} - {"share", "share_kind", "heads", "dropout", "block_size"})
         if clash:
             raise ValueError(f"--{clash[0]}: {args.init_from} brings its own; drop the flag")
         block_size = args.block_size if "block_size" in given else min(model.config.block_size, 512)

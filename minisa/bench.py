@@ -158,6 +158,10 @@ def bench_model(source, share, rounds, beside, where):
         theirs = beside.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval().to(where)
         theirs.generate(idx, max_new_tokens=1, do_sample=False, pad_token_id=0)
         their_seconds = time.perf_counter() - begun
+        random = torch.randint(model.config.vocab_size, (1, min(513, model.config.block_size)), device=where)
+        with torch.inference_mode():
+            loss = model(random[:, :-1], random[:, 1:])[1].item()
+            their_loss = torch.nn.functional.cross_entropy(theirs(random[:, :-1]).logits[0], random[0, 1:]).item()
     long = torch.randint(model.config.vocab_size, (1, T), device=where)
     ballast = torch.ones(2**26, device=where)
     decode, prefill, read = {name: [] for name in (*models, "transformers")}, {name: [] for name in (*models, "transformers")}, []
@@ -181,6 +185,8 @@ def bench_model(source, share, rounds, beside, where):
     bandwidth = ballast.nbytes / statistics.median(read)
     print(f"\r{source}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; decoding after a prompt of {prompt} tokens, prefill of {T}; this machine reads {bandwidth / 1e9:.1f} GB/s")
     print(f"from the file to the first token: {seconds_to_first:.1f} s" + (f"; transformers {their_seconds:.1f} s" if theirs else ""))
+    if theirs:
+        print(f"loss on {random.size(1) - 1} random tokens: {loss:.5f} nats; transformers {their_loss:.5f}")
     print(f"{'':34}{'decode tok/s':>14}{'÷ full':>8}{'÷ limit':>9}{'prefill tok/s':>15}{'÷ full':>8}")
     first = "full, float32"
     for name in decode:

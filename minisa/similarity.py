@@ -153,8 +153,10 @@ def loss(model, windows):
 
 @torch.inference_mode()
 def scan(model, windows, longest, share_kind="weights", heads="same", products=None, skip=()):
-    """Yield (a, b, loss) for every span a..b of at most `longest` layers that is not in skip, shared zero-shot.
+    """Yield (a, b, loss, divergence) for every span a..b of at most `longest` layers that is not in skip, shared zero-shot.
 
+    loss: as loss(). divergence: the mean over tokens of KL(p‖q), in nats, where p and q are what full attention and the shared
+    model predict next. Unlike a difference of losses it is never negative, and on a short text it varies far less.
     What lies below a span is computed once for all spans, and what lies inside once for all spans with the same anchor.
     """
     L, T = model.config.n_layer, windows.size(1) - 1
@@ -163,6 +165,13 @@ def scan(model, windows, longest, share_kind="weights", heads="same", products=N
     mask = causal_mask(T, 0, T, like=below[0][0])
     for block in model.blocks[:-1]:
         below.append([block(x, rope, mask)[0] for x in below[-1]])
+
+    def logits(x, blocks):                                                                              # (1, T, C) → (T, V)
+        for block in blocks:
+            x, _ = block(x, rope, mask)
+        return model.head(model.norm(x))[0].float()
+
+    log_p = [F.log_softmax(logits(x, model.blocks[-1:]), dim=-1) for x in below[-1]]
     for a in range(L - 1):
         last = min(a + longest, L) - 1
         if all((a, b) in skip for b in range(a + 1, last + 1)):
@@ -172,26 +181,26 @@ def scan(model, windows, longest, share_kind="weights", heads="same", products=N
         for b in range(a + 1, last + 1):
             inside = [blocks[b](x, rope, mask, shared) for x, shared in inside]
             if (a, b) not in skip:
-                total = 0.0
-                for (x, _), w in zip(inside, windows):
-                    for block in model.blocks[b + 1:]:
-                        x, _ = block(x, rope, mask)
-                    total += F.cross_entropy(model.head(model.norm(x))[0].float(), w[1:]).item()
-                yield a, b, total / len(windows)
+                nats = divergence = 0.0
+                for (x, _), w, log in zip(inside, windows, log_p):
+                    log_q = F.log_softmax(logits(x, model.blocks[b + 1:]), dim=-1)
+                    nats += F.nll_loss(log_q, w[1:]).item() / len(windows)
+                    divergence += F.kl_div(log_q, log, log_target=True, reduction="batchmean").item() / len(windows)
+                yield a, b, nats, divergence
 
 
-def best_sets(deltas, n_layer, most):
-    """deltas: {(a, b): Δ loss} of single spans → {r: (sum, spans)}: for each number r ≤ most of reuse layers, the spans without
-    overlap whose Δ add up to the least. Dynamic programming over the layers; that the Δ of spans add up is an assumption."""
+def best_sets(prices, n_layer, most):
+    """prices: {(a, b): divergence} of single spans → {r: (sum, spans)}: for each number r ≤ most of reuse layers, the spans without
+    overlap whose prices add up to the least. Dynamic programming over the layers; that prices add up is an assumption."""
     best = [{0: (0.0, ())}]                                     # best[i][r]: r reuse layers among layers 0..i-1
     for i in range(1, n_layer + 1):
         here = dict(best[-1])
-        for (a, b), delta in deltas.items():
+        for (a, b), price in prices.items():
             if b == i - 1:
                 for r, (total, spans) in best[a].items():
                     r += b - a
-                    if r <= most and (r not in here or total + delta < here[r][0]):
-                        here[r] = (total + delta, (*spans, (a, b)))
+                    if r <= most and (r not in here or total + price < here[r][0]):
+                        here[r] = (total + price, (*spans, (a, b)))
         best.append(here)
     return {r: best[-1][r] for r in sorted(best[-1]) if r}
 
@@ -215,12 +224,12 @@ def write_csv(file, columns, rows):
 
 
 def read_scan(file, settings):
-    """The rows of an earlier scan with the same settings → {(a, b): loss}, (-1, -1) for full attention."""
+    """The rows of an earlier scan with the same settings → {(a, b): (loss, divergence)}, (-1, -1) for full attention."""
     try:
         rows = list(csv.reader(file.read_text().splitlines()))[1:] if file.exists() else []
         if any(row[:3] != settings for row in rows):
             raise ValueError("it is of another model, text, --windows or --context")
-        return {(int(row[3]), int(row[4])): float(row[5]) for row in rows}
+        return {(int(row[3]), int(row[4])): (float(row[5]), float(row[7])) for row in rows}
     except (IndexError, ValueError, OSError) as error:
         raise ValueError(f"{file}: cannot be continued ({error}); delete it, or take another --out_dir") from None
 
@@ -266,51 +275,51 @@ def run_scan(model, fit, search, held_out, refit_on, settings, args, out):
     L, T, kind, heads = model.config.n_layer, search.size(1) - 1, args.share_kind, args.heads
     name = f"scan-{kind}" + (f"-{heads}" if heads != "same" else "")
     file = out / f"{name}.csv"
-    losses = read_scan(file, settings)
+    found = read_scan(file, settings)
     products = None
     if heads != "same":
         print(f"comparing heads on {len(fit)} windows", flush=True)
         products = gram(model, fit[:, :-1])
-    if (-1, -1) not in losses:
-        losses[-1, -1] = loss(model, search)
+    full = loss(model, search)
+    found[-1, -1] = full, 0.0
 
     def save():
-        full = losses[-1, -1]
-        write_csv(file, ["model", "windows", "context", "anchor", "last", "loss", "percent"],
-                  [[*settings, a, b, value, round(100 * (value / full - 1), 3)] for (a, b), value in losses.items()])
+        write_csv(file, ["model", "windows", "context", "anchor", "last", "loss", "percent", "divergence"],
+                  [[*settings, a, b, nats, round(100 * (nats / full - 1), 3), divergence] for (a, b), (nats, divergence) in found.items()])
 
     C, M, V = model.config.n_embd, model.config.n_hidden, model.config.vocab_size
     left = {(a, b): (L - b) * (4 * C * C + 3 * C * M) + V * C                   # work
-            for a in range(L - 1) for b in range(a + 1, min(a + args.longest, L)) if (a, b) not in losses}
+            for a in range(L - 1) for b in range(a + 1, min(a + args.longest, L)) if (a, b) not in found}
     work, begun = sum(left.values()), time.perf_counter()
     try:
-        for a, b, value in scan(model, search, args.longest, kind, heads, products, skip=losses):
-            losses[a, b] = value
+        for a, b, nats, divergence in scan(model, search, args.longest, kind, heads, products, skip=found):
+            found[a, b] = nats, divergence
             save()
             left.pop((a, b))
             seconds = (time.perf_counter() - begun) / (work - sum(left.values())) * sum(left.values())
-            print(f"span {f'{a}-{b}':>6}  loss {value:.4f}  {100 * (value / losses[-1, -1] - 1):+8.2f} %   {len(left)} spans, {int(seconds) // 60}m{int(seconds) % 60:02d}s left", flush=True)
+            print(f"span {f'{a}-{b}':>6}  loss {nats:.4f}  {100 * (nats / full - 1):+8.2f} %  divergence {divergence:.4f}   {len(left)} spans, {int(seconds) // 60}m{int(seconds) % 60:02d}s left", flush=True)
     except KeyboardInterrupt:
-        raise ValueError(f"stopped; {file} holds {len(losses) - 1} spans, and the same command goes on from there") from None
+        raise ValueError(f"stopped; {file} holds {len(found) - 1} spans, and the same command goes on from there") from None
     save()
-    full = losses.pop((-1, -1))
-    percent = {span: 100 * (value / full - 1) for span, value in losses.items()}
+    del found[-1, -1]
+    percent = {span: 100 * (nats / full - 1) for span, (nats, _) in found.items()}
+    prices = {span: divergence for span, (_, divergence) in found.items()}
     plot.span_map(percent, L, f"zero-shot, {kind}" + (f", heads {heads}" if heads != "same" else ""), out / f"{name}.png")
     print(f"wrote {file} and {name}.png; full attention: {full:.4f} nats per token")
 
-    print(f"\nthe best span for each number of reuse layers\nreuse layers    span    loss over full   cache saved   FLOPs saved at context {T}")
+    print(f"\nthe span of least divergence for each number of reuse layers\nreuse layers    span    loss over full   cache saved   FLOPs saved at context {T}")
     for r in range(1, args.longest):
         spans = [span for span in percent if span[1] - span[0] == r]
         if spans:
-            best = min(spans, key=percent.get)
+            best = min(spans, key=prices.get)
             cache, flops = saved(model, spans_text([best]), T) if kind == "weights" else (None, None)
             print(f"{r:>12}  {spans_text([best]):>6}  {percent[best]:>+13.2f} %" + (f"{cache:>13.1%}{flops:>13.1%}" if cache else ""))
 
-    print(f"\nthe best sets of spans, if their losses add up; then measured, on {len(held_out)} windows of the validation part")
-    print("reuse layers   sum of losses     measured" + ("      refitted" if args.refit else "") + "   cache saved   spans")
+    print(f"\nthe best sets of spans, if their divergences add up; loss over full attention, on {len(held_out)} windows of the validation part")
+    print("reuse layers       measured" + ("     refitted" if args.refit else "") + "   cache saved   spans")
     held_out_full = loss(model, held_out)
     rows = []
-    for r, (total, spans) in best_sets(percent, L, args.most).items():
+    for r, (total, spans) in best_sets(prices, L, args.most).items():
         text = spans_text(spans)
         shared = share(model, replace(model.config, share=text, share_kind=kind, heads=heads), products)
         measured = [100 * (loss(shared, held_out) / held_out_full - 1)]
@@ -318,8 +327,8 @@ def run_scan(model, fit, search, held_out, refit_on, settings, args, out):
             measured.append(100 * (loss(refit(shared, model, refit_on), held_out) / held_out_full - 1))
         part = 1 - cost(replace(model.config, share=text, share_kind=kind), T).cache_bytes / cost(model.config, T).cache_bytes
         rows.append([r, text, total, *measured, part])
-        print(f"{r:>12}   {total:>+11.2f} %" + "".join(f"   {percent:>+8.2f} %" for percent in measured) + f"   {part:>11.1%}   {text}", flush=True)
-    columns = ["reuse_layers", "spans", "percent_sum", "percent_measured", *["percent_refitted"] * args.refit, "cache_saved"]
+        print(f"{r:>12}   " + "".join(f"   {percent:>+7.2f} %" for percent in measured) + f"   {part:>11.1%}   {text}", flush=True)
+    columns = ["reuse_layers", "spans", "divergence_sum", "percent_measured", *["percent_refitted"] * args.refit, "cache_saved"]
     write_csv(out / f"{name.replace('scan', 'sets')}.csv", columns, rows)
 
 

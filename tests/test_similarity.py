@@ -146,12 +146,15 @@ def test_a_scan_finds_the_loss_of_each_model_that_shares(model, kind, heads):
     torch.manual_seed(5)
     windows = torch.randint(50, (3, 21))
     products = gram(model, windows[:, :-1])
-    found = {(a, b): value for a, b, value in scan(model, windows, 3, kind, heads, products, skip={(1, 2)})}
+    found = {(a, b): values for a, b, *values in scan(model, windows, 3, kind, heads, products, skip={(1, 2)})}
     assert set(found) == {(0, 1), (0, 2), (1, 3), (2, 3)}
-    for (a, b), value in found.items():
+    p = torch.softmax(model(windows[:, :-1])[0].double(), -1)
+    for (a, b), (value, divergence) in found.items():
         shared = share(model, replace(model.config, share=f"{a}-{b}", share_kind=kind, heads=heads), products)
         plain = F.cross_entropy(shared(windows[:, :-1])[0].flatten(0, 1), windows[:, 1:].flatten()).item()
         assert value == pytest.approx(plain, rel=1e-5) == pytest.approx(loss(shared, windows), rel=1e-5)
+        q = torch.softmax(shared(windows[:, :-1])[0].double(), -1)
+        assert divergence == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
 
 
 def test_the_best_sets_are_the_best_of_all_sets():
