@@ -74,18 +74,31 @@ def load_gguf(path, share="", share_kind="weights", dtype=torch.float32, **chang
     except ImportError:
         raise ValueError(f"{path}: reading .gguf files needs the gguf package; install it with: pip install gguf") from None
 
-    class Reader(gguf.GGUFReader):                          # slices of a plain array are made faster than those of np.memmap
-        data = property(lambda self: self.array, lambda self, memmap: setattr(self, "array", np.asarray(memmap)))
-
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a .gguf file, or 'smollm2' to download one")
     try:
-        reader = Reader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        quantised = {t.name: t for t in reader.tensors}
-    except Exception as error:                              # the package raises many kinds for a damaged file
-        raise ValueError(f"{path}: damaged, or no .gguf file ({type(error).__name__}); download it again") from None
+        state, trained, tokenizer = read_gguf(gguf, path, dtype)
+        config = GPTConfig(**{**asdict(trained), "share": share, "share_kind": share_kind, **changes})
+        with torch.device("meta"):                          # no memory, no random weights: the file's take their place
+            model = GPT(config)
+        load_weights(model, state, trained)
+    except Exception as error:                              # what is damaged can make anything fail
+        if isinstance(error, ValueError) and str(error).startswith((f"{path}: ", "--")):
+            raise
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{path}: damaged, or no .gguf file of this architecture ({type(error).__name__}: {reason}); download it again") from None
+    return model.eval(), tokenizer
+
+
+def read_gguf(gguf, path, dtype):
+    """→ state_dict, GPTConfig, Tokenizer. Raises ValueError for what is not supported, and anything for a damaged file."""
+    class Reader(gguf.GGUFReader):                          # slices of a plain array are made faster than those of np.memmap
+        data = property(lambda self: self.array, lambda self, memmap: setattr(self, "array", np.asarray(memmap)))
+
+    reader = Reader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    quantised = {t.name: t for t in reader.tensors}
 
     def meta(name, default=None):
         value = fields.get(name, default)
@@ -135,12 +148,4 @@ def load_gguf(path, share="", share_kind="weights", dtype=torch.float32, **chang
         state[f"{here}.mlp.gate_up.weight"] = torch.cat((tensor(f"{there}.ffn_gate.weight"), tensor(f"{there}.ffn_up.weight")))
     if quantised:
         raise ValueError(f"{path}: has tensors that this GPT has no place for: {', '.join(sorted(quantised)[:3])}")
-
-    config = GPTConfig(**{**asdict(trained), "share": share, "share_kind": share_kind, **changes})
-    with torch.device("meta"):                              # no memory, no random weights: the file's take their place
-        model = GPT(config)
-    try:
-        load_weights(model, state, trained)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its tensors do not have the shapes that its configuration says ({str(error).splitlines()[1].strip()})") from None
-    return model.eval(), tokenizer
+    return state, trained, tokenizer
