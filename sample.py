@@ -126,9 +126,9 @@ def draw(rows, file):
 
 
 def models(run, args):
-    """Yield model, tokenizer and validation loss (bits per byte, or None) of a run as it is; then sharing, if --share is given."""
+    """Yield model, tokenizer, validation loss (bits per byte, or None) and name of a run as it is; then sharing, if --share is given."""
     model, tokenizer, info = checkpoint.load(run, device=args.device, dtype=getattr(torch, args.dtype))
-    if args.share:
+    if args.share and (args.runs or not model.config.share):
         config = replace(model.config, share=args.share, share_kind=args.share_kind or "weights", heads=args.heads or "same")    # raises if it cannot be
     data, tokens = None, None
     if info["data"] is None:                                # a downloaded model: no text is its own
@@ -141,12 +141,16 @@ def models(run, args):
             print(f"measuring the loss on {tokens:,} tokens of {data.name}", file=sys.stderr, flush=True)
         return data.evaluate(model, tokens=tokens)[1] if data else None
 
-    yield model, tokenizer, evaluate(model) if info["val_bpb"] is None else info["val_bpb"]
-    if args.share:
+    already = args.share and not args.runs and model.config.share
+    bpb = evaluate(model) if info["val_bpb"] is None or args.share and not already else info["val_bpb"]      # both by the same measure
+    yield model, tokenizer, bpb, run
+    if already:
+        print(f"{run} shares already, and stays as it is", file=sys.stderr, flush=True)
+    elif args.share:
         if (config.heads != "same" or args.refit) and not data:
             raise ValueError(f"--heads and --refit need the text that {run} was trained on; {info['data']} is missing")
         model = similarity.share_fitted(model, config, data, args.refit) if data else similarity.share(model, config)
-        yield model, tokenizer, evaluate(model)
+        yield model, tokenizer, evaluate(model), run + (", refitted" if args.refit else "")
 
 
 def main():
@@ -170,9 +174,9 @@ def main():
 
     rows, right = [], True
     for run in runs:
-        for model, tokenizer, bpb in models(run, args):
-            print(f"{run}, sharing {sharing(model.config).replace('none', 'nothing')}\n" + "-" * 80)
-            row, met = bill(run, model, bpb, write(model, tokenizer, prompt, args), args.context)
+        for model, tokenizer, bpb, name in models(run, args):
+            print(f"{name}, sharing {sharing(model.config).replace('none', 'nothing')}\n" + "-" * 80)
+            row, met = bill(name, model, bpb, write(model, tokenizer, prompt, args), args.context)
             rows.append(row)
             right = right and met
 

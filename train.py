@@ -117,6 +117,7 @@ def open_run(args, given):
     """Settle where the run is saved. → its folder, and its last checkpoint if it goes on from one."""
     mode = f"{args.share_kind}-{args.share}" if args.share else "full"
     mode += f"-{args.heads}" if args.heads != "same" else ""
+    mode += "-refit" if args.refit else ""
     mode += f"-kv{args.n_kv_head}" if args.n_kv_head else ""
     mode += f"-from-{Path(args.init_from).stem}" if args.init_from else ""
     out = Path(args.out_dir or f"out/{mode}")
@@ -194,7 +195,8 @@ def main():
     model.train()
     if len(data.train) <= config.block_size:
         raise ValueError(f"--block_size={config.block_size}: the training text has only {len(data.train)} tokens; take a smaller one, or more text")
-    decay = [p for p in model.parameters() if p.dim() == 2], [p for p in model.parameters() if p.dim() == 1]
+    matrices = {name for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("mix")}
+    decay = [[p for name, p in model.named_parameters() if (name in matrices) == wanted] for wanted in (True, False)]
     optimizer = torch.optim.AdamW([{"params": decay[0], "weight_decay": args.weight_decay}, {"params": decay[1], "weight_decay": 0.0}],
                                   betas=(args.beta1, args.beta2), fused=True)
     start, best, seconds = 0, math.inf, 0.0
@@ -205,14 +207,14 @@ def main():
     forward = DistributedDataParallel(forward) if world > 1 else forward
     autocast = torch.autocast(where.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
 
-    say(f"{out}: {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}, sharing {config.share_kind + ' ' + config.share if config.share else 'nothing'}; "
+    say(f"{out}: {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}, sharing {f'{config.share_kind} {config.share}, heads {config.heads}' if config.share else 'nothing'}; "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(data.train):,} training tokens; {where.type}, {args.dtype}", flush=True)
 
     # ---- log, save, stop ----
     log = []
     if rank == 0:
         if saved and (out / "log.jsonl").exists():
-            log = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["step"] < start]
+            log = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["step"] <= start]
         out.mkdir(parents=True, exist_ok=True)
         if not saved:                                   # an old run, if any, goes now that nothing can be wrong with the new one
             for name in ("train.pt", "model.pt"):
@@ -257,7 +259,8 @@ def main():
     begun = time.perf_counter()
     losses, marked = [], begun
     for step in range(start, args.max_iters + 1):
-        if step > start and (step % args.eval_interval == 0 or step == args.max_iters):
+        due = step % args.eval_interval == 0 or step == args.max_iters
+        if due and (step > start or saved and step > 0 and saved["info"]["val_loss"] is None):      # the latter: stopped just before it
             loss, bpb = data.evaluate(model, autocast, args.eval_tokens)
             check(loss, step)
             say(f"step {step:5d}/{args.max_iters}  validation loss {loss:.4f} nats per token, {bpb:.4f} bits per byte", flush=True)
@@ -267,7 +270,7 @@ def main():
                 save("model.pt", step, loss, bpb)
             save("train.pt", step, loss, bpb)
             marked = time.perf_counter()
-        if args.similarity_every and (step % args.similarity_every == 0 or step == args.max_iters) and rank == 0:
+        if args.similarity_every and (step > start or not saved) and (step % args.similarity_every == 0 or step == args.max_iters) and rank == 0:
             record(step=step, similarity=[[round(value, 4) for value in row] for row in similarity.layer_similarity(model.eval(), alike).tolist()])
             model.train()
             marked = time.perf_counter()

@@ -209,7 +209,7 @@ def main():
     parser = Parser(__doc__, usage="python -m minisa.bench [--FLAG=VALUE ...]")
     parser.add_argument("--shapes", metavar="STR", default="small,large,long", help="which of small, large and long (default small,large,long)")
     parser.add_argument("--model", metavar="STR", help="instead of shapes: a .gguf file, smollm2 or a run's folder (default none)")
-    parser.add_argument("--share", metavar="STR", help="with --model: spans to share beside full attention (default none)")
+    parser.add_argument("--share", metavar="STR", help="with --model: spans to share beside full attention, with the same heads (default none)")
     parser.add_argument("--beside_transformers", action="store_true", help="with --model: also Hugging Face transformers, from the same .gguf file, if installed (default off)")
     parser.add_argument("--rounds", metavar="INT", type=count, default=7, help="measurements of each figure (default 7)")
     parser.add_argument("--device", metavar="STR", type=device, default="cpu", help="cpu, cuda or mps (default cpu)")

@@ -65,22 +65,24 @@ def read(path, device="cpu"):
 
 
 def load_weights(model, state, config):
-    """Give a model the tensors (not copies) of a state_dict of a model with this config, which may share less: q, k, v that
-    are now borrowed are dropped. Raises ValueError where the weights lack what the model needs."""
+    """Give a model the tensors of a state_dict of a model with this config, which may share less: q, k, v that are now borrowed
+    are dropped. All other tensors are taken over, not copied. Raises ValueError where the weights lack what the model needs."""
     state, own = dict(state), model.state_dict()
     for layer in range(model.config.n_layer):
         name, have, want = f"blocks.{layer}.attn.qkv.weight", heads_made(config, layer), heads_made(model.config, layer)
         if any(w > h for w, h in zip(want, have)):
             raise ValueError(f"--share={model.config.share}: layer {layer} was trained with --share={config.share} "
                              f"--share_kind={config.share_kind} and has no weights of its own for what it must now compute")
-        rows = state[name].split([n * model.config.head_dim for n in have])
-        state[name] = torch.cat([part for part, n in zip(rows, want) if n])
+        if want != have:
+            rows = state[name].split([n * model.config.head_dim for n in have])
+            state[name] = torch.cat([part for part, n in zip(rows, want) if n])
     for name in {*own, *state}:
         if name.endswith(("attn.source", "attn.mix")):      # whose heads a layer takes: its own first, unless chosen before
             if name not in own:
                 del state[name]
             elif name not in state:
-                state[name] = (torch.eye(len(own[name])) if own[name].dim() == 2 else torch.arange(len(own[name]))).to(own[name].dtype)
+                H = model.config.n_head
+                state[name] = torch.eye(H, dtype=state["embed.weight"].dtype) if name.endswith("mix") else torch.arange(H)
     model.load_state_dict(state, assign=True)
 
 

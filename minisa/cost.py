@@ -47,7 +47,7 @@ def cost(config, context, batch_size=1, bytes_per_number=4):
     per_token = sum(n_k + n_v for _, n_k, n_v in made) * D * bytes_per_number
     return Cost(
         params=V * C * (1 if config.tied else 2) + C
-               + sum(2 * C + C * D * sum(heads) + C * C + 3 * C * M + (0 if heads[0] else mixing // 2) for heads in made),
+               + sum(2 * C + C * D * (n_q + n_k + n_v) + C * C + 3 * C * M + (0 if n_q else mixing // 2) for n_q, n_k, n_v in made),
         cache_bytes_per_token=per_token,
         cache_bytes=per_token * context * batch_size,
         decode_flops=batch_size * (layers(1, context) + head),

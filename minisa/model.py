@@ -17,7 +17,9 @@ keeps its own q and borrows k and v of the anchor, so it caches nothing but comp
 `share="1-3"` makes layers 1..3 (0-based, inclusive) a span with anchor 1. `share_kind` is "weights" for
 Shared Attention or "kv" for CLA. Look for `shared` below: it is what travels from an anchor to its reuse layers.
 
-Shapes: B batch, T new tokens, S visible keys, H query heads, G key/value heads, D head dim, C = H·D, V vocabulary.
+Head h of a reuse layer takes P of the anchor's head h; `heads` lets it take another one, or a mixture of all.
+
+Shapes: B batch, T new tokens, S visible keys, H query heads, G key/value heads, D head dim, C = H·D, M MLP width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -120,7 +122,7 @@ class Linear(nn.Linear):
 def rotate(x, rope):
     """RoPE (arXiv:2104.09864): turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by an angle that grows with its position.
     The product of a rotated q and a rotated k depends on the distance of their positions alone."""
-    cos, sin = rope                                                                     # (T, D) each
+    cos, sin = rope                                                                     # (T, D) each; in sin the first half is negative
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
 
 
@@ -165,8 +167,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.role, self.shares_weights = layer, config.role(layer), config.share_kind == "weights"
-        self.heads, self.head_dim = heads_made(config, layer), config.head_dim
-        self.qkv = Linear(config.n_embd, sum(self.heads) * self.head_dim)               # rows: q heads, k heads, v heads
+        self.made, self.head_dim = heads_made(config, layer), config.head_dim
+        self.qkv = Linear(config.n_embd, sum(self.made) * self.head_dim)                # rows: q heads, k heads, v heads
         self.out = Linear(config.n_embd, config.n_embd)
         self.takes = config.heads if self.role == "reuse" else "same"
         if self.takes == "match":
@@ -175,7 +177,8 @@ class Attention(nn.Module):
             self.mix = nn.Parameter(torch.eye(config.n_head))                           # a row for each head
 
     def forward(self, x, rope, mask, shared=None, cache=None, seen=None):
-        """x (B, T, C) → y (B, T, C), shared. `shared` comes from the layer below and goes to the layer above."""
+        """x (B, T, C) → y (B, T, C), shared. `shared` comes from the layer below and goes to the layer above: P (B, H, T, S), or for
+        CLA k and v (B, G, S, D). `seen`, if given, is a list to which the layer adds the P that it attends with."""
         B, T, C = x.shape
         x = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)                   # (B, heads made here, T, D)
         if self.role == "reuse" and self.shares_weights:                                # Shared Attention:
@@ -187,13 +190,13 @@ class Attention(nn.Module):
                 P = (self.mix @ P.flatten(2)).view_as(P)
             y = weighted_sum(P, v)                                                      # (B, H, T, D)
         else:
-            n_q, n_k, n_v = self.heads
+            n_q, n_k, n_v = self.made
             qk, v = x.split_with_sizes((n_q + n_k, n_v), dim=1)
             q, k = rotate(qk, rope).split_with_sizes((n_q, n_k), dim=1)
-            if cache is not None:
-                k, v = cache.update(self.layer, k, v)                                   # (B, G, T, D) → (B, G, S, D)
             if self.role == "reuse":                                                    # Cross-Layer Attention:
                 k, v = shared                                                           # k and v of the anchor
+            elif cache is not None:
+                k, v = cache.update(self.layer, k, v)                                   # (B, G, T, D) → (B, G, S, D)
             if self.role == "anchor" and self.shares_weights or seen is not None:
                 P = attention_weights(q, k, mask)                                       # (B, H, T, S)
                 y = weighted_sum(P, v)
@@ -255,9 +258,9 @@ class KVCache:
         return sum(t.untyped_storage().nbytes() for t in self.k + self.v)
 
     def open(self, T):
-        """Find the slots of T new tokens."""
-        self.overflows = T > 1 and self.length + T > self.size
-        self.held = min(self.length if self.overflows else self.length + T, self.size)
+        """Find the slots of T new tokens. Call it once for all layers, before they write."""
+        self.overflows = T > 1 and self.length + T > self.size                          # some new tokens still see what others overwrite
+        self.held = min(self.length if self.overflows else self.length + T, self.size)  # slots that are visible
         self.slots = torch.arange(self.length, self.length + T, device=self.v[0].device) % self.size
         self.length += T
 
@@ -266,10 +269,10 @@ class KVCache:
         return self.write(self.k[layer], k), self.write(self.v[layer], v)
 
     def write(self, old, new):
-        if self.overflows:      # the first of the new tokens still see what the last of them overwrite: copy, then write
-            seen = torch.cat((old[:, :, :self.held], new), dim=2)
+        if self.overflows:                                                              # copy, then write
+            visible = torch.cat((old[:, :, :self.held], new), dim=2)
             old.index_copy_(2, self.slots, new)
-            return seen
+            return visible
         return old.index_copy_(2, self.slots, new)[:, :, :self.held]
 
 
@@ -288,10 +291,10 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
 
     def rope(self, start, T, device):
-        """cos and sin (T, D) of the angles at positions start..start+T-1; in sin the first half is negative."""
+        """cos and sin (T, D) of the angles at positions start..start+T-1, for rotate(): in sin the first half is negative."""
         exact = torch.float32 if device.type == "mps" else torch.float64                # positions grow without end
-        half = torch.arange(0, self.config.head_dim, 2, device=device, dtype=exact) / self.config.head_dim
-        angle = torch.outer(torch.arange(start, start + T, device=device, dtype=exact), self.config.rope_base**-half)
+        exponent = torch.arange(0, self.config.head_dim, 2, device=device, dtype=exact) / self.config.head_dim
+        angle = torch.outer(torch.arange(start, start + T, device=device, dtype=exact), self.config.rope_base**-exponent)
         cos, sin = angle.cos().float(), angle.sin().float()                             # (T, D/2)
         return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
 
@@ -323,7 +326,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_weights(self, idx):
-        """idx (B, T) → L tensors (B, H, T, T): what each layer attends with. A reuse layer's is its anchor's."""
+        """idx (B, T) → L tensors (B, H, T, T): what each layer attends with. A reuse layer's is its anchor's, or as `heads` says."""
         seen = []
         self.hidden(idx, seen=seen)
         return seen

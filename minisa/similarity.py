@@ -24,6 +24,7 @@ with full attention, takes W's place. It costs nothing when the model runs: see 
 import csv
 import io
 import json
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -81,7 +82,7 @@ def nearest_mixture(A, b, steps=1000):
 
 
 def share(model, config, products=None):
-    """A model → one with another config, which differs in what it shares, zero-shot. It uses the same weights, not copies.
+    """A model → one with another config, which differs in what it shares, zero-shot. It uses the same weights, not copies, but for the v of reuse layers.
 
     products: gram(model, windows of a calibration text), for config.heads "match" and "mix".
     Raises ValueError if the model has no weights for what the config says.
@@ -91,12 +92,12 @@ def share(model, config, products=None):
     checkpoint.load_weights(shared, model.state_dict(), model.config)
     for a, b in config.spans if products is not None and config.heads != "same" else []:
         for layer in range(a + 1, b + 1):
-            A, b = products[a, :, a], products[layer, :, a]                                             # (H, H) each
+            among, between = products[a, :, a], products[layer, :, a]                                   # (H, H) each
             attention = shared.blocks[layer].attn
             if config.heads == "match":
-                attention.source = (b / A.diagonal().sqrt()).argmax(1)
+                attention.source = (between / among.diagonal().sqrt()).argmax(1)
             else:
-                attention.mix.data = nearest_mixture(A, b).to(attention.mix)
+                attention.mix.data = nearest_mixture(among, between).to(attention.mix)
     return shared.to(model.embed.weight.device).eval()
 
 
@@ -105,8 +106,10 @@ def refit(shared, model, windows, ridge=0.1):
     """Refit the output projections of the reuse layers of share(model, …), in place, on windows (N, T) of a calibration text.
 
     The layers are taken in turn, each on what it sees in the model that shares, refitted below it.
-    λ is ridge · the mean of the diagonal of Σ z zᵀ.
+    λ is ridge · the mean of the diagonal of Σ z zᵀ. Raises ValueError if the model itself shares.
     """
+    if model.config.share:
+        raise ValueError(f"--refit: needs the outputs of full attention, but the model already shares {model.config.share}")
     T, C = windows.size(1), model.config.n_embd
     rope = model.rope(0, T, windows.device)
     x_full = [model.embed(window[None]) for window in windows]                                          # (1, T, C) each
@@ -132,7 +135,7 @@ def refit(shared, model, windows, ridge=0.1):
 
 
 def share_fitted(model, config, data, refit_outputs=False):
-    """share(), with heads, and output projections if wanted, fitted on twelve windows of the training part of a minisa.data.Data."""
+    """share(), fitted on the training part of a minisa.data.Data: heads on four windows, and output projections, if wanted, on twelve."""
     windows = data.windows("train", 12, min(512, model.config.block_size)).to(model.embed.weight.device)[:, :-1]
     products = None
     if config.heads != "same":
@@ -171,7 +174,7 @@ def scan(model, windows, longest, share_kind="weights", heads="same", products=N
             x, _ = block(x, rope, mask)
         return model.head(model.norm(x))[0].float()
 
-    log_p = [F.log_softmax(logits(x, model.blocks[-1:]), dim=-1) for x in below[-1]]
+    full = [F.log_softmax(logits(x, model.blocks[-1:]), dim=-1) for x in below[-1]]
     for a in range(L - 1):
         last = min(a + longest, L) - 1
         if all((a, b) in skip for b in range(a + 1, last + 1)):
@@ -182,10 +185,10 @@ def scan(model, windows, longest, share_kind="weights", heads="same", products=N
             inside = [blocks[b](x, rope, mask, shared) for x, shared in inside]
             if (a, b) not in skip:
                 nats = divergence = 0.0
-                for (x, _), w, log in zip(inside, windows, log_p):
+                for (x, _), w, log_p in zip(inside, windows, full):
                     log_q = F.log_softmax(logits(x, model.blocks[b + 1:]), dim=-1)
                     nats += F.nll_loss(log_q, w[1:]).item() / len(windows)
-                    divergence += F.kl_div(log_q, log, log_target=True, reduction="batchmean").item() / len(windows)
+                    divergence += F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)
                 yield a, b, nats, divergence
 
 
@@ -207,12 +210,6 @@ def best_sets(prices, n_layer, most):
 
 def spans_text(spans):
     return ",".join(f"{a}-{b}" for a, b in spans)
-
-
-def saved(model, spans, context):
-    """→ the part of the cache, and of the FLOPs of a decode step at this context, that sharing these spans saves."""
-    full, less = (cost(replace(model.config, share=text), context) for text in ("", spans))
-    return 1 - less.cache_bytes / full.cache_bytes, 1 - less.decode_flops / full.decode_flops
 
 
 def write_csv(file, columns, rows):
@@ -307,13 +304,16 @@ def run_scan(model, fit, search, held_out, refit_on, settings, args, out):
     plot.span_map(percent, L, f"zero-shot, {kind}" + (f", heads {heads}" if heads != "same" else ""), out / f"{name}.png")
     print(f"wrote {file} and {name}.png; full attention: {full:.4f} nats per token")
 
-    print(f"\nthe span of least divergence for each number of reuse layers\nreuse layers    span    loss over full   cache saved   FLOPs saved at context {T}")
+    print(f"\nfor each number of reuse layers, the loss over full attention in the median over all spans, and the span of least divergence")
+    print(f"reuse layers       median    best span      loss   cache saved   FLOPs saved at context {T}")
     for r in range(1, args.longest):
         spans = [span for span in percent if span[1] - span[0] == r]
         if spans:
             best = min(spans, key=prices.get)
-            cache, flops = saved(model, spans_text([best]), T) if kind == "weights" else (None, None)
-            print(f"{r:>12}  {spans_text([best]):>6}  {percent[best]:>+13.2f} %" + (f"{cache:>13.1%}{flops:>13.1%}" if cache else ""))
+            config = replace(model.config, share=spans_text([best]), share_kind=kind, heads=heads)
+            less, whole = cost(config, T), cost(model.config, T)
+            print(f"{r:>12}   {statistics.median(percent[span] for span in spans):>+8.2f} %   {spans_text([best]):>10} {percent[best]:>+7.2f} %"
+                  f"{1 - less.cache_bytes / whole.cache_bytes:>14.1%}{1 - less.decode_flops / whole.decode_flops:>14.1%}")
 
     print(f"\nthe best sets of spans, if their divergences add up; loss over full attention, on {len(held_out)} windows of the validation part")
     print("reuse layers       measured" + ("     refitted" if args.refit else "") + "   cache saved   spans")
@@ -364,7 +364,8 @@ def main():
     T = min(args.context, model.config.block_size)
     windows = data.windows("train", 2 * args.windows, T).to(args.device)
     if args.scan:
-        settings = [str(args.model), f"{args.windows} of {data.name}", str(T)]
+        version = f" {info['step']} {info['val_loss']}" if info["step"] is not None else ""     # a run trained anew is another model
+        settings = [str(args.model) + version, f"{args.windows} of {data.name}", str(T)]
         held_out, refit_on = data.windows("val", 2 * args.windows, T).to(args.device), data.windows("train", 12, T).to(args.device)[:, :-1]
         run_scan(model, windows[::2], windows[1::2], held_out, refit_on, settings, args, out)
     else:

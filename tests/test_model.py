@@ -144,7 +144,7 @@ def test_full_attention_weights_load_into_a_model_that_shares(mode):
     load_weights(shared, full.state_dict(), full.config)
     for layer, (old, new) in enumerate(zip(full.blocks, shared.blocks)):
         rows = old.attn.qkv.weight.split([n * 8 for n in (4, mode["n_kv_head"], mode["n_kv_head"])])
-        kept = [part for part, n in zip(rows, new.attn.heads) if n]
+        kept = [part for part, n in zip(rows, new.attn.made) if n]
         assert torch.equal(torch.cat(kept), new.attn.qkv.weight), layer
     assert torch.equal(full.embed.weight, shared.embed.weight) and torch.equal(full.blocks[2].mlp.down.weight, shared.blocks[2].mlp.down.weight)
 

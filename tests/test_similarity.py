@@ -108,6 +108,19 @@ def test_taken_heads_are_the_same_with_and_without_a_cache_and_are_billed(model,
     assert cost(shared.config, 20).decode_flops - plain.decode_flops == (2 * 2 * 4 * 4 * 20 if heads == "mix" else 0)
 
 
+@pytest.mark.parametrize("heads", ["match", "mix"])
+def test_taken_heads_work_in_bfloat16(model, idx, heads):
+    shared = share(model.bfloat16(), replace(model.config, share="1-3", heads=heads), gram(model, idx))
+    assert shared(idx)[0].dtype == torch.bfloat16
+    torch.testing.assert_close(shared.blocks[2].attn.mix.float().sum(1) if heads == "mix" else torch.ones(4), torch.ones(4), atol=0.02, rtol=0)
+
+
+def test_outputs_are_refitted_to_full_attention_only(model, idx):
+    shared = share(model, replace(model.config, share="1-3"))
+    with pytest.raises(ValueError, match="--refit.*already shares 1-3"):
+        refit(shared, shared, idx)
+
+
 def test_sharing_uses_the_same_memory(model):
     shared = share(model, replace(model.config, share="1-3"))
     assert shared.embed.weight.data_ptr() == model.embed.weight.data_ptr()
@@ -237,10 +250,10 @@ def test_heads_are_fitted_by_the_sampler_and_by_fine_tuning_and_stored(run, trai
     assert status == 0 and "weights 0-2 mix" in out and "they agree" in out
     status, out, err = run(train.main, f"--init_from={trained}", "--share=0-2", "--heads=match", "--refit", f"--text={text}", f"--data_dir={tmp_path}/data", "--max_iters=2", "--device=cpu")
     assert status == 0, err
-    model, _, _ = checkpoint.load(tmp_path / "out" / "weights-0-2-match-from-full")
+    model, _, _ = checkpoint.load(tmp_path / "out" / "weights-0-2-match-refit-from-full")
     assert model.config.heads == "match" and model.blocks[1].attn.source.dtype == torch.int64
-    assert run(sample.main, tmp_path / "out" / "weights-0-2-match-from-full", "--max_new_tokens=3")[0] == 0
-    assert run(sample.main, tmp_path / "out" / "weights-0-2-match-from-full", "--share=0-2", "--heads=mix", "--max_new_tokens=3")[0] == 0
+    assert run(sample.main, tmp_path / "out" / "weights-0-2-match-refit-from-full", "--max_new_tokens=3")[0] == 0
+    assert run(sample.main, tmp_path / "out" / "weights-0-2-match-refit-from-full", "--share=0-2", "--heads=mix", "--max_new_tokens=3")[0] == 0
 
 
 def test_a_mixture_is_learned_from_scratch(run, text, tmp_path):

@@ -43,20 +43,23 @@ def test_a_run_is_saved_under_the_name_of_its_mode_and_learns(run, text, flags, 
     assert log(folder, "loss").keys() == {*range(3, 61, 3)} and tokenizer.vocab_size == model.config.vocab_size == 300
 
 
-@pytest.mark.parametrize("flags", [[], ["--dropout=0.3", "--share=0-2"]], ids=str)
-def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, flags):
+@pytest.mark.parametrize("flags, at, how", [([], 7, "stopped"), (["--dropout=0.3", "--share=0-2"], 7, "stopped"), ([], 4, "stopped"), ([], 7, "killed")], ids=str)
+def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, flags, at, how):
+    """Stopped between evaluations, just before one (step 4 makes step 5), or killed, so that the last evaluation's checkpoint is what is left."""
     flags = [*TINY, f"--text={text}", *flags]
     run(train.main, *flags, "--out_dir=out/whole")
 
     batch = train.Data.batch
-    def stop_at_7(self, step, *args, **kwargs):
-        if step == 7:
+    def stop(self, step, *args, **kwargs):
+        if step == at:
+            if how == "killed":
+                raise KeyboardInterrupt
             signal.raise_signal(signal.SIGINT)
         return batch(self, step, *args, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Data, "batch", stop_at_7)
+        patch.setattr(train.Data, "batch", stop)
         status, out, _ = run(train.main, *flags, "--out_dir=out/stopped")
-    assert status == 130 and "stopped at step 8" in out and "--resume --out_dir=out/stopped" in out
+    assert status == 130 and (how == "killed" or f"stopped at step {at + 1}" in out and "--resume --out_dir=out/stopped" in out)
 
     status, out, err = run(train.main, "--resume", "--out_dir=out/stopped")
     assert (status, err) == (0, "")
