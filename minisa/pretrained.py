@@ -8,6 +8,7 @@ in GPT-2's alphabet, in which each byte is a visible character (a space is Ġ): 
 """
 
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def read_gguf(gguf, path, dtype):
 
     reader = Reader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    quantised = {t.name: t for t in reader.tensors}
+    names = {t.name for t in reader.tensors}
 
     def meta(name, default=None):
         value = fields.get(name, default)
@@ -106,22 +107,24 @@ def read_gguf(gguf, path, dtype):
             raise ValueError(f"{path}: lacks {name}, which a model of the Llama architecture has")
         return value
 
-    def tensor(name):
-        if name not in quantised:
-            raise ValueError(f"{path}: lacks the tensor {name}, which a model of the Llama architecture has")
-        t = quantised.pop(name)
+    def dequantise(t):
         n = t.data.shape[0]
-        while n % 2 == 0 and n > 64:                        # dequantize() goes 16 rows at a time: few long ones are faster
+        while n % 2 == 0 and n > 64:                        # gguf goes 16 rows at a time: few long ones are faster
             n //= 2
         try:
             numbers = gguf.dequantize(t.data.reshape(n, -1), t.tensor_type)
         except NotImplementedError:
-            raise ValueError(f"{path}: the tensor {name} is of the type {t.tensor_type.name}, which the gguf package cannot dequantise") from None
+            raise ValueError(f"{path}: the tensor {t.name} is of the type {t.tensor_type.name}, which the gguf package cannot dequantise") from None
         return torch.from_numpy(np.require(numbers, requirements="W")).view(t.shape[::-1].tolist()).to(dtype)
+
+    def tensor(name):
+        if name not in weights:
+            raise ValueError(f"{path}: lacks the tensor {name}, which a model of the Llama architecture has")
+        return weights.pop(name)
 
     if meta("general.architecture") != "llama":
         raise ValueError(f"{path}: its architecture is {meta('general.architecture')}; supported is llama")
-    if fields.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in quantised:
+    if fields.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
         raise ValueError(f"{path}: its RoPE is scaled ({fields.get('llama.rope.scaling.type', 'rope_freqs.weight')}); supported is RoPE without scaling")
     n_layer, n_head, n_embd = (meta(f"llama.{name}") for name in ("block_count", "attention.head_count", "embedding_length"))
     for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
@@ -133,8 +136,10 @@ def read_gguf(gguf, path, dtype):
     trained = GPTConfig(block_size=meta("llama.context_length"), vocab_size=len(meta("tokenizer.ggml.tokens")), n_layer=n_layer,
                         n_head=n_head, n_kv_head=fields.get("llama.attention.head_count_kv", n_head), n_embd=n_embd,
                         n_hidden=meta("llama.feed_forward_length"), rope_base=float(fields.get("llama.rope.freq_base", 10000.0)),
-                        norm_eps=float(meta("llama.attention.layer_norm_rms_epsilon")), tied="output.weight" not in quantised)
+                        norm_eps=float(meta("llama.attention.layer_norm_rms_epsilon")), tied="output.weight" not in names)
 
+    with ThreadPoolExecutor() as pool:
+        weights = dict(zip([t.name for t in reader.tensors], pool.map(dequantise, reader.tensors)))
     state = {"embed.weight": tensor("token_embd.weight"), "norm.weight": tensor("output_norm.weight")}
     if not trained.tied:
         state["unembed.weight"] = tensor("output.weight")
@@ -146,6 +151,6 @@ def read_gguf(gguf, path, dtype):
                                                       unpermute(tensor(f"{there}.attn_k.weight"), trained.n_kv_head),
                                                       tensor(f"{there}.attn_v.weight")))
         state[f"{here}.mlp.gate_up.weight"] = torch.cat((tensor(f"{there}.ffn_gate.weight"), tensor(f"{there}.ffn_up.weight")))
-    if quantised:
-        raise ValueError(f"{path}: has tensors that this GPT has no place for: {', '.join(sorted(quantised)[:3])}")
+    if weights:
+        raise ValueError(f"{path}: has tensors that this GPT has no place for: {', '.join(sorted(weights)[:3])}")
     return state, trained, tokenizer
