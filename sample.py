@@ -92,17 +92,13 @@ def both(predicted, measured):
     return f"{predicted:,}" if predicted == measured else f"ERROR: predicted {predicted:,}, measured {measured:,}"
 
 
-def sharing(config):
-    return f"{config.share_kind} {config.share}" + (f" {config.heads}" if config.heads != "same" else "") if config.share else "none"
-
-
 def bill(name, model, bpb, speed, context):
     """→ a row of the bill, as a dict of text; and whether every prediction was met."""
     config = model.config
     context = min(context, config.block_size)
     predicted = cost(config, context, bytes_per_number=model.embed.weight.element_size())
     measured = measure(model, context)
-    row = [name, sharing(config), both(predicted.params, measured.params), "?" if bpb is None else f"{bpb:.4f}",
+    row = [name, config.sharing or "none", both(predicted.params, measured.params), "?" if bpb is None else f"{bpb:.4f}",
            both(predicted.cache_bytes_per_token, measured.cache_bytes_per_token), f"{context:,}", both(predicted.cache_bytes, measured.cache_bytes),
            both(predicted.decode_flops, measured.decode_flops), f"{speed:,.0f}"]
     return dict(zip(COLUMNS, row)), predicted == measured
@@ -175,7 +171,7 @@ def main():
     rows, right = [], True
     for run in runs:
         for model, tokenizer, bpb, name in models(run, args):
-            print(f"{name}, sharing {sharing(model.config).replace('none', 'nothing')}\n" + "-" * 80)
+            print(f"{name}, sharing {model.config.sharing or 'nothing'}\n" + "-" * 80)
             row, met = bill(name, model, bpb, write(model, tokenizer, prompt, args), args.context)
             rows.append(row)
             right = right and met

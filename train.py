@@ -34,6 +34,7 @@ FLAGS = [
     ("share", str, "", "spans of layers that share attention, as 1-3 or 1-3,5-7; '' for none"),
     ("share_kind", str, "weights", "what they share: weights (Shared Attention) or kv (Cross-Layer Attention)"),
     ("heads", str, "same", "whose weights a head of a reuse layer takes: same (its anchor's same head) or mix (a learned mixture of them); with --init_from also match (the most alike)"),
+    ("share_rank", at_least(int, 0), 0, "width of the query and key, in numbers per head, with which a reuse layer corrects its anchor's scores; 0 for none"),
     ("n_layer", count, (4, 6), "number of layers"),
     ("n_head", count, (4, 6), "number of query heads"),
     ("n_kv_head", count, None, "number of key/value heads, None for as many as query heads"),
@@ -67,7 +68,7 @@ FLAGS = [
     ("log_interval", count, 50, "steps between log lines"),
     ("similarity_every", at_least(int, 0), 0, "steps between maps of how alike the layers attend, for python -m minisa.similarity RUN --history; 0 for none"),
 ]
-MODEL_FLAGS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "tied")]
+MODEL_FLAGS = [f.name for f in fields(GPTConfig) if f.name not in ("vocab_size", "tied", "ranks")]
 FREE_ON_RESUME = {"device", "out_dir", "data_dir", "eval_interval", "eval_tokens", "log_interval", "similarity_every"}        # all others belong to the run
 
 
@@ -117,6 +118,7 @@ def open_run(args, given):
     """Settle where the run is saved. → its folder, and its last checkpoint if it goes on from one."""
     mode = f"{args.share_kind}-{args.share}" if args.share else "full"
     mode += f"-{args.heads}" if args.heads != "same" else ""
+    mode += f"-rank{args.share_rank}" if args.share_rank else ""
     mode += "-refit" if args.refit else ""
     mode += f"-kv{args.n_kv_head}" if args.n_kv_head else ""
     mode += f"-from-{Path(args.init_from).stem}" if args.init_from else ""
@@ -167,12 +169,13 @@ def main():
         model, tokenizer, info = checkpoint.build(saved, where)
     elif args.init_from:
         model, tokenizer, _ = checkpoint.load(args.init_from, device=where)
-        clash = sorted(given & {*MODEL_FLAGS, "tokenizer", "vocab_size"} - {"share", "share_kind", "heads", "dropout", "block_size"})
+        clash = sorted(given & {*MODEL_FLAGS, "tokenizer", "vocab_size"} - {"share", "share_kind", "heads", "share_rank", "dropout", "block_size"})
         if clash:
             raise ValueError(f"--{clash[0]}: {args.init_from} brings its own; drop the flag")
         block_size = args.block_size if "block_size" in given else min(model.config.block_size, 512)
         config = replace(model.config, share=args.share or model.config.share, share_kind=args.share_kind if args.share else model.config.share_kind,
-                         heads=args.heads if args.share else model.config.heads, dropout=args.dropout, block_size=block_size)
+                         heads=args.heads if args.share else model.config.heads,
+                         share_rank=args.share_rank if args.share else model.config.share_rank, dropout=args.dropout, block_size=block_size)
     else:
         config = GPTConfig(vocab_size=args.vocab_size, **{name: getattr(args, name) for name in MODEL_FLAGS})
     if rank > 0:
@@ -207,7 +210,7 @@ def main():
     forward = DistributedDataParallel(forward) if world > 1 else forward
     autocast = torch.autocast(where.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
 
-    say(f"{out}: {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}, sharing {f'{config.share_kind} {config.share}, heads {config.heads}' if config.share else 'nothing'}; "
+    say(f"{out}: {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}, sharing {config.sharing or 'nothing'}; "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(data.train):,} training tokens; {where.type}, {args.dtype}", flush=True)
 
     # ---- log, save, stop ----

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from minisa.model import GPT, GPTConfig, Linear, heads_made
+from minisa.model import GPT, GPTConfig, Linear, widths
 from minisa.tokenizer import Tokenizer
 
 
@@ -66,16 +66,19 @@ def read(path, device="cpu"):
 
 def load_weights(model, state, config):
     """Give a model the tensors of a state_dict of a model with this config, which may share less: q, k, v that are now borrowed
-    are dropped. All other tensors are taken over, not copied. Raises ValueError where the weights lack what the model needs."""
+    are dropped; of those that share_rank narrows, q starts at zero. All other tensors are taken over, not copied.
+    Raises ValueError where the weights lack what the model needs."""
     state, own = dict(state), model.state_dict()
     for layer in range(model.config.n_layer):
-        name, have, want = f"blocks.{layer}.attn.qkv.weight", heads_made(config, layer), heads_made(model.config, layer)
+        name, have, want = f"blocks.{layer}.attn.qkv.weight", widths(config, layer), widths(model.config, layer)
         if any(w > h for w, h in zip(want, have)):
             raise ValueError(f"--share={model.config.share}: layer {layer} was trained with --share={config.share} "
                              f"--share_kind={config.share_kind} and has no weights of its own for what it must now compute")
         if want != have:
-            rows = state[name].split([n * model.config.head_dim for n in have])
-            state[name] = torch.cat([part for part, n in zip(rows, want) if n])
+            q, k, v = state[name].split(have)
+            q = q if want[0] == have[0] else torch.zeros_like(q[:want[0]])
+            k = k.view(config.n_kv_head, -1, k.size(1))[:, :want[1] // config.n_kv_head].flatten(0, 1)
+            state[name] = torch.cat((q, k, v[:want[2]]))
     for name in {*own, *state}:
         if name.endswith(("attn.source", "attn.mix")):      # whose heads a layer takes: its own first, unless chosen before
             if name not in own:

@@ -6,7 +6,8 @@ A multiply-add is 2 FLOPs; only matrix products count, as in torch.utils.flop_co
 
 and the model 2·C·V once, for the logits. Cached per token and layer, with b bytes per number: k and v, G·D·b each.
 What a layer borrows from its anchor falls away: q, k and the scores in Shared Attention, k and v in Cross-Layer Attention.
-A mixture of the anchor's heads costs a reuse layer 2·H²·S, and H² parameters.
+A mixture of the anchor's heads costs a reuse layer 2·H²·S, and H² parameters. A correction of the anchor's scores (share_rank=R) costs it
+2·C·(H+G)·R and 2·H·R·S. Keys and values of fewer numbers (ranks) take their r in the place of D, and to restore keys 2·G·r·D·S.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisa.model import PREFILL_CHUNK, KVCache, heads_made
+from minisa.model import PREFILL_CHUNK, KVCache, widths
 
 
 @dataclass
@@ -32,22 +33,23 @@ def cost(config, context, batch_size=1, bytes_per_number=4):
     if not 1 <= context <= config.block_size:
         raise ValueError(f"context={context}: must be from 1 to block_size={config.block_size}")
     C, D, M, V, L = config.n_embd, config.head_dim, config.n_hidden, config.vocab_size, config.n_layer
-    made = [heads_made(config, layer) for layer in range(L)]            # (query, key, value) heads of each layer
-
+    made = [(*widths(config, layer), config.n_head * config.rank(layer)[1]) for layer in range(L)]       # numbers of q, k, v made and summed up
     mixing = 2 * config.n_head**2 if config.heads == "mix" else 0       # FLOPs of a reuse layer per key
+    restoring = [2 * n_k * D if n_q and config.rank(layer)[0] < D else 0 for layer, (n_q, n_k, _, _) in enumerate(made)]    # FLOPs per key
 
     def layers(T, S):                                                   # FLOPs of T tokens that are each multiplied with S keys
-        return T * sum(2 * C * D * (n_q + n_k + n_v)                    # projections
-                       + (2 * C * S if n_q else mixing * S)             # scores; H·D = C
-                       + 2 * C * S + 2 * C * C + 6 * C * M              # weighted sum, output, MLP
-                       for n_q, n_k, n_v in made)
+        return S * sum(restoring) + T * sum(
+            2 * C * (n_q + n_k + n_v)                                   # projections
+            + (2 * n_q * S if n_q else mixing * S)                      # scores
+            + 2 * n_y * S + 2 * n_y * C + 6 * C * M                     # weighted sum, output, MLP
+            for n_q, n_k, n_v, n_y in made)
 
     head = 2 * C * V
     ends = [*range(PREFILL_CHUNK, context, PREFILL_CHUNK), context]     # how many keys each chunk of the prompt is multiplied with
-    per_token = sum(n_k + n_v for _, n_k, n_v in made) * D * bytes_per_number
+    per_token = sum(n_k + n_v for _, n_k, n_v, _ in made) * bytes_per_number
     return Cost(
         params=V * C * (1 if config.tied else 2) + C
-               + sum(2 * C + C * D * (n_q + n_k + n_v) + C * C + 3 * C * M + (0 if n_q else mixing // 2) for n_q, n_k, n_v in made),
+               + sum(restoring) // 2 + sum(2 * C + C * (n_q + n_k + n_v + n_y) + 3 * C * M + (0 if n_q else mixing // 2) for n_q, n_k, n_v, n_y in made),
         cache_bytes_per_token=per_token,
         cache_bytes=per_token * context * batch_size,
         decode_flops=batch_size * (layers(1, context) + head),

@@ -66,6 +66,9 @@ class GPTConfig:
     share_kind: str = "weights"     # "weights" = Shared Attention, "kv" = Cross-Layer Attention
     heads: str = "same"             # whose weights head h of a reuse layer takes: "same" = those of its anchor's head h,
                                     # "match" = of one that was chosen for it, "mix" = a weighted sum over the anchor's heads
+    share_rank: int = 0             # R: width of a query and key with which a reuse layer corrects its anchor's scores, 0 = none
+    ranks: list | None = None       # for each layer, of how many numbers per head its cached keys and values are: None = all D
+
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         self.n_hidden = -(-8 * self.n_embd // (3 * 32)) * 32 if self.n_hidden is None else self.n_hidden
@@ -89,6 +92,12 @@ class GPTConfig:
             raise ValueError(f"--heads={self.heads}: only Shared Attention takes over heads; give --share, and --share_kind=weights")
         self.spans = parse_spans(self.share, self.n_layer)
         self.head_dim = self.n_embd // self.n_head                                      # D
+        if self.share_rank and (self.share_rank % 2 or self.head_dim % self.share_rank):
+            raise ValueError(f"--share_rank={self.share_rank}: must be even, and divide the width of a head, {self.head_dim}")
+        if self.share_rank and (self.share_kind != "weights" or self.heads != "same" or not self.share):
+            raise ValueError(f"--share_rank={self.share_rank}: corrects the scores of Shared Attention; give --share, with --share_kind=weights and --heads=same")
+        if self.ranks and (len(self.ranks) != self.n_layer or not all(1 <= rank <= self.head_dim for pair in self.ranks for rank in pair)):
+            raise ValueError(f"ranks: must be {self.n_layer} pairs of numbers from 1 to {self.head_dim}")
 
     def role(self, layer):
         """"full" (in no span), "anchor" (first of its span) or "reuse" (the rest of it)."""
@@ -96,6 +105,16 @@ class GPTConfig:
             if a <= layer <= b:
                 return "anchor" if layer == a else "reuse"
         return "full"
+
+    @property
+    def sharing(self):
+        """What it shares in words, as "weights 1-3 mix"; "" for nothing."""
+        more = [self.heads] * (self.heads != "same") + [f"rank {self.share_rank}"] * (self.share_rank > 0)
+        return " ".join([self.share_kind, self.share, *more]) if self.share else ""
+
+    def rank(self, layer):
+        """Numbers per head of the keys and of the values that a layer caches."""
+        return self.ranks[layer] if self.ranks else (self.head_dim, self.head_dim)
 
 
 def linear(x, weight):
@@ -133,32 +152,46 @@ def weighted_sum(P, v):
     return (P.view(B, G, H // G * T, S) @ v).view(B, H, T, -1)
 
 
-def attention_weights(q, k, mask):
-    """q (B, H, T, D), k (B, G, S, D), mask (T, S) or None → P (B, H, T, S), by a softmax in float32."""
+def rope(config, positions):
+    """positions (...) → cos and sin (..., D) of the angles there, for rotate(): in sin the first half is negative."""
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64          # positions grow without end
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact) / config.head_dim
+    angle = positions.to(exact)[..., None] * config.rope_base**-exponent
+    cos, sin = angle.cos().float(), angle.sin().float()                                 # (..., D/2)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def heads(x, n):
+    """x (B, T, n·D) → (B, n, T, D)."""
+    return x.view(*x.shape[:2], n, -1).transpose(1, 2)
+
+
+def attention_scores(q, k, mask=None):
+    """q (B, H, T, D), k (B, G, S, D), mask (T, S) or None → q kᵀ / √D (B, H, T, S)."""
     B, H, T, D = q.shape
     scores = q.reshape(B, k.size(1), -1, D) @ k.transpose(2, 3)                         # (B, G, H/G·T, S)
     scores = scores.view(B, H, T, -1) * D**-0.5
-    if mask is not None:
-        scores = scores + mask
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(q)
+    return scores if mask is None else scores + mask
 
 
-def causal_mask(T, length, size, like):
-    """(T, S): 0 where one of T new tokens, after `length` old ones, may see a key, -inf elsewhere. The keys are those that
-    KVCache.update returns: the old ones in the order of their slots, then the new ones."""
-    new = torch.arange(length, length + T, device=like.device)                          # positions
-    slot = torch.arange(min(length, size), device=like.device)
-    old = length - 1 - (length - 1 - slot) % size                                       # the last position written to each slot
-    distance = new[:, None] - torch.cat((old, new))                                     # (T, S)
+def attention_weights(scores):
+    """scores (B, H, T, S) → P (B, H, T, S), by a softmax in float32."""
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores)
+
+
+def causal_mask(positions, keys, size, like):
+    """(T, S): 0 where a token at one of `positions` (T,) may see a key at one of `keys` (S,), -inf elsewhere."""
+    distance = positions[:, None] - keys
     return torch.zeros_like(distance, dtype=like.dtype).masked_fill((distance < 0) | (distance >= size), -torch.inf)
 
 
-def heads_made(config, layer):
-    """How many heads of q, of k and of v a layer computes itself."""
-    H, G = config.n_head, config.n_kv_head
+def widths(config, layer):
+    """How many numbers per token of q, of k and of v a layer computes itself, all heads together."""
+    H, G, D, R = config.n_head, config.n_kv_head, config.head_dim, config.share_rank
+    k, v = config.rank(layer)
     if config.role(layer) != "reuse":
-        return H, G, G
-    return (0, 0, G) if config.share_kind == "weights" else (H, 0, 0)
+        return H * D, G * k, G * v
+    return (H * R, G * R, G * v) if config.share_kind == "weights" else (H * D, 0, 0)
 
 
 class Attention(nn.Module):
@@ -167,47 +200,69 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.role, self.shares_weights = layer, config.role(layer), config.share_kind == "weights"
-        self.made, self.head_dim = heads_made(config, layer), config.head_dim
-        self.qkv = Linear(config.n_embd, sum(self.made) * self.head_dim)                # rows: q heads, k heads, v heads
-        self.out = Linear(config.n_embd, config.n_embd)
+        self.H, self.G, self.R = config.n_head, config.n_kv_head, config.share_rank
+        self.made = widths(config, layer)
+        k_rank, v_rank = config.rank(layer)
+        self.qkv = Linear(config.n_embd, sum(self.made))                                # rows: q heads, k heads, v heads
+        self.out = Linear(self.H * v_rank, config.n_embd)
+        self.restores = k_rank < config.head_dim and self.role != "reuse"
+        if self.restores:
+            self.restore = nn.Parameter(torch.zeros(self.G, k_rank, config.head_dim))   # cached numbers of a key → the key
         self.takes = config.heads if self.role == "reuse" else "same"
         if self.takes == "match":
-            self.register_buffer("source", torch.arange(config.n_head))                 # a head of the anchor for each head
+            self.register_buffer("source", torch.arange(self.H))                        # a head of the anchor for each head
         if self.takes == "mix":
-            self.mix = nn.Parameter(torch.eye(config.n_head))                           # a row for each head
+            self.mix = nn.Parameter(torch.eye(self.H))                                  # a row for each head
 
     def forward(self, x, rope, mask, shared=None, cache=None, seen=None):
-        """x (B, T, C) → y (B, T, C), shared. `shared` comes from the layer below and goes to the layer above: P (B, H, T, S), or for
-        CLA k and v (B, G, S, D). `seen`, if given, is a list to which the layer adds the P that it attends with."""
-        B, T, C = x.shape
-        x = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)                   # (B, heads made here, T, D)
+        """x (B, T, C) → y (B, T, C), shared. `shared` comes from the layer below and goes to the layer above: P (B, H, T, S), or with
+        share_rank the scores before the softmax, or for CLA k and v (B, G, S, D). `seen`, if given, is a list to which the layer adds
+        the P that it attends with."""
+        H, G = self.H, self.G
+        n_q, n_k, n_v = self.made
+        qk, v = self.qkv(x).split_with_sizes((n_q + n_k, n_v), dim=2)
         if self.role == "reuse" and self.shares_weights:                                # Shared Attention:
-            v = x if cache is None else cache.write(cache.v[self.layer], x)             # v of this layer, (B, G, S, D),
+            v = heads(v, G)                                                             # v of this layer, (B, G, T, D),
+            v = v if cache is None else cache.write(self.layer, cache.v, v)             # (B, G, S, D)
             P = shared                                                                  # P of the anchor, (B, H, T, S)
+            if self.R:                                                                  # its scores, corrected by R more numbers a head
+                angles = [a[:, ::a.size(1) // self.R] for a in rope]                    # RoPE for R numbers
+                q, k = rotate(heads(qk, H + G), angles).split_with_sizes((H, G), dim=1)
+                k = k if cache is None else cache.write(self.layer, cache.k, k)
+                P = attention_weights(shared + attention_scores(q, k))
             if self.takes == "match":
                 P = P[:, self.source]
             if self.takes == "mix":
                 P = (self.mix @ P.flatten(2)).view_as(P)
             y = weighted_sum(P, v)                                                      # (B, H, T, D)
         else:
-            n_q, n_k, n_v = self.made
-            qk, v = x.split_with_sizes((n_q + n_k, n_v), dim=1)
-            q, k = rotate(qk, rope).split_with_sizes((n_q, n_k), dim=1)
-            if self.role == "reuse":                                                    # Cross-Layer Attention:
-                k, v = shared                                                           # k and v of the anchor
-            elif cache is not None:
-                k, v = cache.update(self.layer, k, v)                                   # (B, G, T, D) → (B, G, S, D)
+            if self.restores:                                                           # k as it is cached: narrower, and not rotated
+                q, k = (heads(part, n) for part, n in zip(qk.split_with_sizes((n_q, n_k), dim=2), (H, G)))
+                q = rotate(q, rope)
+            elif self.role == "reuse":                                                  # Cross-Layer Attention: k and v of the anchor
+                q, (k, v) = rotate(heads(qk, H), rope), shared
+            else:
+                q, k = rotate(heads(qk, H + G), rope).split_with_sizes((H, G), dim=1)
+            if self.role != "reuse":
+                v = heads(v, G)
+                if cache is not None:                                                   # (B, G, T, D) → (B, G, S, D)
+                    k, v = cache.write(self.layer, cache.k, k), cache.write(self.layer, cache.v, v)
+            if self.restores:
+                k = rotate(k @ self.restore, rope if cache is None else cache.rope(self.layer))
             if self.role == "anchor" and self.shares_weights or seen is not None:
-                P = attention_weights(q, k, mask)                                       # (B, H, T, S)
+                scores = attention_scores(q, k, mask)                                   # (B, H, T, S)
+                P = attention_weights(scores)
                 y = weighted_sum(P, v)
             else:                                                                       # the same, by a kernel that never forms P
-                causal = T == k.size(2)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal,
-                                                   enable_gqa=k.size(1) < q.size(1))
-            shared = P if self.shares_weights and self.role == "anchor" else (k, v)
+                causal = q.size(2) == k.size(2)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal, enable_gqa=G < H)
+            if self.role == "anchor" and self.shares_weights:
+                shared = scores if self.R else P
+            else:
+                shared = k, v
         if seen is not None:
             seen.append(P)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), shared
+        return self.out(y.transpose(1, 2).flatten(2)), shared
 
 
 class MLP(nn.Module):
@@ -246,34 +301,46 @@ class KVCache:
     k and v, or v only (Shared Attention's reuse layers), or nothing (CLA's). A ring: position p lives in slot p mod size,
     so a new token overwrites the oldest. Keys are kept rotated; RoPE is relative, so they stay valid."""
 
+    seen = None                                                                         # a list, in a cache that wants each layer's P
+
     def __init__(self, config, batch_size, size, dtype=torch.float32, device="cpu"):
-        self.size, self.length = size, 0                                                # length: tokens seen so far
-        made = [heads_made(config, layer) for layer in range(config.n_layer)]
-        self.k = [torch.zeros(batch_size, n_k, size, config.head_dim, dtype=dtype, device=device) for _, n_k, _ in made]
-        self.v = [torch.zeros(batch_size, n_v, size, config.head_dim, dtype=dtype, device=device) for _, _, n_v in made]
+        self.config, self.size, self.length = config, size, 0                           # length: tokens seen so far
+        made = [widths(config, layer) for layer in range(config.n_layer)]
+        self.k, self.v = ([torch.zeros(batch_size, config.n_kv_head, size, n[i] // config.n_kv_head, dtype=dtype, device=device)
+                           for n in made] for i in (1, 2))
+        self.where = torch.zeros(1, 1, size, 1, dtype=torch.long, device=device)        # the position that each slot holds
 
     @property
     def nbytes(self):
-        """Bytes of storage held."""
+        """Bytes of storage held for keys and values."""
         return sum(t.untyped_storage().nbytes() for t in self.k + self.v)
 
-    def open(self, T):
-        """Find the slots of T new tokens. Call it once for all layers, before they write."""
+    def open(self, positions):
+        """Find the slots of new tokens at positions (T,). Call it once for all layers, before they write.
+        → the positions (S,) of the keys that write() will return."""
+        T = len(positions)
         self.overflows = T > 1 and self.length + T > self.size                          # some new tokens still see what others overwrite
         self.held = min(self.length if self.overflows else self.length + T, self.size)  # slots that are visible
-        self.slots = torch.arange(self.length, self.length + T, device=self.v[0].device) % self.size
+        self.slots = positions % self.size
         self.length += T
+        self.keys, self.angles = self.put(self.where, positions.view(1, 1, T, 1)).view(-1), None
+        return self.keys
 
-    def update(self, layer, k, v):
-        """Take k and v (B, G, T, D) of the new tokens; return all that they may see, (B, G, S, D) each."""
-        return self.write(self.k[layer], k), self.write(self.v[layer], v)
+    def write(self, layer, tensors, new):
+        """Take the k or v (B, G, T, D) of a layer's new tokens into `tensors`, self.k or self.v; return all that they may see, (B, G, S, D)."""
+        return self.put(tensors[layer], new)
 
-    def write(self, old, new):
+    def put(self, old, new):
         if self.overflows:                                                              # copy, then write
             visible = torch.cat((old[:, :, :self.held], new), dim=2)
             old.index_copy_(2, self.slots, new)
             return visible
         return old.index_copy_(2, self.slots, new)[:, :, :self.held]
+
+    def rope(self, layer):
+        """rope() of the keys that write() returns, the same for all layers."""
+        self.angles = self.angles or rope(self.config, self.keys)
+        return self.angles
 
 
 class GPT(nn.Module):
@@ -290,28 +357,20 @@ class GPT(nn.Module):
             if p.dim() == 2 and not name.endswith("mix"):                               # GPT-2's: residual branches start small
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
 
-    def rope(self, start, T, device):
-        """cos and sin (T, D) of the angles at positions start..start+T-1, for rotate(): in sin the first half is negative."""
-        exact = torch.float32 if device.type == "mps" else torch.float64                # positions grow without end
-        exponent = torch.arange(0, self.config.head_dim, 2, device=device, dtype=exact) / self.config.head_dim
-        angle = torch.outer(torch.arange(start, start + T, device=device, dtype=exact), self.config.rope_base**-exponent)
-        cos, sin = angle.cos().float(), angle.sin().float()                             # (T, D/2)
-        return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
-
     def hidden(self, idx, cache=None, seen=None):
         """idx (B, T) → last hidden state (B, T, C), which `head` turns into logits. `seen`: a list to fill with each layer's P."""
         B, T = idx.shape
         length, size = (cache.length, cache.size) if cache is not None else (0, self.config.block_size)
         if T > size:
             raise ValueError(f"{T} tokens at once are more than the {size} that fit: crop them, or feed a KVCache in chunks")
-        if cache is not None:
-            cache.open(T)
+        positions = torch.arange(length, length + T, device=idx.device)
+        keys, seen = (cache.open(positions), cache.seen) if cache is not None else (positions, seen)
         x = self.drop(self.embed(idx))                                                  # (B, T, C)
-        rope = self.rope(length, T, idx.device)
-        mask = causal_mask(T, length, size, like=x) if T > 1 else None                  # one token sees every key
+        angles = rope(self.config, positions)
+        mask = causal_mask(positions, keys, size, like=x) if T > 1 else None            # one token sees every key
         shared = None
         for block in self.blocks:
-            x, shared = block(x, rope, mask, shared, cache, seen)
+            x, shared = block(x, angles, mask, shared, cache, seen)
         return self.norm(x)
 
     def head(self, x):

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from minisa import Parser, at_least, checkpoint, command, count, device, plot
 from minisa.cost import cost
 from minisa.data import Data, tokenize
-from minisa.model import GPT, causal_mask
+from minisa.model import GPT, causal_mask, rope
 
 
 def layer_similarity(model, idx):
@@ -111,26 +111,31 @@ def refit(shared, model, windows, ridge=0.1):
     if model.config.share:
         raise ValueError(f"--refit: needs the outputs of full attention, but the model already shares {model.config.share}")
     T, C = windows.size(1), model.config.n_embd
-    rope = model.rope(0, T, windows.device)
+
+    def changed(attn):
+        return attn.role == "reuse" or shared.config.ranks
+
+    positions = torch.arange(T, device=windows.device)
+    angles = rope(model.config, positions)
     x_full = [model.embed(window[None]) for window in windows]                                          # (1, T, C) each
-    x, passed, mask = list(x_full), [None] * len(windows), causal_mask(T, 0, T, like=x_full[0])
+    x, passed, mask = list(x_full), [None] * len(windows), causal_mask(positions, positions, T, like=x_full[0])
     for block, full in zip(shared.blocks, model.blocks):
-        zz, zy = torch.zeros(2, C, C, dtype=torch.float64)
+        zz, zy = (torch.zeros(block.attn.out.weight.size(1), n, dtype=torch.float64) for n in (block.attn.out.weight.size(1), C))
         out, block.attn.out = block.attn.out, torch.nn.Identity()                                       # so that attn() gives z
         for i in range(len(windows)):
-            y = full.attn(full.norm1(x_full[i]), rope, mask)[0]
-            if block.attn.role == "reuse":
-                z = block.attn(block.norm1(x[i]), rope, mask, passed[i])[0][0]                          # (T, C)
+            y = full.attn(full.norm1(x_full[i]), angles, mask)[0]
+            if changed(block.attn):
+                z = block.attn(block.norm1(x[i]), angles, mask, passed[i])[0][0]                          # (T, C)
                 zz += (z.mT.float() @ z.float()).cpu()
                 zy += (z.mT.float() @ (y[0] - out(z)).float()).cpu()
             x_full[i] = x_full[i] + y
             x_full[i] = x_full[i] + full.mlp(full.norm2(x_full[i]))
         block.attn.out = out
-        if block.attn.role == "reuse":
+        if changed(block.attn):
             zz.diagonal().add_(ridge * zz.diagonal().mean())
             out.weight = torch.nn.Parameter(out.weight + torch.linalg.solve(zz, zy).mT.to(out.weight))  # another tensor: model keeps its own
         for i in range(len(windows)):
-            x[i], passed[i] = block(x[i], rope, mask, passed[i])
+            x[i], passed[i] = block(x[i], angles, mask, passed[i])
     return shared
 
 
@@ -163,15 +168,16 @@ def scan(model, windows, longest, share_kind="weights", heads="same", products=N
     What lies below a span is computed once for all spans, and what lies inside once for all spans with the same anchor.
     """
     L, T = model.config.n_layer, windows.size(1) - 1
-    rope = model.rope(0, T, windows.device)
+    positions = torch.arange(T, device=windows.device)
+    angles = rope(model.config, positions)
     below = [[model.embed(w[None, :-1]) for w in windows]]                                              # the input of each layer
-    mask = causal_mask(T, 0, T, like=below[0][0])
+    mask = causal_mask(positions, positions, T, like=below[0][0])
     for block in model.blocks[:-1]:
-        below.append([block(x, rope, mask)[0] for x in below[-1]])
+        below.append([block(x, angles, mask)[0] for x in below[-1]])
 
     def logits(x, blocks):                                                                              # (1, T, C) → (T, V)
         for block in blocks:
-            x, _ = block(x, rope, mask)
+            x, _ = block(x, angles, mask)
         return model.head(model.norm(x))[0].float()
 
     full = [F.log_softmax(logits(x, model.blocks[-1:]), dim=-1) for x in below[-1]]
@@ -180,9 +186,9 @@ def scan(model, windows, longest, share_kind="weights", heads="same", products=N
         if all((a, b) in skip for b in range(a + 1, last + 1)):
             continue
         blocks = share(model, replace(model.config, share=f"{a}-{last}", share_kind=share_kind, heads=heads), products).blocks
-        inside = [blocks[a](x, rope, mask) for x in below[a]]                                           # (x, shared) of each window
+        inside = [blocks[a](x, angles, mask) for x in below[a]]                                           # (x, shared) of each window
         for b in range(a + 1, last + 1):
-            inside = [blocks[b](x, rope, mask, shared) for x, shared in inside]
+            inside = [blocks[b](x, angles, mask, shared) for x, shared in inside]
             if (a, b) not in skip:
                 nats = divergence = 0.0
                 for (x, _), w, log_p in zip(inside, windows, full):

@@ -35,8 +35,8 @@ def test_a_run_comes_back_the_same(run):
 
 def test_full_weights_can_be_loaded_to_share(run):
     model, _, _ = checkpoint.load(run, share="1-3")
-    assert model.config.share == "1-3" and model.blocks[2].attn.made == (0, 0, 4)
-    assert checkpoint.load(run, share="1-3", share_kind="kv")[0].blocks[2].attn.made == (4, 0, 0)
+    assert model.config.share == "1-3" and model.blocks[2].attn.made == (0, 0, 32)
+    assert checkpoint.load(run, share="1-3", share_kind="kv")[0].blocks[2].attn.made == (32, 0, 0)
     checkpoint.save(run / "model.pt", model, TOKENIZER, {})
     with pytest.raises(ValueError, match="--share=: layer 2 was trained with --share=1-3"):
         checkpoint.load(run, share="")
