@@ -4,10 +4,13 @@
     python sample.py out/full out/weights-1-3 --prompt="ROMEO:" --temperature=0.8
     python sample.py out/full --share=1-3     weights trained with full attention, made to share (zero-shot)
     python sample.py smollm2 --share=26-28 --heads=mix --prompt="Once upon a time"
+    python sample.py smollm2 --eigen_error=0.02 --squeeze=307      narrower keys and values, then fewer tokens
+    python sample.py smollm2 --chat --store=out/chat               a chat that goes on where it was left
 """
 
 import csv
 import io
+import math
 import sys
 import time
 from dataclasses import replace
@@ -16,9 +19,11 @@ from pathlib import Path
 import torch
 
 from data.prepare import prepare
-from minisa import Parser, amount, at_least, checkpoint, command, count, device, plot, similarity
+from minisa import Parser, amount, at_least, checkpoint, command, count, device, eigen, plot, similarity, squeeze
+from minisa.chat import chat
 from minisa.cost import cost, measure
 from minisa.data import Data, tokenize
+from minisa.store import Store
 
 COLUMNS = ["model", "sharing", "parameters", "val bpb", "cache B/token", "context", "cache B", "FLOPs/token", "tokens/s"]
 
@@ -30,7 +35,16 @@ def parse_args():
     add("--share", metavar="STR", help="spans to share in models trained with full attention; each is then billed both ways (default as trained)")
     add("--share_kind", metavar="STR", help="with --share: weights (Shared Attention) or kv (Cross-Layer Attention) (default weights)")
     add("--heads", metavar="STR", help="with --share: whose weights a head of a reuse layer takes: same (the anchor's same head), match (the most alike) or mix (a mixture), fitted on the training text (default same)")
-    add("--refit", action="store_true", help="with --share: refit the output projections of reuse layers on the training text (default off)")
+    add("--refit", action="store_true", help="refit the output projections of the layers that --share and --eigen change, on the training text (default off)")
+    add("--eigen_rank", metavar="INT", type=count, help="Eigen Attention: numbers that each head keeps of each key and value (default all)")
+    add("--eigen_error", metavar="FLOAT", type=amount, help="the same, but the least that leaves each layer's output this close to what it was, as a fraction (default off)")
+    add("--squeeze", metavar="INT", type=count, help="SqueezeAttention: tokens that a layer keeps on average; the loss is then that of the last quarter of --context, the prompt being the rest (default all)")
+    add("--squeeze_policy", metavar="STR", default="heavy", help="with --squeeze: which tokens stay: window (the last), sinks (the first 4 and the last) or heavy (those with most attention weight, and the last) (default heavy)")
+    add("--squeeze_cut", metavar="FLOAT", type=amount, default=0.5, help="with --squeeze: the part of the budget that the least important layers keep; 1 for equal budgets (default 0.5)")
+    add("--chat", action="store_true", help="talk with one model, in its chat format; /reset, /undo, /bill, Ctrl-D (default off)")
+    add("--store", metavar="DIR", help="with --chat: folder in which the conversation and its KV cache stay (default in memory only)")
+    add("--store_memory", metavar="INT", type=count, default=1024, help="with --chat: KV caches of past turns kept in memory, in MB (default 1024)")
+    add("--store_disk", metavar="INT", type=count, default=4096, help="with --store: KV caches kept on disk, in MB (default 4096)")
     add("--prompt", metavar="STR", default="\n", help="text to go on from; - is standard input, FILE:NAME the text of a file (default a line end)")
     add("--num_samples", metavar="INT", type=count, default=1, help="texts per model (default 1)")
     add("--max_new_tokens", metavar="INT", type=count, default=200, help="length of a text, in tokens (default 200)")
@@ -38,7 +52,7 @@ def parse_args():
     add("--top_k", metavar="INT", type=count, help="draw from the top_k likeliest tokens only (default from all)")
     add("--seed", metavar="INT", type=at_least(int, 0), default=1337, help="of the sampling: same seed, same text (default 1337)")
     add("--device", metavar="STR", type=device, default="cpu", help="cpu, cuda, cuda:1 or mps (default cpu)")
-    add("--context", metavar="INT", type=count, default=1024, help="tokens in the cache that the bill is for, at most block_size (default 1024)")
+    add("--context", metavar="INT", type=count, help="tokens in the cache that the bill is for, and with --chat the window, at most block_size (default 1024, with --chat block_size)")
     add("--eval_tokens", metavar="INT", type=count, default=4096, help="tokens of validation text for the loss of a downloaded model (default 4096)")
     add("--dtype", metavar="STR", default="float32", help="of weights and cache: float32 or bfloat16 (default float32)")
     add("--csv", metavar="FILE", help="also write the bill as CSV (default no)")
@@ -63,7 +77,7 @@ def read_prompt(text):
     return text
 
 
-def write(model, tokenizer, prompt, args):
+def write(model, tokenizer, prompt, args, squeezed=None):
     """Stream the texts to stdout. → decoded tokens per second, the prompt's time not counted."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=model.embed.weight.device)
     tokens, seconds = 0, 0.0
@@ -73,7 +87,8 @@ def write(model, tokenizer, prompt, args):
 
         def stream():
             nonlocal first
-            for token in model.stream(ids, args.max_new_tokens, args.temperature, args.top_k, generator):
+            cache = squeezed(ids[:, :-1]) if squeezed else None
+            for token in model.stream(ids[:, -1:] if squeezed else ids, args.max_new_tokens, args.temperature, args.top_k, generator, cache):
                 token = token.item()                        # waits for a GPU
                 first = first or time.perf_counter()
                 yield token
@@ -92,16 +107,28 @@ def both(predicted, measured):
     return f"{predicted:,}" if predicted == measured else f"ERROR: predicted {predicted:,}, measured {measured:,}"
 
 
-def bill(name, model, bpb, speed, context):
+def bill(name, model, bpb, speed, context, squeezed=None):
     """→ a row of the bill, as a dict of text; and whether every prediction was met."""
-    config = model.config
+    config, rooms = model.config, []
     context = min(context, config.block_size)
-    predicted = cost(config, context, bytes_per_number=model.embed.weight.element_size())
-    measured = measure(model, context)
+
+    def note(idx):                                          # predictions for a squeezed cache start from the budgets that were chosen
+        cache = squeezed(idx)
+        rooms.extend(cache.rooms)
+        return cache
+
+    measured = measure(model, context, squeezed=note if squeezed else None)
+    predicted = cost(config, context, bytes_per_number=model.embed.weight.element_size(), kept=rooms)
     row = [name, config.sharing or "none", both(predicted.params, measured.params), "?" if bpb is None else f"{bpb:.4f}",
            both(predicted.cache_bytes_per_token, measured.cache_bytes_per_token), f"{context:,}", both(predicted.cache_bytes, measured.cache_bytes),
-           both(predicted.decode_flops, measured.decode_flops), f"{speed:,.0f}"]
+           both(predicted.decode_flops, measured.decode_flops), "" if speed is None else f"{speed:,.0f}"]
     return dict(zip(COLUMNS, row)), predicted == measured
+
+
+def table(rows):
+    widths = [max(len(row[column]) for row in [dict(zip(COLUMNS, COLUMNS)), *rows]) for column in COLUMNS]
+    for row in [dict(zip(COLUMNS, COLUMNS)), *rows]:
+        print("  ".join(row[column].ljust(width) if column in COLUMNS[:2] else row[column].rjust(width) for column, width in zip(COLUMNS, widths)))
 
 
 def draw(rows, file):
@@ -122,8 +149,10 @@ def draw(rows, file):
 
 
 def models(run, args):
-    """Yield model, tokenizer, validation loss (bits per byte, or None) and name of a run as it is; then sharing, if --share is given."""
+    """Yield model, tokenizer, name, a function that measures its validation loss (→ bits per byte, or None), and a function that squeezes
+    (or None), of a run as it is, and then with each step that the flags ask for, one after the other: sharing, Eigen Attention, squeezing."""
     model, tokenizer, info = checkpoint.load(run, device=args.device, dtype=getattr(torch, args.dtype))
+    config, name, full = None, run, model
     if args.share and (args.runs or not model.config.share):
         config = replace(model.config, share=args.share, share_kind=args.share_kind or "weights", heads=args.heads or "same")    # raises if it cannot be
     data, tokens = None, None
@@ -131,22 +160,60 @@ def models(run, args):
         data, tokens = Data(tokenize(prepare(), tokenizer=tokenizer)), args.eval_tokens
     elif Path(info["data"]).is_dir():
         data = Data(info["data"])
+    if not data and (args.heads or args.refit or args.eigen_rank or args.eigen_error or args.squeeze):
+        raise ValueError(f"--heads, --refit, --eigen and --squeeze need the text that {run} was trained on; {info['data']} is missing")
+    context = min(args.context, model.config.block_size)
+    if args.squeeze and not 8 <= args.squeeze <= context:
+        raise ValueError(f"--squeeze={args.squeeze}: must be from 8 to the context of {context} tokens")
+    known = None if config or args.eigen_rank or args.eigen_error or args.squeeze else info["val_bpb"]      # all rows by the same measure
 
-    def evaluate(model):
-        if tokens:
-            print(f"measuring the loss on {tokens:,} tokens of {data.name}", file=sys.stderr, flush=True)
-        return data.evaluate(model, tokens=tokens)[1] if data else None
+    def evaluator(model, budget=None):
+        def evaluate():
+            if known is not None or not data:
+                return known
+            if args.squeeze:
+                ahead = max(1, context // 4)
+                windows = data.windows("val", max(1, args.eval_tokens // ahead), context).to(args.device)
+                print(f"measuring the loss on {len(windows) * ahead:,} tokens of {data.name}, each after {context - ahead:,} or more", file=sys.stderr, flush=True)
+                nats = squeeze.loss(model, windows, context - ahead, budget, args.squeeze_policy, args.squeeze_cut)
+                return nats / math.log(2) * windows[:, -ahead:].numel() / len(tokenizer.decode_bytes(windows[:, -ahead:].flatten().tolist()))
+            if tokens:
+                print(f"measuring the loss on {tokens:,} tokens of {data.name}", file=sys.stderr, flush=True)
+            return data.evaluate(model, tokens=tokens)[1]
+        return evaluate
 
-    already = args.share and not args.runs and model.config.share
-    bpb = evaluate(model) if info["val_bpb"] is None or args.share and not already else info["val_bpb"]      # both by the same measure
-    yield model, tokenizer, bpb, run
-    if already:
+    yield model, tokenizer, name, evaluator(model), None
+    if args.share and not config:
         print(f"{run} shares already, and stays as it is", file=sys.stderr, flush=True)
-    elif args.share:
-        if (config.heads != "same" or args.refit) and not data:
-            raise ValueError(f"--heads and --refit need the text that {run} was trained on; {info['data']} is missing")
+    if config:
         model = similarity.share_fitted(model, config, data, args.refit) if data else similarity.share(model, config)
-        yield model, tokenizer, evaluate(model), run + (", refitted" if args.refit else "")
+        name += ", refitted" if args.refit else ""
+        yield model, tokenizer, name, evaluator(model), None
+    if args.eigen_rank or args.eigen_error:
+        print(f"looking for the directions of keys and values on {data.name}", file=sys.stderr, flush=True)
+        windows = similarity.calibration(model, data)
+        model = eigen.compress(model, windows[::3], args.eigen_rank, args.eigen_error)
+        name += f", eigen {args.eigen_rank or args.eigen_error}"
+        if args.refit:
+            similarity.refit(model, full, windows)
+        yield model, tokenizer, name, evaluator(model), None
+    if args.squeeze:
+        def squeezed(idx):
+            return squeeze.squeeze(*squeeze.read(model, idx, args.squeeze_policy == "heavy"), args.squeeze, args.squeeze_policy, args.squeeze_cut)
+
+        yield model, tokenizer, f"{name}, squeeze {args.squeeze} {args.squeeze_policy}", evaluator(model, args.squeeze), squeezed
+
+
+def talk(run, args):
+    """--chat: with the last of the models() that the flags ask for."""
+    *_, (model, tokenizer, name, _, _) = models(run, args)
+    store = Store(model, args.store, args.store_memory * 2**20, args.store_disk * 2**20, min(args.window or model.config.block_size, model.config.block_size))
+
+    def show(cache):
+        row, _ = bill(name, model, None, None, max(1, cache.length))
+        table([row])
+
+    chat(model, tokenizer, store, args, show)
 
 
 def main():
@@ -158,11 +225,26 @@ def main():
     for flag, file in (("csv", args.csv), ("plot", args.plot)):
         if file and (file.endswith("/") or Path(file).is_dir()):
             raise ValueError(f"--{flag}={file}: is a folder; name a file in it")
-    for flag in ("share_kind", "heads", "refit"):
+    for flag in ("share_kind", "heads"):
         if getattr(args, flag) and not args.share:
             raise ValueError(f"--{flag}: is about the layers of --share; give --share too")
+    if args.eigen_rank and args.eigen_error:
+        raise ValueError("--eigen_rank and --eigen_error: give one of them")
+    if args.refit and not (args.share or args.eigen_rank or args.eigen_error):
+        raise ValueError("--refit: is about the layers that --share, --eigen_rank or --eigen_error change; give one of them too")
+    if args.squeeze_policy not in squeeze.POLICIES:
+        raise ValueError(f"--squeeze_policy={args.squeeze_policy}: must be window, sinks or heavy")
+    if not 0 < args.squeeze_cut <= 1:
+        raise ValueError(f"--squeeze_cut={args.squeeze_cut}: must be above 0 and at most 1")
+    if args.chat and (args.squeeze or len(args.runs) != 1):
+        raise ValueError("--chat: needs one model, as in: python sample.py smollm2 --chat; and goes without --squeeze, as a later turn may need what it drops")
+    if args.store and not args.chat:
+        raise ValueError("--store: keeps the caches of a chat; give --chat too")
+    args.window, args.context = args.context, args.context or 1024
     if args.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype={args.dtype}: must be float32 or bfloat16")
+    if args.chat:
+        return talk(args.runs[0], args)
     prompt = read_prompt(args.prompt)
     runs = args.runs or sorted(str(path.parent) for path in Path("out").glob("*/model.pt"))
     if not runs:
@@ -170,21 +252,20 @@ def main():
 
     rows, right = [], True
     for run in runs:
-        for model, tokenizer, bpb, name in models(run, args):
+        for model, tokenizer, name, evaluate, squeezed in models(run, args):
+            bpb = evaluate()
             print(f"{name}, sharing {model.config.sharing or 'nothing'}\n" + "-" * 80)
-            row, met = bill(name, model, bpb, write(model, tokenizer, prompt, args), args.context)
+            row, met = bill(name, model, bpb, write(model, tokenizer, prompt, args, squeezed), args.context, squeezed)
             rows.append(row)
             right = right and met
 
-    widths = [max(len(row[column]) for row in [dict(zip(COLUMNS, COLUMNS)), *rows]) for column in COLUMNS]
-    for row in [dict(zip(COLUMNS, COLUMNS)), *rows]:
-        print("  ".join(row[column].ljust(width) if column in COLUMNS[:2] else row[column].rjust(width) for column, width in zip(COLUMNS, widths)))
+    table(rows)
     print("Parameters, cache and FLOPs were predicted in closed form, and counted on a real decode step: " + ("they agree." if right else "THEY DIFFER."))
     if args.csv:
         text = io.StringIO()
-        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows({column: value.replace(",", "") for column, value in row.items()} for row in rows)
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({column: value.replace(",", "") for column, value in row.items()} for row in rows)
         checkpoint.write_file(args.csv, text.getvalue().encode())
     if args.plot:
         draw(rows, args.plot)

@@ -106,9 +106,9 @@ def refit(shared, model, windows, ridge=0.1):
     """Refit the output projections of the reuse layers of share(model, …), in place, on windows (N, T) of a calibration text.
 
     The layers are taken in turn, each on what it sees in the model that shares, refitted below it.
-    λ is ridge · the mean of the diagonal of Σ z zᵀ. Raises ValueError if the model itself shares.
+    λ is ridge · the mean of the diagonal of Σ z zᵀ. Raises ValueError if the model shares otherwise than `shared`.
     """
-    if model.config.share:
+    if model.config.share != shared.config.share and model.config.share:
         raise ValueError(f"--refit: needs the outputs of full attention, but the model already shares {model.config.share}")
     T, C = windows.size(1), model.config.n_embd
 
@@ -118,12 +118,12 @@ def refit(shared, model, windows, ridge=0.1):
     positions = torch.arange(T, device=windows.device)
     angles = rope(model.config, positions)
     x_full = [model.embed(window[None]) for window in windows]                                          # (1, T, C) each
-    x, passed, mask = list(x_full), [None] * len(windows), causal_mask(positions, positions, T, like=x_full[0])
+    x, passed, passed_full, mask = list(x_full), [None] * len(windows), [None] * len(windows), causal_mask(positions, positions, T, like=x_full[0])
     for block, full in zip(shared.blocks, model.blocks):
         zz, zy = (torch.zeros(block.attn.out.weight.size(1), n, dtype=torch.float64) for n in (block.attn.out.weight.size(1), C))
         out, block.attn.out = block.attn.out, torch.nn.Identity()                                       # so that attn() gives z
         for i in range(len(windows)):
-            y = full.attn(full.norm1(x_full[i]), angles, mask)[0]
+            y, passed_full[i] = full.attn(full.norm1(x_full[i]), angles, mask, passed_full[i])
             if changed(block.attn):
                 z = block.attn(block.norm1(x[i]), angles, mask, passed[i])[0][0]                          # (T, C)
                 zz += (z.mT.float() @ z.float()).cpu()
@@ -139,9 +139,14 @@ def refit(shared, model, windows, ridge=0.1):
     return shared
 
 
+def calibration(model, data):
+    """Twelve windows (12, T ≤ 512) of the training part of a minisa.data.Data."""
+    return data.windows("train", 12, min(512, model.config.block_size)).to(model.embed.weight.device)[:, :-1]
+
+
 def share_fitted(model, config, data, refit_outputs=False):
     """share(), fitted on the training part of a minisa.data.Data: heads on four windows, and output projections, if wanted, on twelve."""
-    windows = data.windows("train", 12, min(512, model.config.block_size)).to(model.embed.weight.device)[:, :-1]
+    windows = calibration(model, data)
     products = None
     if config.heads != "same":
         print(f"comparing the heads of all layers on {data.name}", file=sys.stderr, flush=True)
