@@ -3,6 +3,7 @@
     python -m minisa.bench                  all shapes, a few minutes on a laptop
     python -m minisa.bench --shapes=long --rounds=9
     python -m minisa.bench --model=smollm2 --share=26-28        a real LLM: load, prefill, decode
+    python -m minisa.bench --model=smollm2 --squeeze=614        decoding with squeezed caches
 
 Every figure is a median over rounds, in each of which all modes run in turn, so that a machine that gets slower or faster
 meanwhile is the same for all. A decode step must read all weights and the whole cache once; the limit is the time which
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from minisa import Parser, checkpoint, command, count, device, pretrained, similarity
+from minisa import Parser, at_least, checkpoint, command, count, device, pretrained, similarity
 from minisa.cost import cost
 from minisa.model import GPT, GPTConfig, KVCache
+from minisa.squeeze import POLICIES, read, squeeze
 
 MODES = {"full": dict(), "weights": dict(share_kind="weights"), "kv": dict(share_kind="kv")}
 #         config, batch of a training step, batch and context of a decode step
@@ -205,15 +207,56 @@ def bench_model(source, share, rounds, beside, where):
             print(row)
 
 
+def bench_squeeze(source, budget, batch, context, rounds, where):
+    """Decode with a full cache and with caches squeezed to `budget` tokens, by each policy, and print a table."""
+    model, _, _ = checkpoint.load(source, device=where)
+    if budget > context or context > model.config.block_size:
+        raise ValueError(f"--squeeze={budget}: must be at most --context={context}, and that at most {model.config.block_size}")
+    print(f"reading {batch} prompts of {context} random tokens", flush=True)
+    prompt = read(model, torch.randint(model.config.vocab_size, (batch, context), device=where))
+    idx = torch.randint(model.config.vocab_size, (batch, 1), device=where)
+    work, size = {"full cache": decoder(model, batch, context)}, {"full cache": prompt[0].nbytes}
+
+    def steps(cache):
+        @torch.inference_mode()
+        def step():
+            model.head(model.hidden(idx, cache)[:, -1]).argmax(-1)
+        return step
+
+    for policy in POLICIES:
+        for cut in (1, 0.5):
+            name = f"{policy}, " + ("equal budgets" if cut == 1 else f"cut {cut}")
+            cache = squeeze(*prompt, budget, policy, cut)
+            work[name], size[name] = steps(cache), cache.nbytes
+    seconds = {name: [] for name in work}
+    for i in range(rounds + 1):
+        for name, step in work.items():
+            print(f"\rround {i} of {rounds}: {name}" + " " * 20, end="", flush=True)
+            elapsed = timed(step, where, 0.5)
+            if i > 0:
+                seconds[name].append(elapsed)
+    print(f"\r{source}: decoding {batch} sequences at context {context}, {budget} tokens kept" + " " * 20)
+    print(f"{'':24}{'cache MB':>10}{'÷ full':>8}{'tokens/s':>10}{'÷ full':>8}")
+    full = statistics.median(seconds["full cache"])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:24}{size[name] / 1e6:>10.1f}{size[name] / size['full cache']:>8.2f}{batch / median:>10.1f}{full / median:>8.2f}")
+
+
 def main():
     parser = Parser(__doc__, usage="python -m minisa.bench [--FLAG=VALUE ...]")
     parser.add_argument("--shapes", metavar="STR", default="small,large,long", help="which of small, large and long (default small,large,long)")
     parser.add_argument("--model", metavar="STR", help="instead of shapes: a .gguf file, smollm2 or a run's folder (default none)")
     parser.add_argument("--share", metavar="STR", help="with --model: spans to share beside full attention, with the same heads (default none)")
     parser.add_argument("--beside_transformers", action="store_true", help="with --model: also Hugging Face transformers, from the same .gguf file, if installed (default off)")
+    parser.add_argument("--squeeze", metavar="INT", type=at_least(int, 8), help="with --model: only decode, with a full cache and with caches of so many tokens per layer (default none)")
+    parser.add_argument("--batch_size", metavar="INT", type=count, default=8, help="with --squeeze: sequences (default 8)")
+    parser.add_argument("--context", metavar="INT", type=at_least(int, 8), default=2048, help="with --squeeze: tokens of the full cache (default 2048)")
     parser.add_argument("--rounds", metavar="INT", type=count, default=7, help="measurements of each figure (default 7)")
     parser.add_argument("--device", metavar="STR", type=device, default="cpu", help="cpu, cuda or mps (default cpu)")
     args = parser.parse_args()
+    if args.squeeze and args.model:
+        return bench_squeeze(args.model, args.squeeze, args.batch_size, args.context, args.rounds, args.device)
     if args.model:
         beside = None
         if args.beside_transformers and not args.model.endswith((".gguf", "smollm2")):
@@ -225,8 +268,8 @@ def main():
             except ImportError:
                 raise ValueError("--beside_transformers: needs transformers and accelerate; install them with: pip install transformers accelerate") from None
         return bench_model(args.model, args.share, args.rounds, beside, args.device)
-    if args.share or args.beside_transformers:
-        raise ValueError("--share and --beside_transformers: go with --model")
+    if args.share or args.beside_transformers or args.squeeze:
+        raise ValueError("--share, --squeeze and --beside_transformers: go with --model")
     for shape in args.shapes.split(","):
         if shape not in SHAPES:
             raise ValueError(f"--shapes={args.shapes}: '{shape}' is none of {', '.join(SHAPES)}")

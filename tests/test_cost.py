@@ -11,6 +11,14 @@ from minisa.model import GPT, GPTConfig, KVCache
 SHARING = [("", "weights"), ("1-3", "weights"), ("1-3", "kv"), ("0-1,2-3", "weights"), ("0-1,2-3", "kv")]
 
 
+@pytest.mark.parametrize("more", [dict(share="1-3", share_rank=2), dict(ranks=[[3, 5], [8, 2], [1, 8], [8, 8]]), dict(share="0-1,2-3", ranks=[[3, 5], [8, 2], [1, 8], [8, 8]]),
+                                  dict(share="1-2", share_kind="kv", ranks=[[3, 5], [4, 2], [4, 2], [8, 8]]), dict(share="0-3", heads="mix")], ids=str)
+@pytest.mark.parametrize("context, batch_size", [(1, 1), (600, 1), (77, 3)])
+def test_predictions_equal_measurements_of_what_is_narrower(more, context, batch_size):
+    config = GPTConfig(block_size=600, vocab_size=300, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, **more)
+    assert cost(config, context, batch_size) == measure(GPT(config).eval(), context, batch_size)
+
+
 @pytest.mark.parametrize("sharing, n_kv_head, context, batch_size", [*itertools.product(SHARING, (4, 2, 1), (1, 77, 600), (1, 3))])
 def test_predictions_equal_measurements(sharing, n_kv_head, context, batch_size):
     config = GPTConfig(block_size=600, vocab_size=300, n_layer=4, n_head=4, n_kv_head=n_kv_head, n_embd=32, share=sharing[0], share_kind=sharing[1])
