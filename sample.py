@@ -10,10 +10,12 @@
 
 import csv
 import io
+import itertools
 import math
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -39,8 +41,8 @@ def parse_args():
     add("--eigen_rank", metavar="INT", type=count, help="Eigen Attention: numbers that each head keeps of each key and value (default all)")
     add("--eigen_error", metavar="FLOAT", type=amount, help="the same, but the least that leaves each layer's output this close to what it was, as a fraction (default off)")
     add("--squeeze", metavar="INT", type=count, help="SqueezeAttention: tokens that a layer keeps on average; the loss is then that of the last quarter of --context, the prompt being the rest (default all)")
-    add("--squeeze_policy", metavar="STR", default="heavy", help="with --squeeze: which tokens stay: window (the last), sinks (the first 4 and the last) or heavy (those with most attention weight, and the last) (default heavy)")
-    add("--squeeze_cut", metavar="FLOAT", type=amount, default=0.5, help="with --squeeze: the part of the budget that the least important layers keep; 1 for equal budgets (default 0.5)")
+    add("--squeeze_policy", metavar="STR", default="heavy", help="with --squeeze: which tokens stay: window (the last), sinks (the first 4 and the last) or heavy (those with most attention weight, and the last); or several, as sinks,heavy, a row each (default heavy)")
+    add("--squeeze_cut", metavar="FLOAT", default="0.5", help="with --squeeze: the part of the budget that the least important layers keep; 1 for equal budgets; or several, as 1,0.5, a row each (default 0.5)")
     add("--chat", action="store_true", help="talk with one model, in its chat format; /reset, /undo, /bill, Ctrl-D (default off)")
     add("--store", metavar="DIR", help="with --chat: folder in which the conversation and its KV cache stay (default in memory only)")
     add("--store_memory", metavar="INT", type=count, default=1024, help="with --chat: KV caches of past turns kept in memory, in MB (default 1024)")
@@ -155,53 +157,67 @@ def models(run, args):
     config, name, full = None, run, model
     if args.share and (args.runs or not model.config.share):
         config = replace(model.config, share=args.share, share_kind=args.share_kind or "weights", heads=args.heads or "same")    # raises if it cannot be
-    data, tokens = None, None
-    if info["data"] is None:                                # a downloaded model: no text is its own
-        data, tokens = Data(tokenize(prepare(), tokenizer=tokenizer)), args.eval_tokens
-    elif Path(info["data"]).is_dir():
-        data = Data(info["data"])
-    if not data and (args.heads or args.refit or args.eigen_rank or args.eigen_error or args.squeeze):
+    eigens = args.eigen_rank or args.eigen_error
+    if info["data"] and not Path(info["data"]).is_dir() and (args.heads or args.refit or eigens or args.squeeze):
         raise ValueError(f"--heads, --refit, --eigen and --squeeze need the text that {run} was trained on; {info['data']} is missing")
+
+    @cache
+    def data():
+        if info["data"] is None:                            # a downloaded model: no text is its own
+            return Data(tokenize(prepare(), tokenizer=tokenizer))
+        return Data(info["data"]) if Path(info["data"]).is_dir() else None
+
     context = min(args.context, model.config.block_size)
+    prompt = context - max(1, context // 4)
     if args.squeeze and not 8 <= args.squeeze <= context:
         raise ValueError(f"--squeeze={args.squeeze}: must be from 8 to the context of {context} tokens")
-    known = None if config or args.eigen_rank or args.eigen_error or args.squeeze else info["val_bpb"]      # all rows by the same measure
+    if args.eigen_rank and args.eigen_rank > model.config.head_dim:
+        raise ValueError(f"--eigen_rank={args.eigen_rank}: a head of this model is only {model.config.head_dim} wide")
+    known = None if config or eigens or args.squeeze else info["val_bpb"]      # all rows by the same measure
 
-    def evaluator(model, budget=None):
+    @cache
+    def windows():                                          # the prompt, then what is predicted, for --squeeze
+        return data().windows("val", max(1, args.eval_tokens // (context - prompt)), context).to(args.device)
+
+    @cache
+    def prompts():
+        return squeeze.read(model, windows()[:, :prompt])
+
+    def evaluator(model, **squeezing):
         def evaluate():
-            if known is not None or not data:
+            if known is not None or not data():
                 return known
             if args.squeeze:
-                ahead = max(1, context // 4)
-                windows = data.windows("val", max(1, args.eval_tokens // ahead), context).to(args.device)
-                print(f"measuring the loss on {len(windows) * ahead:,} tokens of {data.name}, each after {context - ahead:,} or more", file=sys.stderr, flush=True)
-                nats = squeeze.loss(model, windows, context - ahead, budget, args.squeeze_policy, args.squeeze_cut)
-                return nats / math.log(2) * windows[:, -ahead:].numel() / len(tokenizer.decode_bytes(windows[:, -ahead:].flatten().tolist()))
+                said = windows()[:, prompt + 1:]
+                print(f"measuring the loss on {said.numel():,} tokens of {data().name}, each after {prompt:,} or more", file=sys.stderr, flush=True)
+                nats = squeeze.loss(model, windows(), prompt, prompts() if squeezing else None, **squeezing)
+                return nats / math.log(2) * said.numel() / len(tokenizer.decode_bytes(said.flatten().tolist()))
+            tokens = None if info["data"] else args.eval_tokens
             if tokens:
-                print(f"measuring the loss on {tokens:,} tokens of {data.name}", file=sys.stderr, flush=True)
-            return data.evaluate(model, tokens=tokens)[1]
+                print(f"measuring the loss on {tokens:,} tokens of {data().name}", file=sys.stderr, flush=True)
+            return data().evaluate(model, tokens=tokens)[1]
         return evaluate
 
     yield model, tokenizer, name, evaluator(model), None
     if args.share and not config:
         print(f"{run} shares already, and stays as it is", file=sys.stderr, flush=True)
     if config:
-        model = similarity.share_fitted(model, config, data, args.refit) if data else similarity.share(model, config)
+        fitted = config.heads != "same" or args.refit
+        model = similarity.share_fitted(model, config, data(), args.refit) if fitted else similarity.share(model, config)
         name += ", refitted" if args.refit else ""
         yield model, tokenizer, name, evaluator(model), None
-    if args.eigen_rank or args.eigen_error:
-        print(f"looking for the directions of keys and values on {data.name}", file=sys.stderr, flush=True)
-        windows = similarity.calibration(model, data)
-        model = eigen.compress(model, windows[::3], args.eigen_rank, args.eigen_error)
-        name += f", eigen {args.eigen_rank or args.eigen_error}"
+    if eigens:
+        print(f"looking for the directions of keys and values on {data().name}", file=sys.stderr, flush=True)
+        calibration = similarity.calibration(model, data())
+        model = eigen.compress(model, calibration[::3], args.eigen_rank, args.eigen_error)
+        name += f", eigen {eigens}"
         if args.refit:
-            similarity.refit(model, full, windows)
+            similarity.refit(model, full, calibration)
         yield model, tokenizer, name, evaluator(model), None
-    if args.squeeze:
-        def squeezed(idx):
-            return squeeze.squeeze(*squeeze.read(model, idx, args.squeeze_policy == "heavy"), args.squeeze, args.squeeze_policy, args.squeeze_cut)
-
-        yield model, tokenizer, f"{name}, squeeze {args.squeeze} {args.squeeze_policy}", evaluator(model, args.squeeze), squeezed
+    for policy, cut in itertools.product(args.squeeze_policy.split(","), args.squeeze_cut) if args.squeeze else []:
+        squeezing = dict(budget=args.squeeze, policy=policy, cut=cut)
+        yield (model, tokenizer, f"{name}, squeeze {args.squeeze} {policy}" + (f" {cut:g}" if cut < 1 else " equal"), evaluator(model, **squeezing),
+               lambda idx: squeeze.squeeze(*squeeze.read(model, idx, policy == "heavy"), **squeezing))
 
 
 def talk(run, args):
@@ -232,10 +248,13 @@ def main():
         raise ValueError("--eigen_rank and --eigen_error: give one of them")
     if args.refit and not (args.share or args.eigen_rank or args.eigen_error):
         raise ValueError("--refit: is about the layers that --share, --eigen_rank or --eigen_error change; give one of them too")
-    if args.squeeze_policy not in squeeze.POLICIES:
-        raise ValueError(f"--squeeze_policy={args.squeeze_policy}: must be window, sinks or heavy")
-    if not 0 < args.squeeze_cut <= 1:
-        raise ValueError(f"--squeeze_cut={args.squeeze_cut}: must be above 0 and at most 1")
+    if not set(args.squeeze_policy.split(",")) <= set(squeeze.POLICIES):
+        raise ValueError(f"--squeeze_policy={args.squeeze_policy}: must be window, sinks or heavy, or several of them with commas")
+    try:
+        args.squeeze_cut = [float(cut) for cut in args.squeeze_cut.split(",")]
+        assert all(0 < cut <= 1 for cut in args.squeeze_cut)
+    except (ValueError, AssertionError):
+        raise ValueError(f"--squeeze_cut={args.squeeze_cut}: must be above 0 and at most 1, or several such numbers with commas") from None
     if args.chat and (args.squeeze or len(args.runs) != 1):
         raise ValueError("--chat: needs one model, as in: python sample.py smollm2 --chat; and goes without --squeeze, as a later turn may need what it drops")
     if args.store and not args.chat:

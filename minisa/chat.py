@@ -68,7 +68,7 @@ class History:
         self.reset()
         try:
             saved = json.loads(self.file.read_text()) if self.file and self.file.exists() else None
-            if saved:
+            if saved is not None:
                 tokens, turns = saved["tokens"], saved["turns"]
                 if saved["tokenizer"] != self.tokenizer:
                     raise ValueError("it is of a model with another tokenizer")

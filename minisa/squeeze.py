@@ -164,12 +164,11 @@ def squeeze(cache, cosines, scores, budget, policy="heavy", cut=0.5):
 
 
 @torch.inference_mode()
-def loss(model, windows, prompt, budget=None, policy="heavy", cut=0.5):
-    """windows (N, T + 1) → mean cross-entropy in nats of the tokens after the first prompt + 1, each of which sees what a cache squeezed
-    to `budget` tokens after the prompt holds; with budget None, all before it."""
-    if budget is None:
+def loss(model, windows, prompt, got=None, budget=None, policy="heavy", cut=0.5):
+    """windows (N, T + 1) → mean cross-entropy in nats of the tokens after the first prompt + 1. With got, what read() gave for the
+    first `prompt` tokens, each of them sees what a cache squeezed to `budget` tokens then holds; without, all before it."""
+    if got is None:
         logits = [model.head(model.hidden(w[None, :-1])[0, prompt:]).float() for w in windows]
         return sum(F.cross_entropy(row, w[prompt + 1:]).item() for row, w in zip(logits, windows)) / len(windows)
-    cache = squeeze(*read(model, windows[:, :prompt], policy == "heavy"), budget, policy, cut)
-    steps = range(prompt, windows.size(1) - 1)
+    cache, steps = squeeze(*got, budget, policy, cut), range(prompt, windows.size(1) - 1)
     return sum(F.cross_entropy(model(windows[:, t:t + 1], cache=cache)[0][:, 0].float(), windows[:, t + 1]).item() for t in steps) / len(steps)

@@ -75,13 +75,26 @@ def test_zero_shot_sharing_is_billed_beside_full_attention_with_its_own_loss(run
 
 def test_a_prediction_that_misses_is_an_error_in_the_table(run, runs, monkeypatch):
     true = sample.measure
-    def off_by_one(model, context):
-        found = true(model, context)
+    def off_by_one(model, context, **more):
+        found = true(model, context, **more)
         found.decode_flops += 1
         return found
     monkeypatch.setattr(sample, "measure", off_by_one)
     status, out, _ = run(sample.main, "out/full", "--max_new_tokens=5")
     assert status == 1 and "ERROR: predicted" in out and "THEY DIFFER" in out
+
+
+def test_each_axis_of_the_cache_is_a_row_of_the_bill(run, runs):
+    flags = ["--share=0-1", "--heads=mix", "--refit", "--eigen_error=0.1", "--squeeze=8", "--squeeze_policy=sinks,window", "--squeeze_cut=1,0.5"]
+    status, out, err = run(sample.main, "out/full", *flags, "--max_new_tokens=30", "--eval_tokens=64", "--csv=bill.csv")
+    assert status == 0, err
+    rows = table("bill.csv")
+    assert [row["model"].split(", ", 1)[1:] for row in rows] == [[], ["refitted"], ["refitted, eigen 0.1"]] + [[f"refitted, eigen 0.1, squeeze 8 {kind}"] for kind in
+        ("sinks equal", "sinks 0.5", "window equal", "window 0.5")]
+    sizes = [int(row["cache B"]) for row in rows]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3] and sizes[3] == sizes[5] == sizes[2] // 2 and sizes[4] <= sizes[3]
+    assert int(rows[3]["FLOPs/token"]) < int(rows[2]["FLOPs/token"]) and len({row["val bpb"] for row in rows[:4]}) == 4
+    assert len(out.split("tokens/s")[0].split("-" * 80)) == 2 * len(rows) + 1
 
 
 def test_prompts_come_from_files_and_standard_input(run, runs, monkeypatch):
@@ -107,7 +120,9 @@ def test_a_missing_matplotlib_is_named(run, runs, monkeypatch):
 
 
 WRONG = {
-    "out/none": "no such checkpoint", "--share=0-9": "there is no layer 9", "--share=x": "is not a span", "--share_kind=kv": "give --share too", "--heads=mix": "give --share too", "--refit": "give --share too", "--dtype=int8": "must be float32 or bfloat16", "--context=0": "0 is not a number", "--prompt=": "--prompt: is empty",
+    "out/none": "no such checkpoint", "--share=0-9": "there is no layer 9", "--share=x": "is not a span", "--share_kind=kv": "give --share too", "--heads=mix": "give --share too", "--refit": "give one of them too", "--squeeze=7": "must be from 8 to the context of 16", "--squeeze=17": "must be from 8 to the context of 16",
+    "--squeeze_policy=oldest": "must be window, sinks or heavy", "--squeeze_cut=0": "must be above 0 and at most 1", "--squeeze_cut=half": "must be above 0 and at most 1",
+    "--eigen_rank=9": "--eigen_rank=9: a head of this model is only 8 wide", "--dtype=int8": "must be float32 or bfloat16", "--context=0": "0 is not a number", "--prompt=": "--prompt: is empty",
     "--prompt=FILE:none.txt": "No such file", "--prompt=FILE:out": "Is a directory", "--temperature=-1": "-1 is not a number", "--top_k=0": "0 is not a number",
     "--max_new_tokens=0": "0 is not a number", "--num_samples=x": "invalid int value", "--device=tpu": "--device: tpu is not on this machine", "--csv=out": "--csv=out: is a folder",
     "--colour=red": "unrecognized arguments",

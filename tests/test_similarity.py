@@ -118,7 +118,7 @@ def test_taken_heads_work_in_bfloat16(model, idx, heads):
 def test_outputs_are_refitted_to_full_attention_only(model, idx):
     shared = share(model, replace(model.config, share="1-3"))
     with pytest.raises(ValueError, match="--refit.*already shares 1-3"):
-        refit(shared, shared, idx)
+        refit(share(model, replace(model.config, share="1-2")), shared, idx)
 
 
 def test_sharing_uses_the_same_memory(model):
