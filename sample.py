@@ -284,7 +284,7 @@ def main():
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({column: value.replace(",", "") for column, value in row.items()} for row in rows)
+        writer.writerows({column: value if column in COLUMNS[:2] else value.replace(",", "") for column, value in row.items()} for row in rows)
         checkpoint.write_file(args.csv, text.getvalue().encode())
     if args.plot:
         draw(rows, args.plot)
