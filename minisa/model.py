@@ -92,7 +92,7 @@ class GPTConfig:
             raise ValueError(f"--heads={self.heads}: only Shared Attention takes over heads; give --share, and --share_kind=weights")
         self.spans = parse_spans(self.share, self.n_layer)
         self.head_dim = self.n_embd // self.n_head                                      # D
-        if self.share_rank and (self.share_rank % 2 or self.head_dim % self.share_rank):
+        if self.share_rank and (self.share_rank < 0 or self.share_rank % 2 or self.head_dim % self.share_rank):
             raise ValueError(f"--share_rank={self.share_rank}: must be even, and divide the width of a head, {self.head_dim}")
         if self.share_rank and (self.share_kind != "weights" or self.heads != "same" or not self.share):
             raise ValueError(f"--share_rank={self.share_rank}: corrects the scores of Shared Attention; give --share, with --share_kind=weights and --heads=same")

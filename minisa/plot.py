@@ -1,8 +1,13 @@
-"""Pictures, by matplotlib, which is needed for nothing else."""
+"""Pictures, by matplotlib, which is needed for nothing else.
 
+    python -m minisa.plot BILL.csv ... --file=axes.png      loss against cache, a point for each row of bills that sample.py --csv wrote
+"""
+
+import csv
 import io
 from pathlib import Path
 
+from minisa import Parser, command
 from minisa.checkpoint import write_file
 
 
@@ -72,3 +77,44 @@ def span_map(percent, n_layer, title, file):
     axis.tick_params(labelsize=7)
     figure.colorbar(image, ax=axis, label="loss over full, %")
     save(figure, file)
+
+
+def loss_against_cache(rows, file):
+    """rows of bills, dicts of text → a point for each: bytes of cache per token across, bits per byte up."""
+    plt = pyplot("the picture")
+    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    points = {}
+    for row in rows:
+        parts = row["model"].split(", ")[1:] + ([row["sharing"]] if row["sharing"] != "none" else [])
+        points[int(row["cache B"]) / int(row["context"]), float(row["val bpb"])] = ", ".join(parts) or f"full attention ({row['model']})"
+    for (size, loss), name in points.items():
+        color = "#c04040" if name.startswith("full") else "#4878a8" if "squeeze" not in name else "#589060"
+        axis.plot(size, loss, "o", color=color, markersize=6)
+        left = size > 0.6 * max(size for size, _ in points)
+        axis.annotate(name, (size, loss), xytext=(-7 if left else 7, 0), textcoords="offset points", fontsize=7, ha="right" if left else "left", va="center")
+    axis.set(xlabel="cache, bytes per token of the context", ylabel="validation loss, bits per byte", xlim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, file)
+
+
+def main():
+    parser = Parser(__doc__, usage="python -m minisa.plot BILL.csv ... --file=PICTURE")
+    parser.add_argument("bills", nargs="+", metavar="BILL.csv", help="what sample.py --csv wrote, all with the same measure of loss (--squeeze, --context, --eval_tokens)")
+    parser.add_argument("--file", metavar="FILE", required=True, help="the picture to write, as .png, .svg or .pdf")
+    args = parser.parse_args()
+    pyplot("minisa.plot")
+    if Path(args.file).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--file={args.file}: must end in .png, .svg or .pdf")
+    rows = []
+    for bill in args.bills:
+        try:
+            rows += [row for row in csv.DictReader(Path(bill).read_text().splitlines())]
+            [(float(row["val bpb"]), int(row["cache B"]), int(row["context"]), row["model"], row["sharing"]) for row in rows]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{bill}: is no bill with losses ({error}); write one with: python sample.py --csv={bill}") from None
+    loss_against_cache(rows, args.file)
+    print(f"wrote {args.file}: {len(rows)} rows of {len(args.bills)} bills")
+
+
+if __name__ == "__main__":
+    command(main)

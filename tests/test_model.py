@@ -143,6 +143,18 @@ def test_attention_weights_sum_to_one_and_a_reuse_layers_are_its_anchors(mode):
         assert not close(found[0], found[1], 1e-2) and not close(found[3], found[4], 1e-2)
 
 
+@pytest.mark.parametrize("mode", RANKED, ids=str)
+def test_a_correction_starts_at_nothing_and_can_be_learned(mode):
+    full, plain_sharing, ranked = make(n_kv_head=mode["n_kv_head"]), make(**{**mode, "share_rank": 0}), make(**mode)
+    for model in (plain_sharing, ranked):
+        load_weights(model, full.state_dict(), full.config)
+    idx = tokens(2, 12)
+    assert close(ranked(idx)[0], plain_sharing(idx)[0])
+    ranked(idx, idx)[1].backward()
+    n_q = ranked.blocks[3].attn.made[0]
+    assert n_q == 4 * mode["share_rank"] and ranked.blocks[3].attn.qkv.weight.grad[:n_q].abs().max() > 1e-6
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode["share"]], ids=str)
 def test_full_attention_weights_load_into_a_model_that_shares(mode):
     full, shared = make(n_kv_head=mode["n_kv_head"]), make(**mode)
@@ -230,6 +242,8 @@ def test_linear_and_weighted_sum_are_plain_matrix_products():
     (dict(share="1-2,2-4"), "--share=1-2,2-4"), (dict(share="3-4,0-1"), "--share=3-4,0-1"), (dict(share="a-b"), "--share=a-b"), (dict(share="1-2,"), "--share=1-2,"),
     (dict(share="-1-2"), "--share=-1-2"), (dict(share_kind="keys"), "--share_kind=keys"), (dict(n_embd=30), "--n_embd=30"),
     (dict(n_embd=36), "--n_embd=36"), (dict(n_kv_head=3), "--n_kv_head=3"), (dict(n_layer=0), "--n_layer=0"), (dict(dropout=1.0), "--dropout=1.0"),
+    (dict(share="1-2", share_rank=3), "--share_rank=3"), (dict(share="1-2", share_rank=16), "--share_rank=16"), (dict(share="1-2", share_rank=-2), "--share_rank=-2"),
+    (dict(share_rank=2), "--share_rank=2"), (dict(share="1-2", share_kind="kv", share_rank=2), "--share_rank=2"), (dict(share="1-2", heads="mix", share_rank=2), "--share_rank=2"),
 ], ids=str)
 def test_a_wrong_config_is_refused_by_the_name_of_its_flag(wrong, flag):
     with pytest.raises(ValueError, match="^" + flag):

@@ -93,7 +93,7 @@ def test_each_axis_of_the_cache_is_a_row_of_the_bill(run, runs):
         ("sinks equal", "sinks 0.5", "window equal", "window 0.5")]
     sizes = [int(row["cache B"]) for row in rows]
     assert sizes[0] > sizes[1] > sizes[2] > sizes[3] and sizes[3] == sizes[5] == sizes[2] // 2 and sizes[4] <= sizes[3]
-    assert int(rows[3]["FLOPs/token"]) < int(rows[2]["FLOPs/token"]) and len({row["val bpb"] for row in rows[:4]}) == 4
+    assert int(rows[3]["FLOPs/token"]) < int(rows[2]["FLOPs/token"]) and len({row["val bpb"] for row in rows}) >= 3
     assert len(out.split("tokens/s")[0].split("-" * 80)) == 2 * len(rows) + 1
 
 
