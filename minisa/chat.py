@@ -39,7 +39,7 @@ def answer(model, tokens, store, stop, args, generator):
     """Yield the tokens of an answer to `tokens`, which grow by it; then keep the cache. Yields first how many tokens were reused."""
     while True:
         cache = store.load(tokens)
-        reused, made = cache.length, []
+        reused, made, whole = cache.length, [], True
         ids = torch.tensor([tokens[reused:]], device=model.embed.weight.device)
         try:
             for token in model.stream(ids, args.max_new_tokens, args.temperature, args.top_k, generator, cache):
@@ -52,9 +52,12 @@ def answer(model, tokens, store, stop, args, generator):
             break
         except Damaged:                                     # before the first token: the next try finds less
             continue
+        except KeyboardInterrupt:                           # perhaps between two layers
+            whole = False
+            raise
         finally:
             tokens += made if made and made[-1] == stop else made + [stop] * bool(made)
-            if made:
+            if made and whole:
                 store.save(tokens, cache)
 
 
@@ -130,6 +133,10 @@ def chat(model, tokenizer, store, args, bill):
             except KeyboardInterrupt:                       # stops the answer, not the chat
                 tokens.close()
             seconds, made = time.perf_counter() - first, len(history.tokens) - n
+            if not made:                                    # stopped before the first token: nothing was said
+                history.undo()
+                print("\n[stopped]")
+                continue
             history.tokens += tokenizer.encode("\n")
             history.save()
             print(f"\n[first token after {first - began:.2f} s, {reused:,} of {n:,} tokens reused, {made / max(seconds, 1e-9):.0f} tokens/s]", flush=True)

@@ -29,7 +29,7 @@ from dataclasses import replace
 
 import torch
 
-from minisa.model import GPT, causal_mask, heads, rope, rotate, weighted_sum
+from minisa.model import GPT, causal_mask, heads, rope_angles, rotate, weighted_sum
 
 SAMPLES = 4     # keys drawn for each query and head
 
@@ -69,7 +69,7 @@ def moments(config, block, xs, passed, angles, mask, generator):
             w = u[:, None] * P[0].square() * apart.clamp(min=0) + 1e-20 * mask.exp()         # (H, T, T)
             S_k += gram(k * w.sum(1).view(G, H // G, T).sum(1)[..., None].sqrt())
             s = torch.multinomial(w.flatten(0, 1).cpu(), SAMPLES, replacement=True, generator=generator).view(H, T, -1).to(x.device)
-            cos, sin = rope(config, torch.arange(T, device=x.device)[:, None] - s)
+            cos, sin = rope_angles(config, torch.arange(T, device=x.device)[:, None] - s)
             q = rotate(q[:, :, None].expand(*s.shape, D), (cos, sin))
             M_k += gram((q * (w.sum(2)[..., None, None] / SAMPLES).sqrt()).reshape(G, -1, D))
             total_w += w.sum((1, 2)).view(G, -1).sum(1).double().cpu()
@@ -110,7 +110,7 @@ def compress(model, windows, rank=None, error=None):
     T = windows.size(1)
     positions, generator = torch.arange(T, device=windows.device), torch.Generator().manual_seed(0)
     xs, passed = [model.embed(window[None]) for window in windows], [None] * len(windows)
-    mask, angles = causal_mask(positions, positions, T, like=xs[0]), rope(config, positions)
+    mask, angles = causal_mask(positions, positions, T, like=xs[0]), rope_angles(config, positions)
     found = [moments(config, block, xs, passed, angles, mask, generator) for block in model.blocks]
     for a, b in config.spans if config.share_kind == "kv" else []:              # CLA: one basis for all who read the anchor's values
         S, M = (sum(found[layer][1][i] for layer in range(a, b + 1)) for i in (0, 1))

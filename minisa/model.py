@@ -138,6 +138,15 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
+def rope_angles(config, positions):
+    """positions (...) → cos and sin (..., D) of the angles there, for rotate(): in sin the first half is negative."""
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64          # positions grow without end
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact) / config.head_dim
+    angle = positions.to(exact)[..., None] * config.rope_base**-exponent
+    cos, sin = angle.cos().float(), angle.sin().float()                                 # (..., D/2)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 def rotate(x, rope):
     """RoPE (arXiv:2104.09864): turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by an angle that grows with its position.
     The product of a rotated q and a rotated k depends on the distance of their positions alone."""
@@ -150,15 +159,6 @@ def weighted_sum(P, v):
     B, H, T, S = P.shape
     G = v.size(1)
     return (P.view(B, G, H // G * T, S) @ v).view(B, H, T, -1)
-
-
-def rope(config, positions):
-    """positions (...) → cos and sin (..., D) of the angles there, for rotate(): in sin the first half is negative."""
-    exact = torch.float32 if positions.device.type == "mps" else torch.float64          # positions grow without end
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact) / config.head_dim
-    angle = positions.to(exact)[..., None] * config.rope_base**-exponent
-    cos, sin = angle.cos().float(), angle.sin().float()                                 # (..., D/2)
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def heads(x, n):
@@ -248,7 +248,7 @@ class Attention(nn.Module):
                 if cache is not None:                                                   # (B, G, T, D) → (B, G, S, D)
                     k, v = cache.write(self.layer, cache.k, k), cache.write(self.layer, cache.v, v)
             if self.restores:
-                k = rotate(k @ self.restore, rope if cache is None else cache.rope(self.layer))
+                k = rotate(k @ self.restore, rope if cache is None else cache.key_angles(self.layer))
             if self.role == "anchor" and self.shares_weights or seen is not None:
                 scores = attention_scores(q, k, mask)                                   # (B, H, T, S)
                 P = attention_weights(scores)
@@ -337,9 +337,9 @@ class KVCache:
             return visible
         return old.index_copy_(2, self.slots, new)[:, :, :self.held]
 
-    def rope(self, layer):
-        """rope() of the keys that write() returns, the same for all layers."""
-        self.angles = self.angles or rope(self.config, self.keys)
+    def key_angles(self, layer):
+        """rope_angles() of the keys that write() returns, the same for all layers."""
+        self.angles = self.angles or rope_angles(self.config, self.keys)
         return self.angles
 
 
@@ -366,7 +366,7 @@ class GPT(nn.Module):
         positions = torch.arange(length, length + T, device=idx.device)
         keys, seen = (cache.open(positions), cache.seen) if cache is not None else (positions, seen)
         x = self.drop(self.embed(idx))                                                  # (B, T, C)
-        angles = rope(self.config, positions)
+        angles = rope_angles(self.config, positions)
         mask = causal_mask(positions, keys, size, like=x) if T > 1 else None            # one token sees every key
         shared = None
         for block in self.blocks:

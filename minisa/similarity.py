@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from minisa import Parser, at_least, checkpoint, command, count, device, plot
 from minisa.cost import cost
 from minisa.data import Data, tokenize
-from minisa.model import GPT, causal_mask, rope
+from minisa.model import GPT, causal_mask, rope_angles
 
 
 def layer_similarity(model, idx):
@@ -116,7 +116,7 @@ def refit(shared, model, windows, ridge=0.1):
         return attn.role == "reuse" or shared.config.ranks
 
     positions = torch.arange(T, device=windows.device)
-    angles = rope(model.config, positions)
+    angles = rope_angles(model.config, positions)
     x_full = [model.embed(window[None]) for window in windows]                                          # (1, T, C) each
     x, passed, passed_full, mask = list(x_full), [None] * len(windows), [None] * len(windows), causal_mask(positions, positions, T, like=x_full[0])
     for block, full in zip(shared.blocks, model.blocks):
@@ -174,7 +174,7 @@ def scan(model, windows, longest, share_kind="weights", heads="same", products=N
     """
     L, T = model.config.n_layer, windows.size(1) - 1
     positions = torch.arange(T, device=windows.device)
-    angles = rope(model.config, positions)
+    angles = rope_angles(model.config, positions)
     below = [[model.embed(w[None, :-1]) for w in windows]]                                              # the input of each layer
     mask = causal_mask(positions, positions, T, like=below[0][0])
     for block in model.blocks[:-1]:

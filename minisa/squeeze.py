@@ -24,7 +24,7 @@ highest just before. Unlike H2O, all heads of a layer keep the same tokens.
 import torch
 from torch.nn import functional as F
 
-from minisa.model import PREFILL_CHUNK, KVCache, causal_mask, rope, widths
+from minisa.model import PREFILL_CHUNK, KVCache, causal_mask, rope_angles, widths
 
 POLICIES = ("window", "sinks", "heavy")
 SINKS = 4
@@ -107,9 +107,9 @@ class SqueezedCache(KVCache):
         tensors[layer][rows, :, slots] = new[:, :, 0]
         return tensors[layer][:, :, :self.counts[u]]
 
-    def rope(self, layer):
+    def key_angles(self, layer):
         u = self.unit_of[layer]
-        return rope(self.config, self.where[u][:, None, :self.counts[u]])               # (B, 1, S, D)
+        return rope_angles(self.config, self.where[u][:, None, :self.counts[u]])               # (B, 1, S, D)
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def read(model, idx, weights=True):
     for chunk in idx.split(PREFILL_CHUNK, dim=1) if T else []:
         positions = torch.arange(cache.length, cache.length + chunk.size(1), device=idx.device)
         keys, x, shared = cache.open(positions), model.embed(chunk), None
-        angles, mask = rope(config, positions), causal_mask(positions, keys, T, like=x)
+        angles, mask = rope_angles(config, positions), causal_mask(positions, keys, T, like=x)
         for layer, block in enumerate(model.blocks):
             seen = [] if weights else None
             y, shared = block.attn(block.norm1(x), angles, mask, shared, cache, seen)

@@ -9,7 +9,7 @@ import torch
 
 import sample
 from minisa import chat, checkpoint
-from minisa.model import GPT, GPTConfig
+from minisa.model import GPT, Block, GPTConfig
 from minisa.tokenizer import Tokenizer
 
 START, END = 256, 257
@@ -90,6 +90,26 @@ def test_turns_can_be_taken_back_and_the_conversation_begun_anew(talk, tmp_path)
     assert status == 0 and said[1] == said[2] and said[0] == said[3] and "1 turns" in out and "0 turns" in out and out.count(chat.HELP) == 2
     assert "cache B/token" in out and "ERROR" not in out
     assert len(json.loads((tmp_path / "s" / "chat.json").read_text())["turns"]) == 1
+
+
+@pytest.mark.parametrize("layer, call", [(0, 1), (1, 3), (2, 3), (2, 9)])
+def test_ctrl_c_stops_an_answer_and_leaves_no_half_computed_cache(talk, tmp_path, monkeypatch, layer, call):
+    forward, calls = Block.forward, []
+
+    def interrupted(self, *args):
+        calls.append(self.attn.layer)
+        if calls.count(layer) == call and self.attn.layer == layer:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+    monkeypatch.setattr(Block, "forward", interrupted)
+    status, out, err = talk(["Hello there, how are you? " * 3, "Why?"], "--store=s")
+    assert (status, err) == (0, "") and ("[stopped]" in out) == (call == 1)
+    model, tokenizer, _ = checkpoint.load(tmp_path / "run")
+    tokens = json.loads((tmp_path / "s" / "chat.json").read_text())["tokens"]
+    assert tokens.count(START) == tokens.count(END) == (3 if call == 1 else 5)
+    begin = len(tokens) - tokens[::-1].index(START) + len(tokenizer.encode("assistant\n"))
+    expected = model.generate(torch.tensor([tokens[:begin]]), 12, temperature=0)[0, begin:].tolist()
+    assert tokens[begin:begin + 5] == expected[:5]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"tokens": [1]}', '{"tokens": [999], "turns": [1], "tokenizer": "TOK"}', '{"tokens": [1.5], "turns": [1], "tokenizer": "TOK"}',

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minisa import eigen
-from minisa.model import GPT, GPTConfig, KVCache, causal_mask, rope
+from minisa.model import GPT, GPTConfig, KVCache, causal_mask, rope_angles
 from minisa.similarity import refit
 
 
@@ -101,7 +101,7 @@ def test_the_metric_beats_plain_singular_vectors():
 def test_the_error_of_the_first_layer_is_about_what_was_allowed():
     model = make(n_layer=1)
     positions = torch.arange(48)
-    angles, mask = rope(model.config, positions), causal_mask(positions, positions, 48, torch.zeros(1))
+    angles, mask  = rope_angles(model.config, positions), causal_mask(positions, positions, 48, torch.zeros(1))
     with torch.no_grad():
         x = model.embed(WINDOWS)
         y = model.blocks[0].attn(model.blocks[0].norm1(x), angles, mask)[0]

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from minisa.checkpoint import for_decoding, load_weights
-from minisa.model import GPT, GPTConfig, KVCache, linear, rope, weighted_sum
+from minisa.model import GPT, GPTConfig, KVCache, linear, rope_angles, weighted_sum
 
 MODES = [dict(share=share, share_kind=kind, n_kv_head=G)
          for G in (4, 2, 1)
@@ -222,7 +222,7 @@ def test_positions_far_away_are_as_good_as_near_ones():
             model(token, cache=near)
         far.k, far.v, far.length = [k.clone() for k in near.k], [v.clone() for v in near.v], 12
         shift = 12 * 10**8                      # a multiple of the cache's size: rotate its keys as if read there
-        cos, sin = rope(model.config, torch.tensor([shift]))
+        cos, sin = rope_angles(model.config, torch.tensor([shift]))
         from minisa.model import rotate
         far.k, far.length = [rotate(k, (cos, sin)) for k in far.k], 12 + shift
         assert close(model(idx[:, :1], cache=far)[0], model(idx[:, :1], cache=near)[0], 1e-3)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from minisa.eigen import compress
-from minisa.model import GPT, GPTConfig, rope, rotate
+from minisa.model import GPT, GPTConfig, rope_angles, rotate
 from minisa.squeeze import POLICIES, SINKS, budgets, loss, read, squeeze, units
 
 MODES = [dict(), dict(n_kv_head=2), dict(share="1-3"), dict(share="1-2,3-4", n_kv_head=1), dict(share="1-3", share_kind="kv"), dict(share="0-2", heads="mix"),
@@ -58,7 +58,7 @@ def plain(model, tokens, prompt, policy, rooms):
 
                 def turned(x, position, n):
                     width = len(x) // n
-                    angles = [a[::D // width] for a in rope(config, torch.tensor(position))]
+                    angles = [a[::D // width] for a in rope_angles(config, torch.tensor(position))]
                     return rotate(x.view(1, n, 1, width), angles).view(n, width)
                 source = unit[0] if config.share_kind == "kv" else layer
                 if n_q:
