@@ -114,8 +114,8 @@ def bill(name, model, bpb, speed, context, squeezed=None):
     config, rooms = model.config, []
     context = min(context, config.block_size)
 
-    def note(idx):                                          # predictions for a squeezed cache start from the budgets that were chosen
-        cache = squeezed(idx)
+    def note(_):                                            # predictions for a squeezed cache start from the budgets that were chosen
+        cache = squeezed(None)
         rooms.extend(cache.rooms)
         return cache
 
@@ -151,8 +151,8 @@ def draw(rows, file):
 
 
 def models(run, args):
-    """Yield model, tokenizer, name, a function that measures its validation loss (→ bits per byte, or None), and a function that squeezes
-    (or None), of a run as it is, and then with each step that the flags ask for, one after the other: sharing, Eigen Attention, squeezing."""
+    """Yield model, tokenizer, name, a function that measures its validation loss (→ bits per byte, or None), and a function that reads a
+    prompt (None: a text as long as the bill's context) into a squeezed cache (or None), of a run as it is, and then with each step that the flags ask for, one after the other: sharing, Eigen Attention, squeezing."""
     model, tokenizer, info = checkpoint.load(run, device=args.device, dtype=getattr(torch, args.dtype))
     config, name, full = None, run, model
     if args.share and (args.runs or not model.config.share):
@@ -210,14 +210,14 @@ def models(run, args):
         print(f"looking for the directions of keys and values on {data().name}", file=sys.stderr, flush=True)
         calibration = similarity.calibration(model, data())
         model = eigen.compress(model, calibration[::3], args.eigen_rank, args.eigen_error)
-        name += f", eigen {eigens}"
+        name += f", eigen {eigens}" + (", refitted" if args.refit and not config else "")
         if args.refit:
             similarity.refit(model, full, calibration)
         yield model, tokenizer, name, evaluator(model), None
     for policy, cut in itertools.product(args.squeeze_policy.split(","), args.squeeze_cut) if args.squeeze else []:
         squeezing = dict(budget=args.squeeze, policy=policy, cut=cut)
         yield (model, tokenizer, f"{name}, squeeze {args.squeeze} {policy}" + (f" {cut:g}" if cut < 1 else " equal"), evaluator(model, **squeezing),
-               lambda idx: squeeze.squeeze(*squeeze.read(model, idx, policy == "heavy"), **squeezing))
+               lambda idx: squeeze.squeeze(*squeeze.read(model, windows()[:1, :context - 1] if idx is None else idx, policy == "heavy"), **squeezing))
 
 
 def talk(run, args):
@@ -226,7 +226,7 @@ def talk(run, args):
     store = Store(model, args.store, args.store_memory * 2**20, args.store_disk * 2**20, min(args.window or model.config.block_size, model.config.block_size))
 
     def show(cache):
-        row, _ = bill(name, model, None, None, max(1, cache.length))
+        row, _ = bill(name, model, None, None, max(1, min(cache.length, cache.size)))
         table([row])
 
     chat(model, tokenizer, store, args, show)
@@ -244,6 +244,8 @@ def main():
     for flag in ("share_kind", "heads"):
         if getattr(args, flag) and not args.share:
             raise ValueError(f"--{flag}: is about the layers of --share; give --share too")
+    if args.eigen_error == 0:
+        raise ValueError("--eigen_error=0: must be above 0; without the flag all numbers are kept")
     if args.eigen_rank and args.eigen_error:
         raise ValueError("--eigen_rank and --eigen_error: give one of them")
     if args.refit and not (args.share or args.eigen_rank or args.eigen_error):

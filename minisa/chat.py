@@ -9,6 +9,7 @@ Each turn, the store gives the cache of what was read before, and the model read
 
 import hashlib
 import json
+import os
 import sys
 import time
 
@@ -62,7 +63,8 @@ def answer(model, tokens, store, stop, args, generator):
 
 
 class History:
-    """The tokens of the conversation, and where its turns begin; in a file of the store's folder, if it has one."""
+    """The tokens of the conversation, and where its turns begin; in a file of the store's folder, if it has one. Of two chats in one
+    folder, it holds the one that was said something in last."""
 
     def __init__(self, store, tokenizer):
         self.file = store.folder and store.folder / "chat.json"
@@ -73,13 +75,16 @@ class History:
             saved = json.loads(self.file.read_text()) if self.file and self.file.exists() else None
             if saved is not None:
                 tokens, turns = saved["tokens"], saved["turns"]
+                if type(tokens) is not list or type(turns) is not list or not tokens:
+                    raise ValueError("it is damaged")
                 if saved["tokenizer"] != self.tokenizer:
                     raise ValueError("it is of a model with another tokenizer")
                 if not all(type(n) is int and 0 <= n < tokenizer.vocab_size for n in tokens) or not all(type(n) is int and 0 < n <= len(tokens) for n in turns):
                     raise ValueError("it is damaged")
                 self.tokens, self.turns = tokens, turns
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{self.file} cannot be continued ({error}); this is a new conversation", file=sys.stderr)
+            print(f"{self.file} cannot be continued ({error}); it is kept as {self.file}.old, and this is a new conversation", file=sys.stderr)
+            os.replace(self.file, f"{self.file}.old")
 
     def reset(self):
         self.tokens, self.turns = list(self.first), []
@@ -88,9 +93,12 @@ class History:
         if self.turns:
             del self.tokens[self.turns.pop():]
 
-    def save(self):
+    def save(self, store):
         if self.file:
-            write_file(self.file, json.dumps({"tokenizer": self.tokenizer, "tokens": self.tokens, "turns": self.turns}).encode())
+            try:
+                write_file(self.file, json.dumps({"tokenizer": self.tokenizer, "tokens": self.tokens, "turns": self.turns}).encode())
+            except OSError as error:
+                store.trouble = str(error)
 
 
 def chat(model, tokenizer, store, args, bill):
@@ -113,7 +121,8 @@ def chat(model, tokenizer, store, args, bill):
             continue
         if text in ("/reset", "/undo"):
             getattr(history, text[1:])()
-            history.save()
+            history.save(store)
+            cache = store.fresh()
             print(f"{len(history.turns)} turns, {len(history.tokens):,} tokens")
         elif text == "/bill":
             bill(cache)
@@ -138,8 +147,8 @@ def chat(model, tokenizer, store, args, bill):
                 print("\n[stopped]")
                 continue
             history.tokens += tokenizer.encode("\n")
-            history.save()
-            print(f"\n[first token after {first - began:.2f} s, {reused:,} of {n:,} tokens reused, {made / max(seconds, 1e-9):.0f} tokens/s]", flush=True)
+            history.save(store)
+            print(f"\n[first token after {first - began:.2f} s, {reused:,} of {n:,} tokens reused, {made / max(seconds, 1e-9):.0f} tokens/s{', cut at --max_new_tokens' * (made > args.max_new_tokens)}]", flush=True)
             if store.trouble:
                 print(f"the store does not save: {store.trouble}", file=sys.stderr)
                 store.trouble = None

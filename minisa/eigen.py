@@ -14,15 +14,17 @@ the subspace that minimises E|M^½ (k − Fᵀ E k)|² is, with S = E[k kᵀ] an
 
     E = Uᵀ M^½        Fᵀ = M^-½ U        error: the sum of the other eigenvalues
 
-To first order, an error δk_s of a key changes the layer's output y_t = Σ_h W_h z_t, z_t = Σ_s P_ts v_s, by the sum over s of
-W_h (v_s − z_t) P_ts q_tsᵀ δk_s / √D, where q_ts is q_t rotated by t − s. Hence weights w_ts = u_t P_ts² |W_h (v_s − z_t)|², and
+A head sums z_t = Σ_s P_ts v_s for the query of token t over keys s, its part W_h of W_out makes W_h z_t of it, and the layer puts out the sum
+y_t of that over its heads. To first order, an error δk_s of a key changes W_h z_t by Σ_s W_h (v_s − z_t) P_ts q_tsᵀ δk_s / √D, where q_ts is q_t
+rotated by t − s. Hence weights w_ts = u_t P_ts² |W_h (v_s − z_t)|² with u_t = 1 / |x_t + y_t|², as the residual stream x + y is
+normalised wherever it is read, and
 
     keys      S = Σ_ts w_ts k_s k_sᵀ  (of all heads that share the keys)        M = Σ_ts w_ts q_ts q_tsᵀ / (D Σ_ts w_ts), from samples of s
     values    S = Σ_t u_t z_t z_tᵀ    (of all heads that share the values)      M = mean over these heads of W_hᵀ W_h
 
-with u_t = 1 / |x_t + y_t|², as the residual stream x + y is normalised wherever it is read. So both errors are parts of it, and comparable:
-numbers are dropped in the order of their eigenvalues, keys and values of a layer together, while the mean over t of |δy_t|² / |x_t + y_t|²
-stays within error². All heads of a layer keep as many. Errors of two keys, or of two heads, are taken as independent.
+So both errors are parts of the stream, and comparable: numbers are dropped in the order of their eigenvalues, keys and values of a layer
+together, while the mean over t of |δy_t|² / |x_t + y_t|² stays within error². All heads of a layer keep as many. Errors of two keys, or of two
+heads, are taken as independent, and what an anchor's error does to the layers that share with it is not counted.
 """
 
 from dataclasses import replace
@@ -72,7 +74,7 @@ def moments(config, block, xs, passed, angles, mask, generator):
             cos, sin = rope_angles(config, torch.arange(T, device=x.device)[:, None] - s)
             q = rotate(q[:, :, None].expand(*s.shape, D), (cos, sin))
             M_k += gram((q * (w.sum(2)[..., None, None] / SAMPLES).sqrt()).reshape(G, -1, D))
-            total_w += w.sum((1, 2)).view(G, -1).sum(1).double().cpu()
+            total_w += w.sum((1, 2)).view(G, -1).sum(1).cpu().double()
         x = x + y
         xs[i] = x + block.mlp(block.norm2(x))
     M_v = gram(W.reshape(G, -1, D)) / (H // G)
@@ -90,7 +92,7 @@ def drop(errors_k, errors_v, budget):
 
 def gram(rows):
     """(G, N, D) → Σ_n row rowᵀ (G, D, D), in float64, on the CPU."""
-    return (rows.mT @ rows).double().cpu()
+    return (rows.mT @ rows).cpu().double()
 
 
 @torch.no_grad()

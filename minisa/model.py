@@ -299,7 +299,7 @@ class Block(nn.Module):
 class KVCache:
     """The keys and values of the last `size` tokens of B sequences, of every layer just those that it makes itself:
     k and v, or v only (Shared Attention's reuse layers), or nothing (CLA's). A ring: position p lives in slot p mod size,
-    so a new token overwrites the oldest. Keys are kept rotated; RoPE is relative, so they stay valid."""
+    so a new token overwrites the oldest. Keys are kept rotated (narrow ones are rotated when read); RoPE is relative, so they stay valid."""
 
     seen = None                                                                         # a list, in a cache that wants each layer's P
 

@@ -12,12 +12,12 @@ SqueezeAttention gives the layers different budgets. A layer matters little if i
     cosine_l = mean over the prompt's tokens of cos(x, x + attention_l(x))        1 = it changes nothing
 
 The layers are clustered into three groups. Those of the highest cosines get `cut` times the budget, and what that frees goes to all
-others, so that the bytes stay the same: Σ_l bytes_l · budget_l = budget · Σ_l bytes_l. The paper clusters the cosines themselves; here
+others, so that the bytes stay the same, rounded down to tokens: Σ_l bytes_l · budget_l = budget · Σ_l bytes_l. The paper clusters the cosines themselves; here
 it is log(1 − cosine_l), since a few layers of a small model (its first two, and one that writes the first token's large
 numbers) lie so far from all others that the cosines alone would give them everything.
 
 The layers of a shared span attend alike, so they keep the same tokens: a span has one budget, the mean of its layers' cosines, and the
-sum of their attention weights. Keys keep the positions that they had. The prompt is read whole, then squeezed: memory is at its
+sum of their attention weights. Keys keep the positions that they had (StreamingLLM counts them anew). The prompt is read whole, then squeezed: memory is at its
 highest just before. Unlike H2O, all heads of a layer keep the same tokens.
 """
 
@@ -86,7 +86,7 @@ class SqueezedCache(KVCache):
             raise ValueError("a squeezed cache takes one token at a time")
         for u, unit in enumerate(self.units):
             where, scores, count = self.where[u], self.scores[u], self.counts[u]
-            if self.seen:                                                               # of the token before
+            if self.seen:                                                               # P of the token before, which was not known when it was added
                 for layer in unit:
                     scores[:, :count] += self.seen[layer].sum((1, 2))
             if count < where.size(1):

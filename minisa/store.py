@@ -10,9 +10,9 @@ it and on nothing after it. A block's name is a hash of all tokens up to its end
     name_i = sha256(name_{i-1}, the 64 tokens of block i)        name_{-1} = sha256(the weights, the config, the size of the window)
 
 So the longest common beginning of two histories is found by its names: an edited history reuses what comes before the edit, conversations
-with the same system prompt share it, another model finds nothing, and two processes can use one folder. What is left over, less than 64
+with the same system prompt share it, another model finds nothing, and processes can use one folder together. What is left over, less than 64
 tokens and the new turn, is computed. When a conversation outgrows the window, the oldest tokens drop out of the cache as out of any
-KVCache. The rest stays valid, as keys are rotated and only distances count; the paper stores them before RoPE for that.
+KVCache. The rest stays valid, as only distances count in RoPE; the paper stores keys before RoPE for that.
 
 A file is its name, a sha256 of (name, layer, numbers) for each layer, and the numbers. It is written under another name and renamed when whole.
 Whatever is wrong with it is found before its numbers are used, then it is deleted, and its tokens are computed anew.
@@ -90,11 +90,12 @@ class Store:
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for old in self.folder.glob("*.kv.*"):                                  # of a process that was killed while it wrote
-                    if old.stat().st_mtime < time.time() - 3600:
-                        old.unlink(missing_ok=True)
-            except OSError as error:
-                raise ValueError(f"--store={folder}: {error.strerror}; name a folder that can be written") from None
+                assert os.access(self.folder, os.W_OK | os.X_OK)
+            except (OSError, AssertionError):
+                raise ValueError(f"--store={folder}: is no folder that can be written; name one") from None
+            for path, old in self.files("*.kv.*"):                                      # of a process that was killed while it wrote
+                if old.st_mtime < time.time() - 3600:
+                    path.unlink(missing_ok=True)
 
     def names(self, tokens):
         """The names of the whole blocks of a list of tokens."""
@@ -106,6 +107,16 @@ class Store:
     def path(self, name):
         return self.folder / f"{name.hex()}.kv"
 
+    def files(self, pattern):
+        """Files of the folder, and their os.stat_result. Other processes may delete some meanwhile."""
+        found = []
+        for path in self.folder.glob(pattern):
+            try:
+                found.append((path, path.stat()))
+            except OSError:
+                pass
+        return found
+
     def fresh(self):
         return StoredCache(self.config, 1, self.size, self.like.dtype, self.like.device)
 
@@ -116,7 +127,7 @@ class Store:
         have = [name in self.memory or self.folder is not None and self.path(name).exists() for name in names]
         cache = self.fresh()
         for m in range(len(names), 0, -1):
-            first = max(0, m * BLOCK - self.size) // BLOCK                              # older ones are out of the window
+            first = max(0, m * BLOCK - self.size) // BLOCK                              # the first block that reaches into the window
             if all(have[first:m]):
                 break
         else:
@@ -133,10 +144,14 @@ class Store:
 
     def bring(self, cache, layer, blocks):
         """Fill one layer of a cache; after the last one, count the blocks as used."""
-        for block in blocks:
-            k, v = block.layer(layer)
-            cache.k[layer][0].index_copy_(1, block.slots, k.to(cache.k[layer]))
-            cache.v[layer][0].index_copy_(1, block.slots, v.to(cache.v[layer]))
+        try:
+            for block in blocks:
+                k, v = block.layer(layer)
+                cache.k[layer][0].index_copy_(1, block.slots, k.to(cache.k[layer]))
+                cache.v[layer][0].index_copy_(1, block.slots, v.to(cache.v[layer]))
+        except Damaged:
+            blocks.clear()                                                              # nobody will read the layers after this one
+            raise
         if layer == self.config.n_layer - 1:
             self.use([block.name for block in blocks], {block.name: block.data or b"".join((block.head, *block.layers)) for block in blocks})
 
@@ -178,21 +193,24 @@ class Store:
                     os.utime(self.path(name), (now, now - 1e-3 * i))
                 except OSError:                                                         # another process let go of it
                     pass
-            files = []
-            for path in self.folder.glob("*.kv"):
-                try:
-                    files.append((path.stat().st_mtime, path))
-                except OSError:
-                    pass
-            over = len(files) * self.file_bytes - self.disk_limit
-            for _, path in sorted(files)[:max(0, -(-over // self.file_bytes))]:
-                path.unlink(missing_ok=True)
+            files = sorted(self.files("*.kv"), key=lambda file: file[1].st_mtime)
+            over = sum(stat.st_size for _, stat in files) - self.disk_limit
+            for path, stat in files:
+                if over > 0:
+                    self.delete(path)
+                    over -= stat.st_size
 
     def forget(self, name):
         with self.lock:
             self.memory.pop(name, None)
         if self.folder:
-            self.path(name).unlink(missing_ok=True)
+            self.delete(self.path(name))
+
+    def delete(self, path):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self.trouble = f"{path}: could not be deleted ({error.strerror})"
 
     def close(self):
         """Wait until all is written."""
@@ -223,7 +241,10 @@ class Block:
 
     def part(self, start, n):
         """n bytes of the block, from `start`."""
-        found = self.data[start:start + n] if self.data else os.pread(self.file, n, start)
+        try:
+            found = self.data[start:start + n] if self.data else os.pread(self.file, n, start)
+        except OSError:
+            self.spoilt()
         return found if len(found) == n else self.spoilt()
 
     def layer(self, layer):
@@ -234,7 +255,7 @@ class Block:
                 self.spoilt()
             self.layers.append(numbers)
         k_shape, v_shape = self.store.shapes[layer]
-        both = torch.frombuffer(bytearray(numbers), dtype=self.store.like.dtype)
+        both = torch.frombuffer(bytearray(numbers), dtype=self.store.like.dtype) if numbers else torch.empty(0)      # CLA's reuse layers have none
         return both[:k_shape.numel()].view(k_shape), both[k_shape.numel():].view(v_shape)
 
     def __del__(self):

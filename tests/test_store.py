@@ -203,6 +203,22 @@ def test_a_thousand_files_cut_or_altered_give_no_wrong_answer(tmp_path):
     assert reused_at_all > 300 and read(model, store, history)[1] == 192
 
 
+def test_a_damaged_layer_reaches_neither_tier(tmp_path):
+    model, history = make(), tokens(200)
+    remember(model, tmp_path, history)
+    store = Store(model, tmp_path)
+    path = store.path(store.names(history)[1])
+    raw = bytearray(path.read_bytes())
+    raw[store.parts[1][0] + 5] ^= 1                         # layer 1 of 3 of the second block
+    path.write_bytes(raw)
+    logits, reused, cache = read(model, store, history)
+    assert reused == 64 and same(logits, fresh(model, history))
+    store.reader.submit(int).result()
+    assert store.names(history)[1] not in store.memory and store.path(store.names(history)[2]).exists()
+    store.save(history, cache)
+    assert read(model, store, history)[1] == 192
+
+
 def test_files_of_others_are_not_used(tmp_path):
     model, history = make(), tokens(100)
     remember(model, tmp_path, history)
@@ -248,7 +264,7 @@ def test_two_hundred_kills_while_saving_leave_whole_files_or_none(tmp_path):
     assert len(set(found)) > 2                              # killed at different moments
 
 
-def test_two_processes_may_use_one_folder(tmp_path):
+def test_two_stores_may_use_one_folder(tmp_path):
     model = make()
     stores = [Store(model, tmp_path, disk=4 * Store(model).file_bytes, memory=1) for _ in range(2)]
     for turn in range(12):                                  # each lets go of what the other has just written
@@ -282,7 +298,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
 
 def test_what_cannot_be_a_store_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="--store=.*name a folder"):
+    with pytest.raises(ValueError, match="--store=.*no folder that can be written"):
         Store(make(), tmp_path / "file")
     with pytest.raises(ValueError, match="--context=63"):
         Store(make(), size=63)
