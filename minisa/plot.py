@@ -80,20 +80,33 @@ def span_map(percent, n_layer, title, file):
 
 
 def loss_against_cache(rows, file):
-    """rows of bills, dicts of text → a point for each: bytes of cache per token across, bits per byte up."""
+    """rows of bills, dicts of text → a point for each: bytes of cache per token across; loss over that of the largest cache, in percent, up."""
     plt = pyplot("the picture")
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 6.5), dpi=100, layout="constrained")
     points = {}
     for row in rows:
-        parts = row["model"].split(", ")[1:] + ([row["sharing"]] if row["sharing"] != "none" else [])
-        points[int(row["cache B"]) / int(row["context"]), float(row["val bpb"])] = ", ".join(parts) or f"full attention ({row['model']})"
-    for (size, loss), name in points.items():
-        color = "#c04040" if name.startswith("full") else "#4878a8" if "squeeze" not in name else "#589060"
-        axis.plot(size, loss, "o", color=color, markersize=6)
-        left = size > 0.6 * max(size for size, _ in points)
-        axis.annotate(name, (size, loss), xytext=(-7 if left else 7, 0), textcoords="offset points", fontsize=7, ha="right" if left else "left", va="center")
-    axis.set(xlabel="cache, bytes per token of the context", ylabel="validation loss, bits per byte", xlim=(0, None))
+        parts = [part for part in row["model"].split(", ")[1:] + [row["sharing"]] if part not in ("none", "refitted")]
+        points[", ".join(parts) or f"full attention ({row['model']})"] = int(row["cache B"]) / int(row["context"]), float(row["val bpb"])
+    largest = max(size for size, _ in points.values())
+    full = min(loss for size, loss in points.values() if size == largest)
+    points = {name: (size, 100 * (loss / full - 1)) for name, (size, loss) in points.items()}
+    for name, point in points.items():
+        axis.plot(*point, "o", color="#c04040" if name.startswith("full") else "#589060" if "squeeze" in name else "#4878a8", markersize=6)
+    axis.set_yscale("symlog", linthresh=2)
+    axis.set(xlabel="cache, bytes per token of the context", ylabel="loss over full attention, %", xlim=(0, 1.05 * largest), ylim=(min(-0.2, *(loss for _, loss in points.values())), None))
     axis.spines[["top", "right"]].set_visible(False)
+    figure.canvas.draw()
+    pixels = [axis.transData.transform(point) for point in points.values()]
+    taken = [(x - 6, x + 6, y) for x, y in pixels]              # (left, right, y) of the points, then of the labels: each goes up until it is free
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        x, y = axis.transData.transform(point)
+        width, left = 5 * len(name), point[0] > 0.5 * largest
+        start, height = (x - width - 18, y) if left else (x + 18, y)
+        while any(start < b and a < start + width and abs(height - h) < 12 for a, b, h in taken):
+            height += 1
+        taken.append((start, start + width, height))
+        axis.annotate(name, point, xytext=(-18 if left else 18, height - y), textcoords="offset pixels", fontsize=7, ha="right" if left else "left", va="center",
+                      arrowprops=dict(arrowstyle="-", color="#b0b0b0", linewidth=0.5, shrinkA=0, shrinkB=3))
     save(figure, file)
 
 
