@@ -66,6 +66,8 @@ def prefiller(model, T):
 def decoder(model, batch_size, context):
     """→ a function that makes one token per sequence, of which each sees `context` keys."""
     cache = KVCache(model.config, batch_size, context, model.embed.weight.dtype, model.embed.weight.device)
+    for t in cache.k + cache.v:
+        t.zero_()
     idx = torch.randint(model.config.vocab_size, (batch_size, 1), device=model.embed.weight.device)
 
     @torch.inference_mode()

@@ -306,7 +306,7 @@ class KVCache:
     def __init__(self, config, batch_size, size, dtype=torch.float32, device="cpu"):
         self.config, self.size, self.length = config, size, 0                           # length: tokens seen so far
         made = [widths(config, layer) for layer in range(config.n_layer)]
-        self.k, self.v = ([torch.zeros(batch_size, config.n_kv_head, size, n[i] // config.n_kv_head, dtype=dtype, device=device)
+        self.k, self.v = ([torch.empty(batch_size, config.n_kv_head, size, n[i] // config.n_kv_head, dtype=dtype, device=device)
                            for n in made] for i in (1, 2))
         self.where = torch.zeros(1, 1, size, 1, dtype=torch.long, device=device)        # the position that each slot holds
 
