@@ -54,16 +54,17 @@ def plain(model, tokens, prompt, policy, rooms):
                 attn, h = block.attn, block.norm1(x)
                 made = attn.qkv.weight @ h
                 n_q, n_k, n_v = attn.made
-                q, k[layer][t], v[layer][t] = made[:n_q], made[n_q:n_q + n_k], made[n_q + n_k:]
 
-                def turned(x, position, n):
-                    width = len(x) // n
-                    angles = [a[::D // width] for a in rope_angles(config, torch.tensor(position))]
-                    return rotate(x.view(1, n, 1, width), angles).view(n, width)
+                def turned(x, n):
+                    angles = [a[::D * n // len(x)] for a in rope_angles(config, torch.tensor(t))]
+                    return rotate(x.view(1, n, 1, -1), angles).view(n, -1)
+                if n_k:
+                    k[layer][t] = turned(made[n_q:n_q + n_k], G)
+                v[layer][t] = made[n_q + n_k:]
                 source = unit[0] if config.share_kind == "kv" else layer
                 if n_q:
-                    queries = turned(q, t, H)
-                    scores = torch.stack([torch.stack([queries[g] @ turned(k[source][p], p, G)[g * G // H] for p in places]) for g in range(H)]) / math.sqrt(n_q // H)
+                    queries, keys = turned(made[:n_q], H), torch.stack([k[source][p] for p in places])      # (H, D), (S, G, D)
+                    scores = torch.stack([keys[:, g * G // H] @ queries[g] for g in range(H)]) / math.sqrt(n_q // H)
                     base = scores if layer == unit[0] else base
                     P = (scores + base if R and layer != unit[0] else scores).softmax(-1)
                     P_anchor = P if layer == unit[0] else P_anchor

@@ -261,7 +261,7 @@ def test_two_hundred_kills_while_saving_leave_whole_files_or_none(tmp_path):
         logits, reused, _ = read(model, Store(model, folder), history)
         assert same(logits, expected)
         found.append(reused)
-    assert len(set(found)) > 2                              # killed at different moments
+    assert len(set(found)) > 1                              # killed at different moments
 
 
 def test_two_stores_may_use_one_folder(tmp_path):
