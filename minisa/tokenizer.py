@@ -1,9 +1,9 @@
 """Byte-level BPE: merges learned here, run by tiktoken.
 
-Byte-pair encoding (Gage 1994; arXiv:1508.07909) starts from the 256 bytes and again and again gives the pair of
-neighbouring tokens that occurs most often a token of its own. Bytes make up every text, so nothing is out of vocabulary.
-Text is first cut into words by PATTERN, and no token crosses from one word into the next; so it is enough to
-count each different word once.
+Byte-pair encoding (Gage 1994; arXiv:1508.07909) starts from the 256 bytes, and again and again gives the
+pair of neighbouring tokens that occurs most often a token of its own. Bytes make up every text, so
+nothing is out of vocabulary. Text is first cut into words by PATTERN, and no token crosses from one word
+into the next; so it is enough to count each different word once.
 """
 
 import codecs
@@ -13,58 +13,63 @@ from collections import Counter, defaultdict
 import regex  # comes with tiktoken
 import tiktoken
 
+BYTES = [bytes([b]) for b in range(256)]
 # A word with the space before it; digits; punctuation with the line ends after it; white space.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+"""
-# How pretrained models cut text into words. SmolLM cuts out every digit, then cuts what lies between them like GPT-2.
+PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+")
+# How pretrained models cut text. SmolLM cuts out every digit, then what lies between like GPT-2.
 PATTERNS = {
     "minisa": PATTERN,
-    "gpt-2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    "smollm": r"""'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+""",
-    "llama-bpe": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "gpt-2": (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+    "smollm": (r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
+               r"|\s+(?![^\s\p{N}])|\s+"),
+    "llama-bpe": (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
 }
 
-
 def learn(text, vocab_size):
-    """Learn BPE on text → the tokens as bytes, in order of their ids: 256 bytes, then one token a merge.
+    """Learn BPE on text → the tokens as bytes, in order of their ids: 256 bytes, then one a merge.
 
-    Stops early when no pair of tokens is left to merge. Raises ValueError if vocab_size is below 256.
+    Stops early when no pair is left to merge. Raises ValueError if vocab_size is below 256.
     """
     if vocab_size < 256:
         raise ValueError(f"--vocab_size={vocab_size}: must be at least 256, one token for each byte")
-    tokens = [bytes([b]) for b in range(256)]
-    known = set(tokens)
+    tokens, known = list(BYTES), set(BYTES)
     counts = Counter(regex.findall(PATTERN, text))
-    words = [[list(word.encode()), n] for word, n in counts.items()]            # (its tokens, how often it occurs)
-    pairs, where = Counter(), defaultdict(set)                                  # how often a pair occurs, in which words
+    words = [[list(word.encode()), n] for word, n in counts.items()]    # (its tokens, how often)
+    pairs, where = Counter(), defaultdict(set)          # how often a pair occurs, in which words
     for w, (ids, n) in enumerate(words):
         for pair in zip(ids, ids[1:]):
             pairs[pair] += n
             where[pair].add(w)
     while len(tokens) < vocab_size:
-        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)   # ties: any fixed rule will do
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)   # ties: any fixed rule
         if best is None or pairs[best] < 1:
             break
         merged = tokens[best[0]] + tokens[best[1]]
-        if merged in known:                                                     # the same bytes by another way: tiktoken would take
-            del pairs[best]                                                     # the token that is there
+        if merged in known:                             # the same bytes by another way: tiktoken would
+            del pairs[best]                             # take the token that is there
             continue
-        new = len(tokens)
-        tokens.append(merged)
-        known.add(merged)
         for w in where.pop(best):
             ids, n = words[w]
             for pair in zip(ids, ids[1:]):
                 pairs[pair] -= n
-            i = 0
-            while i < len(ids) - 1:
-                if (ids[i], ids[i + 1]) == best:
-                    ids[i:i + 2] = [new]
-                i += 1
+            words[w][0] = ids = merge(ids, best, len(tokens))
             for pair in zip(ids, ids[1:]):
                 pairs[pair] += n
                 where[pair].add(w)
+        tokens.append(merged)
+        known.add(merged)
     return tokens
 
+def merge(ids, pair, new):
+    """Put the token `new` in the place of each such pair in a list of ids."""
+    out = []
+    for i in ids:
+        if out and (out[-1], i) == pair:
+            out[-1] = new
+        else:
+            out.append(i)
+    return out
 
 class Tokenizer:
     """encode, decode and stream over a tiktoken.Encoding."""
@@ -75,42 +80,49 @@ class Tokenizer:
 
     @classmethod
     def from_tokens(cls, tokens, special=(), words="minisa"):
-        """tokens: a list of bytes; the id of a token is its place. special: the ids of those that stand for no text, such as
-        the end of a turn, and so are never made from text. words: which of PATTERNS cuts the text.
+        """tokens: a list of bytes; the id of a token is its place. special: the ids of those that stand
+        for no text, such as the end of a turn, and so are never made from text. words: which of
+        PATTERNS cuts the text.
 
-        Some pretrained models have no token for bytes that their training text lacked; encode() leaves such bytes out, as
-        Hugging Face's tokenizers do.
+        Some pretrained models have no token for bytes that their training text lacked; encode() leaves
+        such bytes out, as Hugging Face's tokenizers do.
         """
         special = sorted(special)
         ranks = {token: i for i, token in enumerate(tokens) if i not in set(special)}
-        for byte in (bytes([b]) for b in range(256)):
-            ranks.setdefault(byte, len(tokens) + byte[0])                       # past the vocabulary: encode() drops it
+        for byte in BYTES:
+            ranks.setdefault(byte, len(tokens) + byte[0])       # past the vocabulary: encode() drops it
+        names = {tokens[i].decode(): i for i in special}
         encoding = tiktoken.Encoding("minisa", pat_str=PATTERNS[words], mergeable_ranks=ranks,
-                                     special_tokens={tokens[i].decode(): i for i in special})
+                                     special_tokens=names)
         description = {"kind": "bpe", "tokens": [token.hex() for token in tokens]}
-        return cls(encoding, {**description, "special": special, "words": words} if words != "minisa" else description)
+        if words != "minisa":
+            description |= {"special": special, "words": words}
+        return cls(encoding, description)
 
     @classmethod
     def gpt2(cls):
         """GPT-2's 50,257 tokens. tiktoken downloads them once; raises ValueError where it cannot."""
         try:
             return cls(tiktoken.get_encoding("gpt2"), {"kind": "gpt2"})
-        except Exception as error:                                              # requests' errors, and tiktoken's for a wrong hash
-            raise ValueError(f"--tokenizer=gpt2: tiktoken could not download it ({type(error).__name__}); "
-                             "go online once, or use --tokenizer=bpe, which needs no download") from None
+        except Exception as error:                      # requests' errors, tiktoken's for a wrong hash
+            kind = type(error).__name__
+            raise ValueError(f"--tokenizer=gpt2: tiktoken could not download it ({kind}); go online "
+                             "once, or use --tokenizer=bpe, which needs no download") from None
 
     @classmethod
     def load(cls, description):
-        """The inverse of .description, a dict that JSON can hold. Raises ValueError if it is not one."""
+        """The inverse of .description, a dict that JSON can hold. Raises ValueError if it is none."""
         try:
-            kind, tokens = description["kind"], [bytes.fromhex(token) for token in description.get("tokens", [])]
+            kind = description["kind"]
+            tokens = [bytes.fromhex(token) for token in description.get("tokens", [])]
             special, words = description.get("special", []), description.get("words", "minisa")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a tokenizer: {error!r}") from None
         if kind == "gpt2":
             return cls.gpt2()
-        whole = len(set(tokens)) == len(tokens) and (words != "minisa" or set(map(bytes, ([b] for b in range(256)))) <= set(tokens))
-        if kind != "bpe" or words not in PATTERNS or not whole or not set(special) <= set(range(len(tokens))):
+        whole = len(set(tokens)) == len(tokens) and (words != "minisa" or set(BYTES) <= set(tokens))
+        fits = words in PATTERNS and set(special) <= set(range(len(tokens)))
+        if kind != "bpe" or not whole or not fits:
             raise ValueError(f"not a tokenizer, or of an unknown kind: {kind!r}")
         return cls.from_tokens(tokens, special, words)
 
@@ -119,9 +131,12 @@ class Tokenizer:
         if isinstance(text, str):
             return [i for i in self.encoding.encode_ordinary(text) if i < self.vocab_size]
         ids = []
-        for part in re.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):     # bytes that are no UTF-8
-            odd = part.encode("utf-8", "surrogateescape")
-            ids += [self.encoding.encode_single_token(odd)] if "\udc80" <= part <= "\udcff" else self.encode(part)
+        for part in re.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):
+            if "\udc80" <= part <= "\udcff":            # a byte that is no UTF-8
+                odd = part.encode("utf-8", "surrogateescape")
+                ids.append(self.encoding.encode_single_token(odd))
+            else:
+                ids += self.encode(part)
         return [i for i in ids if i < self.vocab_size]
 
     def decode_bytes(self, ids):

@@ -1,13 +1,13 @@
 import sys
+from pathlib import Path
 
 import pytest
 
-from minisa import command
-
+from minisa.cli import command
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """run(main, *flags) → exit status, stdout, stderr of a command run in this process, in a folder of its own."""
+    """run(main, *flags) → exit status, stdout, stderr of a command run in this process, in its own folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(main, *flags):
@@ -18,12 +18,9 @@ def run(monkeypatch, tmp_path, capsys):
         return stop.value.code or 0, out, err
     return run
 
-
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A real text that is there offline, as a file: this project's own README and model."""
-    from pathlib import Path
-    root = Path(__file__).resolve().parent.parent
+    """A real text that is there offline, as a file of 60 kB: scenes of a play."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text((root / "minisa" / "model.py").read_text() + (root / "train.py").read_text() + (root / "sample.py").read_text())
+    file.write_bytes((Path(__file__).parent / "text.txt").read_bytes())
     return file

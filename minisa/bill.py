@@ -1,0 +1,85 @@
+"""The bill: what each model costs, predicted and measured, as a table of text, CSV or a picture."""
+
+import csv
+import io
+
+from minisa.checkpoint import changes
+from minisa.cost import measure, predict
+from minisa.files import write_file
+from minisa.picture import pyplot, save
+
+COLUMNS = ["model", "sharing", "parameters", "val bpb", "cache B/token", "context", "cache B",
+           "FLOPs/token", "tokens/s"]
+WORDS = COLUMNS[:2]                                 # the other columns are numbers
+PANELS = ["val bpb", "cache B/token", "FLOPs/token", "tokens/s"]
+
+def sharing(model):
+    """What the layers of a model share, and what changed them since, in words."""
+    config = model.config
+    parts = [f"{config.share_kind} {config.share}" if config.share else "none"]
+    for change in changes(model):
+        plain = [str(value) for value in change["settings"].values() if isinstance(value, (str, int))]
+        parts.append(" ".join([change["by"], *plain]))
+    return ", ".join(parts)
+
+def both(predicted, measured):
+    """One number if prediction and measurement agree, else both."""
+    if predicted == measured:
+        return f"{predicted:,}"
+    return f"ERROR: predicted {predicted:,}, measured {measured:,}"
+
+def row(name, model, bpb, speed, context, cache=None):
+    """→ a row of the bill, as a dict of text, and whether every prediction was met.
+
+    bpb: bits per byte on the validation text, or None. speed: decoded tokens per second, or None.
+    context: tokens in the cache; at most block_size count. cache: one of another kind than KVCache that
+    holds context - 1 tokens, and says in .rooms how many each layer has room for.
+    """
+    context = min(context, model.config.block_size)
+    rooms = cache.rooms if cache else None
+    size = model.embed.weight.element_size()
+    p = predict(model, context, bytes_per_number=size, kept=rooms)
+    m = measure(model, context, cache_of=(lambda _: cache) if cache else None)
+    values = [name, sharing(model), both(p.params, m.params),
+              "?" if bpb is None else f"{bpb:.4f}",
+              both(p.cache_bytes_per_token, m.cache_bytes_per_token), f"{context:,}",
+              both(p.cache_bytes, m.cache_bytes), both(p.decode_flops, m.decode_flops),
+              "" if speed is None else f"{speed:,.0f}"]
+    return dict(zip(COLUMNS, values)), p == m
+
+def show(rows):
+    """Print rows as a table: words to the left, numbers to the right."""
+    rows = [dict(zip(COLUMNS, COLUMNS)), *rows]
+    widths = {column: max(len(row[column]) for row in rows) for column in COLUMNS}
+    for row in rows:
+        cells = [row[column].ljust(width) if column in WORDS else row[column].rjust(width)
+                 for column, width in widths.items()]
+        print("  ".join(cells).rstrip())
+
+def write_csv(rows, file):
+    """Write rows as CSV, numbers without commas."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        table.writerow({column: value if column in WORDS else value.replace(",", "")
+                        for column, value in row.items()})
+    write_file(file, text.getvalue().encode())
+
+def draw(rows, file):
+    """Draw rows as bars, a panel for each column of PANELS."""
+    plt = pyplot("--plot")
+    names = [f"{row['model']}\nsharing {row['sharing']}" for row in rows]
+    size = (13, 1.2 + 0.6 * len(rows))
+    figure, axes = plt.subplots(1, len(PANELS), figsize=size, sharey=True, layout="constrained")
+    for axis, panel in zip(axes, PANELS):
+        texts = [row[panel] for row in rows]
+        values = [float(text.replace(",", "")) if text[:1].isdigit() else 0.0 for text in texts]
+        axis.bar_label(axis.barh(range(len(rows)), values, color="#4878a8"), texts, padding=3, fontsize=8)
+        axis.set_title(panel, fontsize=9)
+        axis.set_xlim(0, 1.35 * max(values) or 1)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), names)
+    axes[0].invert_yaxis()
+    save(figure, file)

@@ -1,0 +1,177 @@
+"""What a training run is: its folder, its processes, its log, and how it is stopped and resumed.
+
+    model.pt    the model at its best validation loss: what others load
+    train.pt    the model of the last step, the optimizer's state, the settings: what --resume reads
+    log.jsonl   a line of JSON for each log line and each evaluation
+    steps/N/    with --keep_every, the model after step N
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from minisa import checkpoint
+from minisa.files import write_file
+
+class Processes:
+    """The processes that train one model: this one alone, or those that torchrun started."""
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.world > 1:
+            if device.type == "cuda":
+                self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def say(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def first_then_all(self, make):
+        """make() in process 0, then in the others, which find what it wrote."""
+        if self.rank > 0:
+            dist.barrier()
+        made = make()
+        if self.rank == 0 and self.world > 1:
+            dist.barrier()
+        return made
+
+    def mean(self, value):
+        return self.reduce(value, dist.ReduceOp.SUM) / self.world
+
+    def maximum(self, value):
+        return self.reduce(value, dist.ReduceOp.MAX)
+
+    def reduce(self, value, how):
+        if self.world == 1:
+            return float(value)
+        value = torch.tensor(float(value), device=self.device)
+        dist.all_reduce(value, how)
+        return float(value)
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+class Run:
+    """The folder of a run. Only process 0 writes in it. saved: what train.pt holds, when it goes on."""
+
+    def __init__(self, folder, resume, overwrite):
+        self.folder, self.saved, self.lines = Path(folder), None, []
+        self.step, self.best, self.seconds, self.evaluated = 0, math.inf, 0.0, None
+        self.signal, self.begun = None, time.perf_counter()
+        if resume:
+            self.saved = checkpoint.read(self.folder / "train.pt")
+            for name in ("step", "best", "seconds", "evaluated"):
+                setattr(self, name, self.saved["progress"][name])
+            self.lines = [line for line in read_log(self.folder) if line["step"] <= self.step]
+        elif (self.folder / "train.pt").exists() and not overwrite:
+            raise ValueError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
+                             "replaces it, --out_dir=FOLDER leaves it alone")
+
+    def begin(self, processes):
+        """From now on write, and note Ctrl-C and kill. An old run goes: nothing is wrong with the new."""
+        self.processes, self.begun = processes, time.perf_counter()
+        if processes.rank == 0 and not self.saved:
+            for name in ("train.pt", "model.pt"):
+                (self.folder / name).unlink(missing_ok=True)
+
+        def stop(signum, _):
+            self.signal = signum
+            signal.signal(signum, signal.SIG_DFL)       # a second one stops at once
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+
+    def elapsed(self):
+        """Seconds of training, those before a resume included."""
+        return self.seconds + time.perf_counter() - self.begun
+
+    def record(self, **line):
+        """Add a line to the log."""
+        self.lines.append(line)
+        if self.processes.rank == 0:
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_file(self.folder / "log.jsonl", text.encode())
+
+    def save_model(self, name, model, data, loss=None, bpb=None):
+        """Write a model that others can load, as FOLDER/name."""
+        if self.processes.rank == 0:
+            info = {"step": self.step, "val_loss": loss, "val_bpb": bpb, "data": str(data.folder),
+                    "seconds": self.elapsed()}
+            checkpoint.save(self.folder / name, model, data.tokenizer, info)
+
+    def save_last(self, model, data, optimizer, settings):
+        """Write train.pt."""
+        if self.processes.rank == 0:
+            progress = {"step": self.step, "best": self.best, "seconds": self.elapsed(),
+                        "evaluated": self.evaluated}
+            checkpoint.save(self.folder / "train.pt", model, data.tokenizer, {"data": str(data.folder)},
+                            optimizer=optimizer.state_dict(), settings=settings, progress=progress)
+
+    def refuse_nan(self, loss):
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {self.step}; {self.folder} keeps its last good "
+                             "checkpoint. Try a lower --learning_rate, or --grad_clip=1")
+
+def read_log(folder):
+    """The lines of a run's log, as dicts."""
+    file = Path(folder) / "log.jsonl"
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{file}: not a log of minisa ({error}); delete it to go on without") from None
+
+class Meter:
+    """Losses and tokens between two log lines."""
+
+    def __init__(self, first_step, last_step):
+        self.first, self.last, self.begun = first_step, last_step, time.perf_counter()
+        self.restart()
+
+    def restart(self):
+        self.losses, self.tokens, self.marked = [], 0, time.perf_counter()
+
+    def pause(self, work, *args):
+        """work(*args), whose time does not count as training."""
+        started = time.perf_counter()
+        result = work(*args)
+        self.marked += time.perf_counter() - started
+        return result
+
+    def add(self, loss, tokens):
+        self.losses.append(loss)
+        self.tokens += tokens
+
+    def loss(self):
+        return sum(self.losses) / len(self.losses)
+
+    def speed(self):
+        """Tokens per second since the last restart."""
+        return self.tokens / (time.perf_counter() - self.marked)
+
+    def left(self, step):
+        """The time until the last step, as text."""
+        per_step = (time.perf_counter() - self.begun) / (step - self.first)
+        return clock(per_step * (self.last - step))
+
+def clock(seconds):
+    return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
+
+def keep_memory():
+    """Ask glibc to keep freed memory. It returns large blocks to Linux and gets them anew in every step
+    otherwise, which costs a fifth of the time on a CPU."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)         # M_MMAP_THRESHOLD: up to 32 MB from the heap
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)        # M_TRIM_THRESHOLD: which is kept

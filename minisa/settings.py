@@ -1,0 +1,105 @@
+"""The settings of a training run: the flags of train.py, and a preset for each kind of machine."""
+
+import torch
+
+from minisa.cli import Parser, amount, at_least, count, device
+from minisa.model import SHARE_KINDS
+
+# ---- presets: a flag given on the command line wins ----
+
+CPU = {                         # a laptop: three minutes on two cores
+    "n_layer": 4,               # the fewest in which a span leaves a full layer below it: 1-3
+    "n_head": 4,
+    "n_embd": 128,              # heads of 32 numbers; with 4 layers a million parameters
+    "block_size": 128,          # some 330 characters: a speech
+    "batch_size": 8,            # 1,024 tokens a step: small steps, and many, learn most in three minutes
+    "max_iters": 2000,
+    "dropout": 0.0,             # each token is seen five times: too few to learn by heart
+    "learning_rate": 2e-3,
+    "warmup_iters": 500,        # of 50, 100, 200 and 500 the longest was best
+    "beta2": 0.95,              # forgets old gradients sooner, as the steps are few
+    "eval_interval": 400,
+}
+GPU = {                         # one GPU: the shape of nanoGPT's Shakespeare recipe
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "block_size": 256,
+    "batch_size": 64,
+    "max_iters": 5000,
+    "dropout": 0.2,             # each token is seen two hundred times
+    "learning_rate": 1e-3,
+    "warmup_iters": 100,
+    "beta2": 0.99,
+    "eval_interval": 250,
+}
+
+# ---- flags ----
+
+PRESET = "the preset's"         # the default of a flag that CPU and GPU set
+WHOLE = at_least(int, 0)
+FLAGS = [                       # name, type or choices, default, what it is
+    ("share", str, "", "spans of layers that share attention, as 1-3 or 1-3,5-7; '' for none"),
+    ("share_kind", [*SHARE_KINDS], "weights", "what they share: weights (Shared Attention) or kv (Cross-Layer)"),
+    ("n_layer", count, PRESET, "number of layers"),
+    ("n_head", count, PRESET, "number of query heads"),
+    ("n_kv_head", count, None, "number of key/value heads, None for as many as query heads"),
+    ("n_embd", count, PRESET, "width of the model, in numbers per token"),
+    ("n_hidden", count, None, "width of the MLP, in numbers per token, None for about 8/3 n_embd"),
+    ("block_size", count, PRESET, "context, in tokens; with --init_from at most 512 unless given"),
+    ("dropout", amount, PRESET, "fraction of activations dropped in training"),
+    ("rope_base", amount, 10000.0, "base of RoPE's wavelengths"),
+    ("norm_eps", amount, 1e-5, "what RMSNorm adds to the mean square"),
+    ("text", str, "", "UTF-8 file to train on, '' for plays of Shakespeare, fetched if missing"),
+    ("tokenizer", ["bpe", "gpt2"], "bpe", "bpe is learned on the text; gpt2 is downloaded by tiktoken"),
+    ("vocab_size", count, 1024, "number of tokens that bpe makes; 256 for single bytes"),
+    ("init_from", str, "", "model to start from: a folder, a .gguf file or smollm2; '' for random weights"),
+    ("batch_size", count, PRESET, "sequences per step, over all processes and micro-batches together"),
+    ("gradient_accumulation_steps", count, 1, "micro-batches that a step is cut into, to save memory"),
+    ("max_iters", WHOLE, PRESET, "number of steps; 0 saves the untrained model"),
+    ("learning_rate", amount, PRESET, "highest learning rate, per step"),
+    ("min_lr", amount, 0.0, "learning rate of the last step"),
+    ("warmup_iters", count, PRESET, "steps in which the learning rate rises"),
+    ("weight_decay", amount, 0.1, "AdamW's, for matrices"),
+    ("beta1", amount, 0.9, "AdamW's decay of the mean gradient, per step"),
+    ("beta2", amount, PRESET, "AdamW's decay of its mean square, per step"),
+    ("grad_clip", amount, 1.0, "largest norm of the gradient, 0 for any"),
+    ("seed", WHOLE, 1337, "of weights, batches and dropout"),
+    ("dtype", ["float32", "bfloat16"], None, "number format, None for bfloat16 on CUDA and float32 elsewhere"),
+    ("device", device, None, "cpu, cuda, cuda:1 or mps, None for the fastest there is"),
+    ("out_dir", str, None, "folder of the run, None for out/MODE"),
+    ("data_dir", str, None, "folder of the token files, None for data/"),
+    ("eval_interval", count, PRESET, "steps between evaluations, which also save the run"),
+    ("eval_tokens", WHOLE, 0, "validation tokens that an evaluation reads, spread evenly, 0 for all"),
+    ("log_interval", count, 50, "steps between log lines"),
+    ("keep_every", WHOLE, 0, "steps between models that are kept in out_dir/steps, 0 for none"),
+]
+
+def read_flags(doc):
+    parser = Parser(doc, usage="python train.py [--FLAG=VALUE ...]")
+    for name, kind, default, text in FLAGS:
+        shown = repr(default)
+        if default is PRESET:
+            shown = f"{CPU[name]}, on a GPU {GPU[name]}"
+        choices = kind if isinstance(kind, list) else None
+        parser.flag(name, str if choices else kind, None, text, shown, choices)
+    parser.switch("compile", "compile the model with torch.compile")
+    parser.switch("resume", "go on from the last checkpoint of out_dir")
+    parser.switch("overwrite", "replace a run that is in out_dir")
+    return parser.parse_args()
+
+def settle(args):
+    """Fill in what was not given. → the names of the flags that were."""
+    given = {name for name, *_ in FLAGS if getattr(args, name) is not None}
+    if args.device is None:
+        gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        args.device = torch.device(gpu)
+    preset = CPU if args.device.type == "cpu" else GPU
+    for name, _, default, _ in FLAGS:
+        if getattr(args, name) is None:
+            setattr(args, name, preset[name] if default is PRESET else default)
+    args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    for name in ("beta1", "beta2"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"--{name}={getattr(args, name)}: must be below 1")
+    return given
