@@ -28,7 +28,7 @@ def read_flags():
                         "or smollm2, which is downloaded once (default every run in out/)")
     flag = parser.flag
     flag("share", str, "", "spans to share in models trained without: each is billed both ways, zero-shot")
-    flag("share_kind", str, "weights", "with --share: weights (Shared Attention) or kv (Cross-Layer Attention)",
+    flag("share_kind", str, "weights", "with --share: weights (Shared Attention) or kv (Cross-Layer)",
          choices=[*SHARE_KINDS])
     flag("prompt", prompt, "\n", "text to go on from; - is standard input, FILE:NAME the text of a file")
     flag("num_samples", count, 1, "texts per model")

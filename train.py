@@ -83,8 +83,9 @@ def make_optimizer(args, model, run):
     matrices = {part.weight for part in model.modules() if isinstance(part, (nn.Linear, nn.Embedding))}
     others = [p for p in model.parameters() if p not in matrices]
     matrices = [p for p in model.parameters() if p in matrices]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), fused=True)
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    betas = args.beta1, args.beta2
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=args.weight_decay, fused=True)
     if run.saved:
         optimizer.load_state_dict(run.saved["optimizer"])
     return optimizer

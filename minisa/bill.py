@@ -18,8 +18,8 @@ def sharing(model):
     config = model.config
     parts = [f"{config.share_kind} {config.share}" if config.share else "none"]
     for change in changes(model):
-        plain = [str(value) for value in change["settings"].values() if isinstance(value, (str, int))]
-        parts.append(" ".join([change["by"], *plain]))
+        words = [change["by"], *change["settings"].values()]
+        parts.append(" ".join(str(word) for word in words if isinstance(word, (str, int))))
     return ", ".join(parts)
 
 def both(predicted, measured):
@@ -32,9 +32,8 @@ def row(name, model, bpb, speed, context, cache=None):
     """→ a row of the bill, as a dict of text, and whether every prediction was met.
 
     bpb: bits per byte on the validation text, or None. speed: decoded tokens per second, or None.
-    context: tokens in the cache; at most block_size count. cache: one of another kind than KVCache that
-    holds context - 1 tokens, and says in .rooms how many each layer has room for.
-    """
+    context: tokens in the cache; at most block_size count. cache: one of another kind than KVCache
+    that holds context - 1 tokens, and says in .rooms how many each layer has room for. """
     context = min(context, model.config.block_size)
     rooms = cache.rooms if cache else None
     size = model.embed.weight.element_size()
@@ -75,7 +74,8 @@ def draw(rows, file):
     for axis, panel in zip(axes, PANELS):
         texts = [row[panel] for row in rows]
         values = [float(text.replace(",", "")) if text[:1].isdigit() else 0.0 for text in texts]
-        axis.bar_label(axis.barh(range(len(rows)), values, color="#4878a8"), texts, padding=3, fontsize=8)
+        bars = axis.barh(range(len(rows)), values, color="#4878a8")
+        axis.bar_label(bars, texts, padding=3, fontsize=8)
         axis.set_title(panel, fontsize=9)
         axis.set_xlim(0, 1.35 * max(values) or 1)
         axis.tick_params(labelsize=8)

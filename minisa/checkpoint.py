@@ -2,12 +2,11 @@
 
 A model is a folder with a file model.pt:
 
-    config      the fields of its GPTConfig
-    changes     what axes/ did to its layers since: [{"by": "heads", "settings": {...}}, …], in order
-    model       its tensors; of a derived model just those that differ from its parent's
-    parent      None, or {"source": …, "sha256": …} of the model that it was derived from
-    tokenizer   None in a derived model, which has its parent's
-    info        what is known of it: step, val_loss, val_bpb, data, seconds
+    config      the fields of its GPTConfig changes     what axes/ did to its layers since: [{"by":
+    "heads", "settings": {...}}, …], in order model       its tensors; of a derived model just those
+    that differ from its parent's parent      None, or {"source": …, "sha256": …} of the model that
+    it was derived from tokenizer   None in a derived model, which has its parent's info        what
+    is known of it: step, val_loss, val_bpb, data, seconds
 
 Files hold tensors, numbers and text only: torch.load(weights_only=True) runs nothing of them.
 """
@@ -57,21 +56,23 @@ def empty(config, changed=()):
     return model
 
 def reconfigure(model, **fields):
-    """A model → one with other fields of GPTConfig, such as share="1-3", in eval mode. Zero-shot: the
-    same numbers in the same memory, but for the q, k and v of layers that now borrow some.
+    """A model → one with other fields of GPTConfig, such as share="1-3", in eval mode. Zero-shot:
+    the same numbers in the same memory, but for the q, k and v of layers that now borrow some.
 
     Raises ValueError if a layer lacks what it must now make itself.
     """
     config = replace(model.config, **fields)
-    if changes(model) and (config.share, config.share_kind) != (model.config.share, model.config.share_kind):
+    otherwise = config.spans != model.config.spans or config.share_kind != model.config.share_kind
+    if changes(model) and otherwise:
         raise ValueError(f"--share={config.share}: the layers of this model were changed already, "
                          f"by {changes(model)[-1]['by']}; share the model that it came from")
     new, state = empty(config, changes(model)), model.state_dict()
     for layer, (old, block) in enumerate(zip(model.blocks, new.blocks)):
         lacks = set(block.attn.makes) - set(old.attn.makes)
         if lacks:
-            raise ValueError(f"--share={config.share}: layer {layer} has no {', '.join(sorted(lacks))} of "
-                             f"its own, as the model was trained with --share={model.config.share}")
+            lacks, before = " ".join(sorted(lacks)), model.config.share
+            raise ValueError(f"--share={config.share}: layer {layer} has no {lacks} of its own, "
+                             f"as the model was trained with --share={before}")
         if old.attn.widths != block.attn.widths:
             name = f"blocks.{layer}.attn.qkv.weight"
             parts = zip(state[name].split(old.attn.widths), block.attn.widths)
@@ -82,25 +83,27 @@ def reconfigure(model, **fields):
 # ---- saving ----
 
 def save(path, model, tokenizer, info, **more):
-    """Write a model whole. info: a dict of numbers and text. more: other tensors, numbers and text."""
-    write(path, model, model.state_dict(), info, tokenizer=tokenizer.description, parent=None, **more)
+    """Write a model whole. info: a dict of numbers and text. more: other tensors, numbers, text."""
+    known = {"tokenizer": tokenizer.description, "parent": None}
+    write(path, model, model.state_dict(), info, **known, **more)
 
 def derive(folder, model, parent, source, info):
     """Write a model as what differs from its parent, a model that was loaded from `source`."""
     known = {name: t.data_ptr() for name, t in parent.state_dict().items()}
     own = {name: t for name, t in model.state_dict().items() if t.data_ptr() != known.get(name)}
     file = source_file(source)
-    named = source if source == "smollm2" else os.path.relpath(file.resolve(), Path(folder).resolve())
+    named = os.path.relpath(file.resolve(), Path(folder).resolve())
+    named = source if source == "smollm2" else named
     info = {**info, "val_loss": None, "val_bpb": None}
     write(Path(folder) / "model.pt", model, own, info, tokenizer=None,
           parent={"source": str(named), "sha256": sha256(file)})
 
 def write(path, model, tensors, info, **more):
     tensors = {name: t.clone() if t.nbytes < t.untyped_storage().nbytes() else t
-               for name, t in tensors.items()}          # a part of a tensor would be saved as the whole
-    state = {"config": asdict(model.config), "changes": changes(model), "model": tensors, "info": info}
+               for name, t in tensors.items()}      # a part of a tensor would be saved as the whole
+    state = {"config": asdict(model.config), "changes": changes(model), "model": tensors}
     buffer = io.BytesIO()
-    torch.save({**state, **more}, buffer)
+    torch.save({**state, "info": info, **more}, buffer)
     write_file(path, buffer.getbuffer())
 
 # ---- loading ----
@@ -142,7 +145,10 @@ def build(path, state, device="cpu", dtype=torch.float32):
             raise ValueError(f"{path}: was derived from {source}, which has changed since; "
                              "derive it again")
         parent, tokenizer, _ = load(source, device=device, dtype=dtype)
-    model = empty(GPTConfig(**state["config"]), state["changes"])
+    try:
+        model = empty(GPTConfig(**state["config"]), state["changes"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if state["parent"]:
         inherited = parent.state_dict()
         tensors = {name: tensors.get(name, inherited.get(name)) for name in model.state_dict()}
@@ -154,11 +160,10 @@ def build(path, state, device="cpu", dtype=torch.float32):
 def load(source, share=None, share_kind="weights", device="cpu", dtype=torch.float32):
     """A model → model in eval mode, tokenizer, info (a dict; its values are None where not known).
 
-    source: a run's or model's folder, a .gguf file of a model of the Llama architecture, or "smollm2",
-    which is downloaded once. share: spans that are to share though the weights were trained without
-    (zero-shot), as "1-3"; share_kind: "weights" or "kv".
-    Raises ValueError if the source cannot be read, or cannot share that way.
-    """
+    source: a run's or model's folder, a .gguf file of a model of the Llama architecture, or
+    "smollm2", which is downloaded once. share: spans that are to share though the weights were
+    trained without (zero-shot), as "1-3"; share_kind: "weights" or "kv". Raises ValueError if the
+    source cannot be read, or cannot share that way. """
     path = source_file(source)
     if path.suffix == ".gguf":
         state, config, tokenizer = pretrained.load_gguf(path, dtype)

@@ -59,7 +59,7 @@ def output(name):
     return name
 
 def prompt(text):
-    """A type for a flag: a text, or - for that of standard input, or FILE:NAME for that of a file."""
+    """A type for a flag: a text; - means that of standard input, FILE:NAME that of a file."""
     try:
         if text == "-":
             text = sys.stdin.buffer.read().decode()
@@ -68,25 +68,27 @@ def prompt(text):
                 text = file.read()
         text.encode()                                   # a flag can hold bytes that are no UTF-8
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}; name a readable file") from None
+        why = f"{text}: {error.strerror}; name a readable file"
+        raise argparse.ArgumentTypeError(why) from None
     except UnicodeError:
-        raise argparse.ArgumentTypeError("not UTF-8 text; convert it first, as with iconv") from None
+        why = "not UTF-8 text; convert it first, for instance with iconv"
+        raise argparse.ArgumentTypeError(why) from None
     if not text:
         raise argparse.ArgumentTypeError("is empty; give at least one character")
     return text
 
 def command(main):
-    """Run a command's main(). What the user can mend becomes one line on stderr and exit status 2."""
+    """Run a command's main(). What the user can mend becomes one line on stderr, and status 2."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                             # the reader of our output, such as head, left
+    except BrokenPipeError:                           # the reader of our output, such as head, left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as error:
         message = str(error)
-    except RuntimeError as error:                       # torch has no class for a CPU without memory
+    except RuntimeError as error:                      # torch has no class for a CPU without memory
         if "memory" not in str(error):
             raise
         first = str(error).splitlines()[0]

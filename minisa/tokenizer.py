@@ -1,10 +1,9 @@
 """Byte-level BPE: merges learned here, run by tiktoken.
 
-Byte-pair encoding (Gage 1994; arXiv:1508.07909) starts from the 256 bytes, and again and again gives the
-pair of neighbouring tokens that occurs most often a token of its own. Bytes make up every text, so
-nothing is out of vocabulary. Text is first cut into words by PATTERN, and no token crosses from one word
-into the next; so it is enough to count each different word once.
-"""
+Byte-pair encoding (Gage 1994; arXiv:1508.07909) starts from the 256 bytes, and again and again
+gives the pair of neighbouring tokens that occurs most often a token of its own. Bytes make up every
+text, so nothing is out of vocabulary. Text is first cut into words by PATTERN, and no token crosses
+from one word into the next; so it is enough to count each different word once. """
 
 import codecs
 import re
@@ -32,7 +31,7 @@ def learn(text, vocab_size):
     Stops early when no pair is left to merge. Raises ValueError if vocab_size is below 256.
     """
     if vocab_size < 256:
-        raise ValueError(f"--vocab_size={vocab_size}: must be at least 256, one token for each byte")
+        raise ValueError(f"--vocab_size={vocab_size}: must be at least 256, a token for each byte")
     tokens, known = list(BYTES), set(BYTES)
     counts = Counter(regex.findall(PATTERN, text))
     words = [[list(word.encode()), n] for word, n in counts.items()]    # (its tokens, how often)
@@ -42,11 +41,11 @@ def learn(text, vocab_size):
             pairs[pair] += n
             where[pair].add(w)
     while len(tokens) < vocab_size:
-        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)   # ties: any fixed rule
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)   # ties: any rule
         if best is None or pairs[best] < 1:
             break
         merged = tokens[best[0]] + tokens[best[1]]
-        if merged in known:                             # the same bytes by another way: tiktoken would
+        if merged in known:                          # the same bytes by another way: tiktoken would
             del pairs[best]                             # take the token that is there
             continue
         for w in where.pop(best):
@@ -76,21 +75,20 @@ class Tokenizer:
 
     def __init__(self, encoding, description):
         self.encoding, self.description = encoding, description
-        self.vocab_size = len(description["tokens"]) if "tokens" in description else encoding.n_vocab
+        self.vocab_size = len(description.get("tokens", [])) or encoding.n_vocab
 
     @classmethod
     def from_tokens(cls, tokens, special=(), words="minisa"):
-        """tokens: a list of bytes; the id of a token is its place. special: the ids of those that stand
-        for no text, such as the end of a turn, and so are never made from text. words: which of
-        PATTERNS cuts the text.
+        """tokens: a list of bytes; the id of a token is its place. special: the ids of those that
+        stand for no text, such as the end of a turn, and so are never made from text. words: which
+        of PATTERNS cuts the text.
 
-        Some pretrained models have no token for bytes that their training text lacked; encode() leaves
-        such bytes out, as Hugging Face's tokenizers do.
-        """
+        Some pretrained models have no token for bytes that their training text lacked; encode()
+        leaves such bytes out, as Hugging Face's tokenizers do. """
         special = sorted(special)
         ranks = {token: i for i, token in enumerate(tokens) if i not in set(special)}
         for byte in BYTES:
-            ranks.setdefault(byte, len(tokens) + byte[0])       # past the vocabulary: encode() drops it
+            ranks.setdefault(byte, len(tokens) + byte[0])   # past the vocabulary: encode() drops it
         names = {tokens[i].decode(): i for i in special}
         encoding = tiktoken.Encoding("minisa", pat_str=PATTERNS[words], mergeable_ranks=ranks,
                                      special_tokens=names)
@@ -101,17 +99,18 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls):
-        """GPT-2's 50,257 tokens. tiktoken downloads them once; raises ValueError where it cannot."""
+        """GPT-2's 50,257 tokens, which tiktoken downloads once. Raises ValueError if it cannot."""
         try:
             return cls(tiktoken.get_encoding("gpt2"), {"kind": "gpt2"})
-        except Exception as error:                      # requests' errors, tiktoken's for a wrong hash
+        except Exception as error:                   # requests' errors, tiktoken's for a wrong hash
             kind = type(error).__name__
-            raise ValueError(f"--tokenizer=gpt2: tiktoken could not download it ({kind}); go online "
-                             "once, or use --tokenizer=bpe, which needs no download") from None
+            why = (f"--tokenizer=gpt2: tiktoken could not download it ({kind}); go online once, "
+                   "or use --tokenizer=bpe, which needs no download")
+            raise ValueError(why) from None
 
     @classmethod
     def load(cls, description):
-        """The inverse of .description, a dict that JSON can hold. Raises ValueError if it is none."""
+        """The inverse of .description, a dict for JSON. Raises ValueError if it is none."""
         try:
             kind = description["kind"]
             tokens = [bytes.fromhex(token) for token in description.get("tokens", [])]

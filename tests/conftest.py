@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -24,3 +25,11 @@ def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_bytes((Path(__file__).parent / "text.txt").read_bytes())
     return file
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No package can be downloaded."""
+    for name, value in {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "",
+                        "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1",
+                        "PIP_RETRIES": "0"}.items():
+        monkeypatch.setenv(name, value)

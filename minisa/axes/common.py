@@ -24,10 +24,11 @@ def calibration(model, data):
 
 def parser(doc, name):
     """A Parser with the flags of a command that reads a model and writes a model."""
-    parser = Parser(doc, usage=f"python -m minisa.axes.{name} MODEL --out=FOLDER [--FLAG=VALUE ...]")
-    parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, or "
-                        "smollm2, which is downloaded once")
-    parser.flag("out", default=None, shown="none, must be given", help="folder to write the model to")
+    usage = f"python -m minisa.axes.{name} MODEL --out=FOLDER [--FLAG=VALUE ...]"
+    parser = Parser(doc, usage)
+    parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, "
+                        "or smollm2, which is downloaded once")
+    parser.flag("out", shown="none, it must be given", help="folder to write the model to")
     parser.flag("text", default=None, shown="the text that the model was trained on, or the plays",
                 help="UTF-8 file to calibrate on")
     parser.flag("device", kind=device, default="cpu", help="cpu, cuda, cuda:1 or mps")
@@ -41,7 +42,7 @@ def rewrite(args, technique):
     if not args.out:
         raise ValueError("--out: name a folder to write the model to")
     if (checkpoint.Path(args.out) / "model.pt").exists():
-        raise ValueError(f"--out={args.out}: holds a model already; delete it, or name another folder")
+        raise ValueError(f"--out={args.out}: holds a model already; delete it, or name another")
     parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
 
     def data():

@@ -9,7 +9,8 @@ from minisa.model import GPT, GPTConfig, KVCache, Step, rope_angles, rotate
 
 SHARING = [("", "weights"), ("1-3", "weights"), ("1-3", "kv"), ("0-1,2-4", "weights"), ("0-1,2-4", "kv")]
 MODES = [dict(share=share, share_kind=kind, n_kv_head=G) for G in (4, 2, 1) for share, kind in SHARING]
-modes = pytest.mark.parametrize("mode", MODES, ids=lambda m: f"{m['share_kind']}{m['share']}-kv{m['n_kv_head']}")
+NAMES = [f"{mode['share_kind']}{mode['share']}-kv{mode['n_kv_head']}" for mode in MODES]
+modes = pytest.mark.parametrize("mode", MODES, ids=NAMES)
 
 def make(block_size=12, **mode):
     torch.manual_seed(0)
@@ -124,7 +125,8 @@ def test_temperature_and_top_k_shape_the_distribution_that_is_drawn_from():
     allowed = logits.topk(5).indices
     expected = torch.zeros(50, dtype=torch.float64)
     expected[allowed] = (logits[allowed] / 2.5).softmax(-1)
-    drawn = model.generate(idx, 1, temperature=2.5, top_k=5, generator=torch.Generator().manual_seed(0))[:, -1]
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.generate(idx, 1, temperature=2.5, top_k=5, generator=generator)[:, -1]
     assert (drawn.bincount(minlength=50) / 4000 - expected).abs().max() < 0.04
     assert set(drawn.tolist()) == set(allowed.tolist())
     greedy = model.generate(idx[:1], 9, temperature=0)
@@ -147,8 +149,9 @@ def test_positions_far_away_are_as_good_as_near_ones():
             model(token, cache=near)
         shift = 12 * 10**8                      # a multiple of the cache's size: keys as if read there
         rope = rope_angles(model.config, torch.tensor([shift]))
-        far.k, far.v, far.length = [rotate(k, rope) for k in near.k], near.v, 12 + shift
+        far.k = [rotate(k, rope) for k in near.k]
         far.v = [v.clone() for v in near.v]
+        far.length = 12 + shift
         assert close(model(idx[:, :1], cache=far)[0], model(idx[:, :1], cache=near)[0], 1e-3)
 
 def test_the_weighted_sum_takes_the_values_of_each_heads_group():
