@@ -88,9 +88,10 @@ def variants(source, args):
         shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
         models.append((source, shared, {**info, "val_bpb": None}))
     for name, model, info in models:
-        yield name, model, tokenizer, info, None
-        for squeezing in squeeze.settings(args, model) if args.squeeze else []:
-            yield f"{name}, {squeezing}", model, tokenizer, info, squeezing
+        squeezings = squeeze.settings(args, model) if args.squeeze else []
+        for squeezing in [None, *squeezings]:
+            title = f"{name}, {squeezing}" if squeezing else name
+            yield title, model, tokenizer, info, squeezing
 
 def main():
     args = read_flags()

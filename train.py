@@ -23,7 +23,7 @@ from minisa.cli import command
 from minisa.data import Data, tokenize
 from minisa.model import GPT, GPTConfig
 from minisa.run import Meter, Processes, Run, clock, keep_memory
-from minisa.settings import FLAGS, read_flags, settle
+from minisa.settings import read_flags, saved_settings, settle
 
 SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]
 ALWAYS_FREE = {"device", "out_dir", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
@@ -99,75 +99,63 @@ def learning_rate(step, args):
 
 # ---- loop ----
 
-def evaluate(args, run, processes, model, data, optimizer, autocast):
-    """Measure the validation loss, log it, and save the run; model.pt if it is the best so far."""
-    loss, bpb = data.evaluate(model, autocast, args.eval_tokens)
+def evaluate(args, run, autocast):
+    """Measure the validation loss, log it, and save the run; as model.pt too if it is the best."""
+    loss, bpb = run.data.evaluate(run.model, autocast, args.eval_tokens)
     run.refuse_nan(loss)
-    processes.say(f"step {run.step:5d}/{args.max_iters}  validation loss {loss:.4f} nats per token, "
-                  f"{bpb:.4f} bits per byte")
+    run.processes.say(f"step {run.step:5d}/{args.max_iters}  validation loss {loss:.4f} nats per token, "
+                      f"{bpb:.4f} bits per byte")
     run.record(step=run.step, val_loss=loss, val_bpb=bpb, seconds=run.elapsed())
     run.evaluated = run.step
     if loss < run.best:
         run.best = loss
-        run.save_model("model.pt", model, data, loss, bpb)
-    run.save_last(model, data, optimizer, settings_of(args))
+        run.save("model.pt", loss, bpb)
+    run.save_last()
 
-def settings_of(args):
-    return {name: getattr(args, name) for name, *_ in FLAGS if name != "device"}
+def step(args, run, forward, autocast, meter):
+    """One step of the optimizer, on the run's part of the batch, in micro-batches."""
+    n_micro, rank, world = args.gradient_accumulation_steps, run.processes.rank, run.processes.world
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, args)
+    if args.dropout:
+        torch.manual_seed(((args.seed << 40) + (run.step << 12) + rank) % 2**63)
+    rows = args.batch_size // (world * n_micro)                 # sequences of a micro-batch
+    for micro in range(n_micro):
+        first = rows * (rank * n_micro + micro)
+        x, y = run.data.batch(run.step, args.seed, args.batch_size, run.model.config.block_size,
+                              slice(first, first + rows))
+        more = world > 1 and micro + 1 < n_micro                # gradients are not complete yet
+        with autocast, forward.no_sync() if more else nullcontext():
+            _, loss = forward(x.to(run.processes.device), y.to(run.processes.device))
+            (loss / n_micro).backward()
+        meter.add(loss.detach(), tokens=x.numel() * world)
+    if args.grad_clip:
+        nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
 
-def log(args, run, processes, meter):
-    """Print and log the mean loss since the last log line."""
-    loss, speed = processes.mean(meter.loss()), meter.speed()
-    processes.say(f"step {run.step:5d}/{args.max_iters}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
-                  f"{meter.left(run.step)} left")
-    run.record(step=run.step, loss=loss, tokens_per_s=round(speed))
-    run.refuse_nan(loss)
-    meter.restart()
-
-def train(args, run, processes, model, data, optimizer, autocast):
-    """The loop. → an exit status."""
-    forward = torch.compile(model) if args.compile else model
-    forward = DistributedDataParallel(forward) if processes.world > 1 else forward
-    n_micro, size = args.gradient_accumulation_steps, model.config.block_size
-    rows = args.batch_size // (processes.world * n_micro)       # sequences of a micro-batch
+def train(args, run, forward, autocast):
+    """Step, log, evaluate and save until the last step, or a signal. → an exit status."""
     meter = Meter(run.step, args.max_iters)
     while True:
         last = run.step == args.max_iters
         due = last or (run.step > 0 and run.step % args.eval_interval == 0)
         if due and run.evaluated != run.step:
-            meter.pause(evaluate, args, run, processes, model, data, optimizer, autocast)
+            meter.pause(evaluate, args, run, autocast)
         if args.keep_every and (last or run.step % args.keep_every == 0):
-            meter.pause(run.save_model, f"steps/{run.step:08d}/model.pt", model, data)
+            meter.pause(run.save, f"steps/{run.step:08d}/model.pt")
         if last:
             return 0
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, args)
-        if model.config.dropout:
-            torch.manual_seed(((args.seed << 40) + (run.step << 12) + processes.rank) % 2**63)
-        for micro in range(n_micro):
-            first = rows * (processes.rank * n_micro + micro)
-            part = slice(first, first + rows)                   # of the step's batch
-            x, y = data.batch(run.step, args.seed, args.batch_size, size, part)
-            more = processes.world > 1 and micro + 1 < n_micro
-            with autocast, forward.no_sync() if more else nullcontext():
-                _, loss = forward(x.to(processes.device), y.to(processes.device))
-                (loss / n_micro).backward()
-            meter.add(loss.detach(), tokens=x.numel() * processes.world)
-        if args.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-
-        stopping = processes.world == 1 and run.signal
-        if run.step % args.log_interval == 0 or run.step == args.max_iters or stopping:
-            log(args, run, processes, meter)
-            if processes.maximum(run.signal or 0):
-                run.save_last(model, data, optimizer, settings_of(args))
-                processes.say(f"stopped at step {run.step} and saved; "
-                              f"go on with: python train.py --resume --out_dir={run.folder}")
-                return 128 + int(processes.maximum(run.signal or 0))
+        step(args, run, forward, autocast, meter)
+        alone = run.processes.world == 1                        # others hear of a signal when they log
+        if run.step % args.log_interval == 0 or run.step == args.max_iters or (alone and run.signal):
+            meter.log(run)
+            if stopped_by := run.processes.maximum(run.signal or 0):
+                run.save_last()
+                run.processes.say(f"stopped at step {run.step} and saved; "
+                                  f"go on with: python train.py --resume --out_dir={run.folder}")
+                return 128 + int(stopped_by)
 
 def main():
     args = read_flags(__doc__)
@@ -180,6 +168,8 @@ def main():
     keep_memory()
     model, data = make_model(args, given, run, processes)
     optimizer = make_optimizer(args, model, run)
+    forward = torch.compile(model) if args.compile else model
+    forward = DistributedDataParallel(forward) if processes.world > 1 else forward
     bfloat16 = args.dtype == "bfloat16"
     autocast = torch.autocast(processes.device.type, torch.bfloat16) if bfloat16 else nullcontext()
     config, n_params = model.config, sum(p.numel() for p in model.parameters())
@@ -188,8 +178,8 @@ def main():
                   f"context {config.block_size}, sharing {shared}; {n_params:,} parameters; "
                   f"{len(data.train):,} training tokens; {processes.device.type}, {args.dtype}")
 
-    run.begin(processes)
-    status = train(args, run, processes, model, data, optimizer, autocast)
+    run.begin(processes, model, data, optimizer, saved_settings(args))
+    status = train(args, run, forward, autocast)
     if status == 0:
         processes.say(f"done in {clock(run.elapsed())}; {run.folder}/model.pt has the best "
                       f"validation loss, {run.best:.4f} nats per token. Next: python sample.py")

@@ -277,8 +277,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 → logits (B, T, V), and the loss in nats per token if targets (B, T) are
-        given. With a cache, idx goes on from it. ValueError if T is above block_size, or its
-        size."""
+        given. With a cache, idx goes on from it. ValueError if T is above block_size."""
         logits = self.head(self.hidden(idx, cache))
         if targets is None:
             return logits, None

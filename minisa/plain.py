@@ -14,7 +14,7 @@ def rms_norm(x, gain, eps):
 
 def rope(x, base):
     """x (T, D) → (T, D): the numbers i and i + D/2 of row t are a point in a plane; turn it by the
-    angle t · base^(-2i/D). A product of two rows then depends on their distance (arXiv:2104.09864)."""
+    angle t · base^(-2i/D). Products of rows then depend on distances only (arXiv:2104.09864)."""
     T, D = x.shape
     angle = torch.outer(torch.arange(T).double(), base ** (-torch.arange(0, D, 2).double() / D))
     a, b = x.chunk(2, dim=-1)                               # (T, D/2) each
@@ -22,36 +22,40 @@ def rope(x, base):
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 def attention_weights(q, k, visible):
-    """q, k (T, D) → P (T, T): row t says where token t looks; it sums to 1."""
-    scores = q @ k.T / math.sqrt(q.size(-1))
-    return scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+    """q: H heads (T, D), k: G heads (T, D) → P: H matrices (T, T). Row t says where token t looks,
+    and sums to 1."""
+    P = []
+    for i in range(len(q)):
+        scores = q[i] @ k[i * len(k) // len(q)].T / math.sqrt(q[i].size(-1))
+        P.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1))
+    return P
 
 def gpt(w, config, idx, window=None):
     """Token ids idx (T,) → logits (T, V), and P (H, T, T) of every layer.
 
-    w: tensors by the names that they have in model.py. window: how many tokens one sees, itself too.
+    w: tensors by the names that they have in model.py. window: how many tokens each one sees.
     """
     H, G, D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
     t = torch.arange(len(idx))
     distance = t[:, None] - t                               # (T, T): from a query back to a key
     visible = (distance >= 0) & (distance < (window or len(idx)))
     x, every_P = w["embed.weight"][idx], []                 # x (T, C): the residual stream
-    q = k = v = P = ()                                      # lists of heads; kept from layer to layer
+    q = k = v = P = ()                                      # lists of heads, kept up the layers
     for layer in range(config.n_layer):
-        name, reuses = f"blocks.{layer}.", any(a < layer <= b for a, b in config.spans)
+        name, reuse = f"blocks.{layer}.", any(a < layer <= b for a, b in config.spans)
         h = rms_norm(x, w[name + "norm1.weight"], config.norm_eps)
         made = (h @ w[name + "attn.qkv.weight"].T).split(D, dim=-1)     # its heads, (T, D) each
 
-        if reuses and config.share_kind == "weights":       # Shared Attention: values of its own,
+        if reuse and config.share_kind == "weights":        # Shared Attention: values of its own,
             v = made                                        # and P is still the anchor's
-        elif reuses:                                        # Cross-Layer Attention: queries of its
+        elif reuse:                                         # Cross-Layer Attention: queries of its
             q = [rope(head, config.rope_base) for head in made]     # own; k and v are the anchor's
-            P = [attention_weights(q[i], k[i * G // H], visible) for i in range(H)]
+            P = attention_weights(q, k, visible)
         else:                                               # a full layer, or the anchor of a span
             q = [rope(head, config.rope_base) for head in made[:H]]
             k = [rope(head, config.rope_base) for head in made[H:H + G]]
             v = made[H + G:]
-            P = [attention_weights(q[i], k[i * G // H], visible) for i in range(H)]
+            P = attention_weights(q, k, visible)
 
         every_P.append(torch.stack(P))
         y = torch.cat([P[i] @ v[i * G // H] for i in range(H)], dim=-1)         # (T, C)

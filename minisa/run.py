@@ -82,9 +82,10 @@ class Run:
             raise ValueError(f"{self.folder} already holds a run: --resume goes on with it, "
                              "--overwrite replaces it, --out_dir=FOLDER leaves it alone")
 
-    def begin(self, processes):
+    def begin(self, processes, model, data, optimizer, settings):
         """From now on write, and note Ctrl-C and kill. An old run goes: the new one is in order."""
         self.processes, self.begun = processes, time.perf_counter()
+        self.model, self.data, self.optimizer, self.settings = model, data, optimizer, settings
         if processes.rank == 0 and not self.saved:
             for name in ("train.pt", "model.pt"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -107,21 +108,19 @@ class Run:
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
             write_file(self.folder / "log.jsonl", text.encode())
 
-    def save_model(self, name, model, data, loss=None, bpb=None):
-        """Write a model that others can load, as FOLDER/name."""
+    def save(self, name, loss=None, bpb=None, **more):
+        """Write the model as FOLDER/name, for others to load."""
         if self.processes.rank == 0:
-            info = {"step": self.step, "val_loss": loss, "val_bpb": bpb, "data": str(data.folder),
-                    "seconds": self.elapsed()}
-            checkpoint.save(self.folder / name, model, data.tokenizer, info)
+            info = {"step": self.step, "val_loss": loss, "val_bpb": bpb,
+                    "data": str(self.data.folder), "seconds": self.elapsed()}
+            checkpoint.save(self.folder / name, self.model, self.data.tokenizer, info, **more)
 
-    def save_last(self, model, data, optimizer, settings):
-        """Write train.pt."""
-        if self.processes.rank == 0:
-            progress = {"step": self.step, "best": self.best, "seconds": self.elapsed(),
-                        "evaluated": self.evaluated}
-            info = {"data": str(data.folder)}
-            checkpoint.save(self.folder / "train.pt", model, data.tokenizer, info,
-                            optimizer=optimizer.state_dict(), settings=settings, progress=progress)
+    def save_last(self):
+        """Write train.pt, from which the run can go on."""
+        progress = {"step": self.step, "best": self.best, "seconds": self.elapsed(),
+                    "evaluated": self.evaluated}
+        self.save("train.pt", optimizer=self.optimizer.state_dict(), settings=self.settings,
+                  progress=progress)
 
     def refuse_nan(self, loss):
         if not math.isfinite(loss):
@@ -157,17 +156,16 @@ class Meter:
         self.losses.append(loss)
         self.tokens += tokens
 
-    def loss(self):
-        return sum(self.losses) / len(self.losses)
-
-    def speed(self):
-        """Tokens per second since the last restart."""
-        return self.tokens / (time.perf_counter() - self.marked)
-
-    def left(self, step):
-        """The time until the last step, as text."""
-        per_step = (time.perf_counter() - self.begun) / (step - self.first)
-        return clock(per_step * (self.last - step))
+    def log(self, run):
+        """Print and log the mean loss and the speed since the last log line."""
+        now, loss = time.perf_counter(), sum(self.losses) / len(self.losses)
+        loss, speed = run.processes.mean(loss), self.tokens / (now - self.marked)
+        left = (now - self.begun) / (run.step - self.first) * (self.last - run.step)
+        run.processes.say(f"step {run.step:5d}/{self.last}  loss {loss:.4f}  "
+                          f"{speed:,.0f} tokens/s  {clock(left)} left")
+        run.record(step=run.step, loss=loss, tokens_per_s=round(speed))
+        run.refuse_nan(loss)
+        self.restart()
 
 def clock(seconds):
     return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"

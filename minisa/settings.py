@@ -103,3 +103,7 @@ def settle(args):
         if getattr(args, name) >= 1:
             raise ValueError(f"--{name}={getattr(args, name)}: must be below 1")
     return given
+
+def saved_settings(args):
+    """What --resume must find again."""
+    return {name: getattr(args, name) for name, *_ in FLAGS if name != "device"}

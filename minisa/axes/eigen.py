@@ -1,0 +1,285 @@
+"""Eigen Attention (Saxena et al. 2024, arXiv:2408.05646): fewer numbers per head in the KV cache.
+
+    python -m minisa.axes.eigen smollm2 --error=0.025 --refit --out=out/small
+
+The keys of a head, D numbers each, lie near a subspace of r < D dimensions, and so do its values.
+With E (r, D) and F (r, D), cache the r numbers c = E k in the place of k, and restore k ≈ Fᵀ c when
+it is read. The same for v. Both fold into the weights of a trained model:
+
+    values    c = (E W_v) x    P c (r numbers) goes into W_out Fᵀ: nothing to restore
+    keys      c = (E W_k) x    k = Fᵀ c is restored, then rotated (RoPE), for all visible tokens:
+                               2·G·r·D·S FLOPs
+
+At r = D both are exact. A reuse layer of Shared Attention has no keys, so nothing to restore.
+
+Which subspace? The paper takes that of the largest singular values. But an error of k matters only
+along the queries that meet it, and one of v only as far as W_out lets it through. So each has a
+metric M (D, D). With S = E[k kᵀ] and the r largest eigenvectors U (D, r) of M^½ S M^½, the subspace
+that minimises E|M^½ (k − Fᵀ E k)|² is
+
+    E = Uᵀ M^½        Fᵀ = M^-½ U        error: the sum of the other eigenvalues
+
+A head sums z_t = Σ_s P_ts v_s for the query of token t over keys s; its part W_h of W_out makes
+W_h z_t of it; y_t is the sum of that over the heads, which the layer adds to the stream x_t. To
+first order, an error δk_s of a key changes W_h z_t by Σ_s W_h (v_s − z_t) P_ts q_tsᵀ δk_s / √D,
+where q_ts is q_t rotated by t − s. Hence, as the stream is normalised wherever it is read,
+
+    weights   w_ts = u_t P_ts² |W_h (v_s − z_t)|²    u_t = 1 / |x_t + y_t|²
+    keys      S = Σ_ts w_ts k_s k_sᵀ    M = Σ_ts w_ts q_ts q_tsᵀ / (D Σ_ts w_ts), from samples of s
+    values    S = Σ_t u_t z_t z_tᵀ      M = W_hᵀ W_h
+
+summed over all heads that share the keys and values, but for the values' M, which is their mean. So
+both errors are parts of the stream, and comparable: numbers are dropped in the order of their
+eigenvalues, keys and values of a layer together, while the mean over t of |δy_t|² / |x_t + y_t|²
+stays within error². All heads of a layer keep as many. Errors of two keys, or of two heads, count
+as independent, and what an anchor's error does to the layers that share with it does not count.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+
+from minisa import checkpoint
+from minisa.axes.common import calibration, parser, rewrite, walk
+from minisa.axes.heads import head_outputs, refit
+from minisa.cli import amount, command, count
+from minisa.model import Anchor, Attention, KVAnchor, rope_angles, rotate, split_heads
+
+SAMPLES = 4     # keys drawn for each query and head
+
+# ---- layers ----
+
+class Narrow:
+    """What a layer with keys becomes: its cache holds k_rank numbers of each key, not rotated, and
+    v_rank of each value. `restore` (G, k_rank, D) is F; None if the keys are whole."""
+
+    def project(self, x, step):
+        """x (B, T, C) → q (B, H, T, D), and the visible k (B, G, S, D) and v (B, G, S, v_rank)."""
+        q, k, v = self.qkv(x).split(self.widths, dim=2)
+        q, k = rotate(split_heads(q, self.H), step.rope), split_heads(k, self.G)
+        v = step.visible("v", self.layer, split_heads(v, self.G))
+        if self.restore is None:
+            return q, step.visible("k", self.layer, rotate(k, step.rope)), v
+        k = step.visible("k", self.layer, k) @ self.restore     # (B, G, S, D)
+        return q, rotate(k, self.rope_of_keys(step)), v
+
+    def rope_of_keys(self, step):
+        """cos and sin (S, D), or (B, 1, S, D), of the positions of the visible keys."""
+        if step.cache is None:
+            return step.rope
+        if hasattr(step.cache, "key_positions"):                # each layer has tokens of its own
+            return rope_angles(self.config, step.cache.key_positions(self.layer))
+        if not hasattr(step, "rope_of_keys"):                   # the same for all layers
+            step.rope_of_keys = rope_angles(self.config, step.cache.positions)
+        return step.rope_of_keys
+
+    def extra_cost(self, T, S):
+        restoring = 0 if self.restore is None else self.restore.numel()
+        return restoring, 2 * restoring * S
+
+class NarrowAttention(Narrow, Attention):
+    pass
+
+class NarrowAnchor(Narrow, Anchor):
+    pass
+
+class NarrowKVAnchor(Narrow, KVAnchor):
+    pass
+
+NARROW = {Attention: NarrowAttention, Anchor: NarrowAnchor, KVAnchor: NarrowKVAnchor}
+
+def rebuild(model, ranks):
+    """Give all layers keys and values of fewer numbers, in place.
+
+    ranks: for each layer how many numbers per head, [of a key, of a value]; for what it does not
+    make, any. Raises ValueError if they do not fit, or if the model is compressed already.
+    """
+    L, D = model.config.n_layer, model.config.head_dim
+    refuse_twice(model)
+    if len(ranks) != L or not all(1 <= rank <= D for pair in ranks for rank in pair):
+        raise ValueError(f"ranks: must be {L} pairs of numbers from 1 to {D}")
+    for block, (k_rank, v_rank) in zip(model.blocks, ranks):
+        if min(k_rank, v_rank) < D:
+            make_narrow(block.attn, model.config, k_rank, v_rank)
+
+def refuse_twice(model):
+    if any(change["by"] == "eigen" for change in checkpoint.changes(model)):
+        raise ValueError("--rank, --error: the model is compressed already; "
+                         "compress the one that it came from")
+
+def make_narrow(attn, config, k_rank, v_rank):
+    """rebuild() one layer."""
+    weight, D = attn.qkv.weight, config.head_dim
+    like = {"device": weight.device, "dtype": weight.dtype}
+    n_q, n_k, n_v = attn.widths
+    if type(attn) in NARROW:
+        attn.__class__, attn.config = NARROW[type(attn)], config
+        shape, n_k = (attn.G, k_rank, D), attn.G * k_rank
+        attn.restore = nn.Parameter(torch.zeros(shape, **like)) if k_rank < D else None
+    attn.widths = [n_q, n_k, n_v * v_rank // D]
+    attn.qkv = nn.Linear(config.n_embd, sum(attn.widths), bias=False, **like)
+    attn.out = nn.Linear(attn.H * v_rank, config.n_embd, bias=False, **like)
+
+# ---- what is lost in which direction: S and M ----
+
+def outer_sum(rows):
+    """rows (N, G, n, D) → Σ row rowᵀ over N and n, (G, D, D), in float64 on the CPU."""
+    return (rows.mT @ rows).cpu().double().sum(0)
+
+def key_moments(q, k, w, rope_at, generator):
+    """q (N, H, T, D) and k (N, G, T, D), not rotated, and the weights w (N, H, T, S = T) of their
+    pairs → S and M of the keys. rope_at: positions → angles."""
+    (N, H, T, D), G = q.shape, k.size(1)
+    of_key = w.sum(2).view(N, G, H // G, T).sum(2)                      # (N, G, S)
+    of_query = w.sum(3)                                                 # (N, H, T)
+    total = of_query.view(N, G, -1).sum((0, 2)).cpu().double()          # (G,)
+    flat = w.flatten(0, 2).cpu()
+    s = torch.multinomial(flat, SAMPLES, replacement=True, generator=generator)
+    s = s.view(N, H, T, SAMPLES).to(q.device)
+    distance = torch.arange(T, device=q.device)[:, None] - s
+    q = rotate(q[:, :, :, None].expand(*s.shape, D), rope_at(distance))
+    q = q * (of_query / SAMPLES).sqrt()[..., None, None]                # (N, H, T, SAMPLES, D)
+    M = outer_sum(q.reshape(N, G, -1, D))
+    return outer_sum(k * of_key.sqrt()[..., None]), M / (D * total.clamp(min=1e-30))[:, None, None]
+
+def pair_weights(P, z, v, W, u, mask):
+    """The weights w_ts above, (N, H, T, S), from P (N, H, T, S), z (N, H, T, D), v (N, G, S, D),
+    the W_h (H, C, D), u (N, T) and the mask (T, S)."""
+    out_z = z @ W.mT                                                    # (N, H, T, C)
+    out_v = v.repeat_interleave(len(W) // v.size(1), 1) @ W.mT          # (N, H, S, C)
+    square_z, square_v = (out.square().sum(-1) for out in (out_z, out_v))
+    apart = square_z[..., None] - 2 * out_z @ out_v.mT + square_v[..., None, :]
+    w = u[:, None, :, None] * P.square() * apart.clamp(min=0)
+    return w + 1e-20 * mask.exp()                                       # no row may be all zeros
+
+def layer_moments(config, block, x, step, below, generator):
+    """A block and what it is given, as walk() yields it → (S, M) of its keys, None if it makes
+    none, and (S, M) of its values; (G, D, D) each, in float64."""
+    attn, seen, h = block.attn, [], block.norm1(x)
+    z = head_outputs(block, x, replace(step, watch=seen.append), below)         # (N, T, H·D)
+    u = (x + attn.out(z)).float().square().sum(-1).reciprocal()                 # (N, T)
+    z = split_heads(z, attn.H).float()
+    N, H, T, D = z.shape
+    W = attn.out.weight.view(-1, H, D).transpose(0, 1).float()                  # (H, C, D)
+    S_v = outer_sum((z * u[:, None, :, None].sqrt()).reshape(N, attn.G, -1, D))
+    values = S_v, outer_sum(W.reshape(1, attn.G, -1, D)) * attn.G / H
+    if type(attn) not in NARROW:
+        return None, values
+    parts = zip(attn.qkv(h).split(attn.widths, dim=2), (H, attn.G, attn.G))
+    q, k, v = (split_heads(part, n).float() for part, n in parts)
+    w = pair_weights(seen[0].float(), z, v, W, u, step.mask)
+    return key_moments(q, k, w, lambda positions: rope_angles(config, positions), generator), values
+
+def moments(model, windows):
+    """windows (N, T) of a calibration text → layer_moments() of all layers. In a span of CLA, all
+    layers get the same, as they read the same values, in one basis."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    found = [layer_moments(config, *given, generator) for given in walk(model, windows)]
+    for a, b in config.spans if config.share_kind == "kv" else []:
+        span = range(a, b + 1)
+        S, M = (sum(found[layer][1][i] for layer in span) for i in (0, 1))
+        for layer in span:
+            found[layer] = found[a][0], (S, M / len(span))
+    return found
+
+# ---- the best subspaces ----
+
+def basis(S, M):
+    """S, M (G, D, D) → E and F (G, D, D), of which the first r rows are the best of rank r, and the
+    eigenvalues (G, D), falling."""
+    values, U = torch.linalg.eigh(M)
+    least = 1e-4 * values.amax(-1, keepdim=True)                # for directions that M does not see
+    values = values.clamp(min=0) + least
+    root, inverse = (U * values.sqrt()[:, None]) @ U.mT, (U * values.rsqrt()[:, None]) @ U.mT
+    errors, U = torch.linalg.eigh(root @ S @ root)
+    U = U.flip(-1)
+    return U.mT @ root, U.mT @ inverse, errors.flip(-1).clamp(min=0)
+
+def numbers_to_keep(errors_k, errors_v, budget):
+    """What dropping each number of a key and of a value costs, (D,) each, falling → how many of
+    either to keep, at least one, so that those dropped cost no more together than the budget."""
+    D = len(errors_v)
+    errors, order = torch.cat((errors_k, errors_v)).sort()
+    dropped = order[errors.cumsum(0) <= budget]
+    n_k = (dropped < D).sum().item()
+    return [D - min(n, D - 1) for n in (n_k, len(dropped) - n_k)]
+
+def fold(E, W):
+    """E (G, r, D) into the rows of W_k or W_v, (G·D, C) → (G·r, C)."""
+    return (E.to(W) @ W.view(len(E), -1, W.size(1))).flatten(0, 1)
+
+def fold_out(F, W):
+    """F (G, r, D) into the columns of W_out, (C, H·D) → (C, H·r)."""
+    by_head = W.view(len(W), len(F), -1, F.size(2))             # (C, G, H/G, D)
+    return torch.einsum("cghd,grd->cghr", by_head, F.to(W)).flatten(1)
+
+def narrow_tensors(attn, ranks, keys, values):
+    """A layer's tensors that change, by name. keys, values: their basis(); keys may be None."""
+    (k_rank, v_rank), D = ranks, values[0].size(2)
+    q, k, v = attn.qkv.weight.split(attn.widths)
+    tensors = {}
+    if type(attn) in NARROW and k_rank < D:
+        E, F, _ = keys
+        k, tensors["restore"] = fold(E[:, :k_rank], k), F[:, :k_rank].to(k)
+    if v_rank < D:
+        E, F, _ = values
+        v = fold(E[:, :v_rank], v) if len(v) else v
+        tensors["out.weight"] = fold_out(F[:, :v_rank], attn.out.weight)
+    if len(q) + len(k) + len(v) < sum(attn.widths):
+        tensors["qkv.weight"] = torch.cat((q, k, v))
+    return tensors
+
+@torch.no_grad()
+def compress(model, windows, rank=None, error=None):
+    """A model → one that caches fewer numbers per head, in eval mode, in the same memory where it
+    can.
+
+    windows (N, T): of a calibration text. rank: how many numbers each head keeps of each key and
+    value; or error: how far the stream after a layer's attention may be off, in the root mean
+    square over tokens of |y' − y| / |x + y|, as predicted above; each layer keeps what that takes.
+    Raises ValueError if the model is compressed already, or its heads are narrower than the rank.
+    """
+    D = model.config.head_dim
+    refuse_twice(model)
+    if rank is not None and rank > D:
+        raise ValueError(f"--rank={rank}: a head of this model is only {D} wide")
+    state, ranks = dict(model.state_dict()), []
+    for layer, (keys, values) in enumerate(moments(model, windows)):
+        keys, values = keys and basis(*keys), basis(*values)
+        if rank:
+            kept = [rank, rank]
+        else:
+            errors_k = keys[2].sum(0) if keys else torch.zeros(D)
+            kept = numbers_to_keep(errors_k, values[2].sum(0), error**2 * windows.numel())
+        ranks.append(kept if keys else [D, kept[1]])
+        tensors = narrow_tensors(model.blocks[layer].attn, ranks[-1], keys, values)
+        state.update({f"blocks.{layer}.attn.{name}": t for name, t in tensors.items()})
+    empty = checkpoint.empty(model.config, checkpoint.changes(model))
+    small = checkpoint.change(empty, "eigen", ranks=ranks)
+    small.load_state_dict(state, assign=True)
+    return small.eval()
+
+# ---- command ----
+
+def main():
+    flags = parser(__doc__, "eigen")
+    flags.flag("rank", count, None, "numbers that each head keeps of each key and value", "none")
+    flags.flag("error", amount, None, "give this or --rank: how far a layer's output may be off, "
+               "as a fraction of the stream it goes into; each layer keeps what that takes", "none")
+    flags.switch("refit", "refit the output projections to what the layers of MODEL put out")
+    args = flags.parse_args()
+    if (args.rank is None) == (args.error is None):
+        raise ValueError("--rank, --error: give one of them")
+    if args.error == 0:
+        raise ValueError("--error=0: must be above 0")
+
+    def technique(model, data):
+        windows = calibration(model, data())
+        small = compress(model, windows[::3], args.rank, args.error)
+        return refit(small, model, windows) if args.refit else small
+
+    rewrite(args, technique)
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,231 @@
+"""Shared Attention for a model that was trained without: which head takes over which, and refit.
+
+    python -m minisa.axes.heads smollm2 --share=26-28 --heads=mix --refit --out=out/mixed
+    python -m minisa.axes.heads out/weights-1-3 --heads=mix --out=out/mix   for train.py to learn
+
+P_l[h] (T, T) is what head h of layer l attends with on a window of T tokens, and ⟨A, B⟩ = Σ A·B
+over all entries. Head h of a reuse layer can take one of these of its anchor a:
+
+    --heads=same     P_a[h]
+    --heads=match    P_a[g], with the largest cosine ⟨P_l[h], P_a[g]⟩ / |P_l[h]| |P_a[g]|
+    --heads=mix      Σ_g w_g P_a[g], with the w ≥ 0, Σ w = 1, of least |P_l[h] − Σ_g w_g P_a[g]|²
+
+A mixture costs a layer H² numbers, and 2·H²·S FLOPs per token; a match costs nothing.
+
+--refit: under other weights P, the values z_t that the heads of a layer sum up for token t differ
+from those that its output projection W was trained on. The W' of least
+
+    Σ_t |W' z_t − y_t|² + λ |W' − W|²
+
+takes W's place, where y_t is what the layer puts out in the model that it came from. This costs
+nothing when the model runs.
+"""
+
+import torch
+import torch.nn as nn
+
+from minisa import checkpoint
+from minisa.axes.common import calibration, parser, rewrite, walk
+from minisa.cli import command
+from minisa.model import SHARE_KINDS, CrossLayerAttention, SharedAttention
+
+# ---- layers ----
+
+class Matched(SharedAttention):
+    """A reuse layer in which head h takes P of the anchor's head source[h]."""
+    def forward(self, x, step, P):
+        y, _ = super().forward(x, step, P[:, self.source])
+        return y, P
+
+class Mixed(SharedAttention):
+    """A reuse layer in which head h takes Σ_g mix[h, g] · P of the anchor's head g."""
+    def forward(self, x, step, P):
+        mixed = (self.mix @ P.flatten(2)).view_as(P)            # (B, H, T, S)
+        y, _ = super().forward(x, step, mixed)
+        return y, P
+
+    def extra_cost(self, T, S):
+        return self.H**2, 2 * self.H**2 * S * T
+
+def plain_reuse_layers(model, flag):
+    """The reuse layers of a model. Raises ValueError, naming the flag, unless it has some, and they
+    are those of plain Shared Attention."""
+    attns = [block.attn for block in model.blocks if isinstance(block.attn, SharedAttention)]
+    if not attns:
+        raise ValueError(f"--{flag}: is about layers that share attention weights; "
+                         "give --share, and --share_kind=weights")
+    if any(type(attn) is not SharedAttention for attn in attns):
+        changed = ", ".join(change["by"] for change in checkpoint.changes(model))
+        raise ValueError(f"--{flag}: the reuse layers of this model were changed already, by "
+                         f"{changed}; take the model that it came from")
+    return attns
+
+def rebuild(model, heads):
+    """Make all reuse layers Matched or Mixed, in place; each head starts with its anchor's own.
+
+    heads: "match" or "mix". Raises ValueError for anything else, or if there are no such layers.
+    """
+    if heads not in ("match", "mix"):
+        raise ValueError(f"--heads={heads}: must be match or mix")
+    for attn in plain_reuse_layers(model, f"heads={heads}"):
+        H, like = attn.H, attn.out.weight
+        if heads == "match":
+            attn.__class__ = Matched
+            attn.register_buffer("source", torch.arange(H, device=like.device))
+        else:
+            attn.__class__ = Mixed
+            attn.mix = nn.Parameter(torch.eye(H, dtype=like.dtype, device=like.device))
+
+# ---- which head takes over which ----
+
+@torch.no_grad()
+def head_products(model, windows):
+    """windows (N, T) → (L, H, L, H) in float64: ⟨P_l[h], P_m[g]⟩, summed over the windows."""
+    L, H = model.config.n_layer, model.config.n_head
+    total = torch.zeros(L * H, L * H, dtype=torch.float64)
+    for window in windows:
+        P = torch.stack(model.attention_weights(window[None]))          # (L, 1, H, T, T)
+        rows = P.view(L * H, -1).float()
+        total += (rows @ rows.mT).cpu()
+    return total.view(L, H, L, H)
+
+def nearest_on_simplex(v):
+    """v (R, H) → for each row the nearest w with w ≥ 0, Σ w = 1 (Duchi et al. 2008, figure 1)."""
+    falling = v.sort(dim=1, descending=True).values
+    # if only the k largest stay above 0, each of them must give up this much
+    excess = (falling.cumsum(1) - 1) / torch.arange(1, v.size(1) + 1)
+    k = (falling > excess).sum(1, keepdim=True)
+    return (v - excess.gather(1, k - 1)).clamp(min=0)
+
+def nearest_mixture(among, between, steps=1000):
+    """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimises w A wᵀ − 2 w·b,
+    where A is `among` (H, H). → (R, H).
+
+    By projected gradient descent with momentum (FISTA, Beck & Teboulle 2009).
+    """
+    rate = 1 / torch.linalg.matrix_norm(among, 2)
+    w = ahead = torch.full_like(between, 1 / len(among))
+    momentum = 1.0
+    for _ in range(steps):
+        new = nearest_on_simplex(ahead - rate * (ahead @ among - between))
+        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = new + (momentum - 1) / following * (new - w)
+        w, momentum = new, following
+    return w
+
+def choose_heads(shared, products):
+    """Set what Matched or Mixed layers take, in place, by the head_products() of full attention."""
+    for a, b in shared.config.spans:
+        among = products[a, :, a]                                       # (H, H)
+        for layer in range(a + 1, b + 1):
+            attn, between = shared.blocks[layer].attn, products[layer, :, a]
+            if isinstance(attn, Matched):
+                source = (between / among.diagonal().sqrt()).argmax(1)
+                attn.source = source.to(attn.source.device)
+            if isinstance(attn, Mixed):
+                attn.mix.data = nearest_mixture(among, between).to(attn.mix)
+
+def share(model, spans, heads="same", products=None, share_kind="weights"):
+    """A model → one whose spans, as "1-3,5-7", share zero-shot, in eval mode, in the same memory.
+
+    heads: "same", "match" or "mix". products: head_products() of the model on a calibration text,
+    by which the heads are chosen; None: each starts with the same head.
+    Raises ValueError if the model cannot share that way.
+    """
+    shared = checkpoint.reconfigure(model, share=spans, share_kind=share_kind)
+    if heads != "same":
+        checkpoint.change(shared, "heads", heads=heads)
+        if products is not None:
+            choose_heads(shared, products)
+    return shared
+
+# ---- refit ----
+
+def head_outputs(block, x, step, below):
+    """What a block's heads sum up, side by side, before attn.out: (B, T, n).
+
+    The arguments are what walk() yields.
+    """
+    out, block.attn.out = block.attn.out, nn.Identity()
+    try:
+        return block.attn(block.norm1(x), step, below)[0]
+    finally:
+        block.attn.out = out
+
+def refitted_weight(out, z, y, ridge):
+    """z (N, T, n), y (N, T, C) → the W' (C, n) for the projection `out`, with λ = ridge times the
+    mean of the diagonal of Σ z zᵀ."""
+    missing = (y - out(z)).float()
+    z = z.float()
+    zz, zm = ((z.mT @ other).cpu().double().sum(0) for other in (z, missing))
+    zz.diagonal().add_(ridge * zz.diagonal().mean())
+    return out.weight + torch.linalg.solve(zz, zm).mT.to(out.weight)
+
+@torch.no_grad()
+def refit(shared, model, windows, ridge=0.1):
+    """Refit the output projections of `shared`, which was made of `model`, on windows (N, T) of a
+    calibration text, in place: of its reuse layers, and of all whose keys or values are narrower.
+
+    The layers are taken in turn, each on what it sees in `shared`, refitted below it.
+    Raises ValueError if `model` shares itself, and otherwise than `shared`.
+    """
+    have, want = ((m.config.share, m.config.share_kind) for m in (model, shared))
+    if have[0] and have != want:
+        raise ValueError("--refit: needs the outputs of full attention, but the model already "
+                         f"shares {have[0]}")
+    reuses = (SharedAttention, CrossLayerAttention)
+    for (full, *given), (block, *given_shared) in zip(walk(model, windows), walk(shared, windows)):
+        if isinstance(block.attn, reuses) or block.attn.widths != full.attn.widths:
+            x, step, below = given
+            y, _ = full.attn(full.norm1(x), step, below)
+            z = head_outputs(block, *given_shared)
+            out = block.attn.out            # gets another tensor, as `model` may use this one too
+            out.weight = nn.Parameter(refitted_weight(out, z, y, ridge))
+    return shared
+
+# ---- command ----
+
+def share_fitted(model, spans, heads, windows, refitting=False, share_kind="weights"):
+    """share(), with heads chosen on every third of the windows (N, T), and refitted on all."""
+    products = None if heads == "same" else head_products(model, windows[::3])
+    shared = share(model, spans, heads, products, share_kind)
+    return refit(shared, model, windows) if refitting else shared
+
+def check(args, model):
+    """Raises ValueError if the flags want what the model does not have."""
+    own = model.config.share
+    if not (args.share or own):
+        raise ValueError("--share: name the spans that are to share, as --share=26-28")
+    if args.share in ("", own) and (args.heads != "mix" or args.refit):
+        raise ValueError(f"--share: the model shares {own} already, with no full attention there "
+                         "to be fitted to; only --heads=mix is possible, for train.py to learn")
+    if args.heads != "same" and args.share_kind == "kv":
+        raise ValueError(f"--heads={args.heads}: only Shared Attention takes over heads; "
+                         "give --share_kind=weights")
+
+def main():
+    flags = parser(__doc__, "heads")
+    flags.flag("share", str, "", "spans of layers that are to share, as 1-3 or 1-3,5-7",
+               shown="those that the model shares already")
+    flags.flag("share_kind", str, "weights", "what they share: weights (Shared Attention) or kv "
+               "(Cross-Layer Attention), which needs --heads=same", choices=[*SHARE_KINDS])
+    flags.flag("heads", str, "same", "what a head of a reuse layer takes: the anchor's head of the "
+               "same number, the one that is most alike, or a mixture",
+               choices=["same", "match", "mix"])
+    flags.switch("refit", "refit the output projections of reuse layers")
+    args = flags.parse_args()
+
+    def technique(model, data):
+        check(args, model)
+        config = model.config
+        if args.share in ("", config.share):            # nothing to fit, as train.py will
+            return share(model, config.share, args.heads, share_kind=config.share_kind)
+        if args.heads == "same" and not args.refit:
+            return share(model, args.share, share_kind=args.share_kind)
+        windows = calibration(model, data())
+        return share_fitted(model, args.share, args.heads, windows, args.refit, args.share_kind)
+
+    rewrite(args, technique)
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,105 @@
+"""A reuse layer that corrects its anchor's attention weights, by a small query and key of its own.
+
+    python -m minisa.axes.lowrank out/full --share=1-3 --share_rank=4 --out=out/rank
+    python train.py --init_from=out/rank
+
+With q̃ and k̃ of R numbers per head, where a head is D wide, and S_a the scores of the anchor, a
+reuse layer attends with
+
+    softmax(S_a + C), where C = q̃ k̃ᵀ / √R
+    = P_a · exp(C), normalised over each row
+    = P_a · softmax(C), normalised over each row
+
+so the anchor need only hand up P_a, as in plain Shared Attention. The layer also caches k̃, G·R
+numbers per token. q̃ starts at zero, as plain sharing, and is learned by train.py.
+"""
+
+import torch
+import torch.nn as nn
+
+from minisa import checkpoint
+from minisa.axes.common import parser, rewrite
+from minisa.axes.heads import plain_reuse_layers
+from minisa.cli import at_least, command, count
+from minisa.model import SharedAttention, rotate, split_heads
+
+class Corrected(SharedAttention):
+    """A reuse layer with a query and key of R numbers per head, and values like any other's."""
+    makes = "qkv"
+
+    def narrow_rope(self, rope):
+        """cos and sin (T, D) → (T, R): every (D/R)-th of the angles."""
+        R = self.widths[0] // self.H
+        return [angles[:, ::angles.size(1) // R] for angles in rope]
+
+    def forward(self, x, step, P):
+        q, k, v = self.qkv(x).split(self.widths, dim=2)
+        rope = self.narrow_rope(step.rope)
+        q, k = rotate(split_heads(q, self.H), rope), rotate(split_heads(k, self.G), rope)
+        k = step.visible("k", self.layer, k)                    # (B, G, S, R)
+        v = step.visible("v", self.layer, split_heads(v, self.G))
+        product = P.float() * step.attention_weights(q, k)      # (B, H, T, S); 0 where P is
+        total = product.sum(-1, keepdim=True).clamp(min=torch.finfo(product.dtype).tiny)
+        return self.merge(step.weighted_sum((product / total).type_as(P), v)), P
+
+def rebuild(model, rank):
+    """Make all reuse layers Corrected, in place. Raises ValueError if R = rank does not fit, or if
+    there are none."""
+    D = model.config.head_dim
+    if rank < 1 or rank % 2 or D % rank:
+        raise ValueError(f"--share_rank={rank}: must be even, and divide the width of a head, {D}")
+    for attn in plain_reuse_layers(model, f"share_rank={rank}"):
+        like = attn.qkv
+        attn.__class__ = Corrected
+        attn.widths = [attn.H * rank, attn.G * rank, attn.widths[2]]
+        attn.qkv = nn.Linear(like.in_features, sum(attn.widths), bias=False,
+                             device=like.weight.device, dtype=like.weight.dtype)
+
+def first_key_rows(attn, rank):
+    """The first R rows of each head's part of W_k, (G·R, C); None if the layer makes no keys."""
+    k = attn.qkv.weight.split(attn.widths)[1]
+    return k.view(attn.G, -1, k.size(1))[:, :rank].flatten(0, 1) if len(k) else None
+
+@torch.no_grad()
+def correct(model, spans, rank, seed=1337):
+    """A model → one whose spans share, each reuse layer with a correction that is still zero, in
+    eval mode, in the same memory where it can.
+
+    rank: R. k̃ starts as the first R numbers of the layer's own k, or random if it has none.
+    Raises ValueError if the model cannot share so, or R does not fit.
+    """
+    shared = checkpoint.reconfigure(model, share=spans, share_kind="weights")
+    changes, state = checkpoint.changes(model), shared.state_dict()
+    new = checkpoint.change(checkpoint.empty(shared.config, changes), "lowrank", rank=rank)
+    generator = torch.Generator().manual_seed(seed)
+    for layer, block in enumerate(new.blocks):
+        if isinstance(block.attn, Corrected):
+            name = f"blocks.{layer}.attn.qkv.weight"
+            n_q, n_k, _ = block.attn.widths
+            v = state[name]                         # (G·D, C): plain sharing makes nothing else
+            k = first_key_rows(model.blocks[layer].attn, rank)
+            if k is None:
+                k = 0.02 * torch.randn(n_k, v.size(1), generator=generator).to(v)
+            state[name] = torch.cat((v.new_zeros(n_q, v.size(1)), k, v))
+    new.load_state_dict(state, assign=True)
+    return new.eval()
+
+def main():
+    flags = parser(__doc__, "lowrank")
+    flags.flag("share", str, "", "spans of layers that are to share, as 1-3 or 1-3,5-7",
+               shown="those that the model shares already")
+    flags.flag("share_rank", count, 4, "numbers per head of the correction's query and key; even, "
+               "and a divisor of the width of a head")
+    flags.flag("seed", at_least(int, 0), 1337, "of the keys of layers that had none")
+    args = flags.parse_args()
+
+    def technique(model, data):
+        spans = args.share or model.config.share
+        if not spans:
+            raise ValueError("--share: name the spans that are to share, as --share=1-3")
+        return correct(model, spans, args.share_rank, args.seed)
+
+    rewrite(args, technique)
+
+if __name__ == "__main__":
+    command(main)

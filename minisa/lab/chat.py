@@ -1,0 +1,261 @@
+"""A chat in the terminal, which goes on where it was left.
+
+    python -m minisa.lab.chat smollm2
+    python -m minisa.lab.chat smollm2 --store=out/chat      the conversation and its cache stay there
+    python -m minisa.lab.chat out/mixed --share=14-15
+
+/reset begins anew, /undo takes the last turn back, /bill shows what the cache costs. Ctrl-C stops an answer,
+Ctrl-D ends the chat.
+
+A conversation is one growing list of tokens, in the format that the model was trained on (ChatML):
+
+    <|im_start|>user\\n … <|im_end|>\\n<|im_start|>assistant\\n … <|im_end|>\\n
+
+Each turn, the store gives the cache of what was read before, and the model reads the rest.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+
+import torch
+
+from minisa import bill
+from minisa.axes.store import Damaged, Store
+from minisa.checkpoint import load
+from minisa.cli import Parser, amount, at_least, command, count, device
+from minisa.fast import for_decoding
+from minisa.files import write_file
+from minisa.model import SHARE_KINDS
+
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+HELP = "/reset begins anew, /undo takes the last turn back, /bill shows the cache, Ctrl-D ends"
+MB = 2**20
+
+# ---- the conversation as tokens ----
+
+def special(tokenizer):
+    """The ids of <|im_start|> and <|im_end|>. Raises ValueError if the tokenizer has none."""
+    ids = {tokenizer.decode([i]): i for i in tokenizer.description.get("special", [])}
+    if "<|im_start|>" not in ids or "<|im_end|>" not in ids:
+        raise ValueError("this model has no chat format with <|im_start|> and <|im_end|>; take smollm2")
+    return ids["<|im_start|>"], ids["<|im_end|>"]
+
+def message(tokenizer, role, text):
+    """A message → its tokens. What looks like a special token in the text stays text."""
+    start, end = special(tokenizer)
+    return [start, *tokenizer.encode(f"{role}\n{text}"), end, *tokenizer.encode("\n")]
+
+class History:
+    """The tokens of a conversation, and where each of its turns begins. It is kept in a file of a folder,
+    unless that is None. Of two chats in one folder, the file holds the one that was last said something in."""
+
+    def __init__(self, folder, tokenizer):
+        self.file = folder and folder / "chat.json"
+        self.tokenizer = hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()
+        self.vocab_size = tokenizer.vocab_size
+        self.first = message(tokenizer, "system", SYSTEM)
+        self.reset()
+        try:
+            if self.file and self.file.exists():
+                self.restore(json.loads(self.file.read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{self.file} cannot be continued ({error}); it is kept as {self.file}.old, and this is a "
+                  "new conversation", file=sys.stderr)
+            os.replace(self.file, f"{self.file}.old")
+
+    def restore(self, saved):
+        """Take over what save() wrote. Raises ValueError, KeyError or TypeError if it cannot be continued."""
+        tokens, turns = saved["tokens"], saved["turns"]
+        lists = type(tokens) is list and type(turns) is list
+        if not lists or not tokens or any(type(n) is not int for n in tokens + turns):
+            raise ValueError("it is damaged")
+        if saved["tokenizer"] != self.tokenizer:
+            raise ValueError("it is of a model with another tokenizer")
+        known = all(0 <= n < self.vocab_size for n in tokens)
+        if not known or not all(0 < n <= len(tokens) for n in turns):
+            raise ValueError("it is damaged")
+        self.tokens, self.turns = tokens, turns
+
+    def reset(self):
+        self.tokens, self.turns = list(self.first), []
+
+    def undo(self):
+        if self.turns:
+            del self.tokens[self.turns.pop():]
+
+    def save(self):
+        """Raises OSError."""
+        if self.file:
+            state = {"tokenizer": self.tokenizer, "tokens": self.tokens, "turns": self.turns}
+            write_file(self.file, json.dumps(state).encode())
+
+# ---- the chat ----
+
+def read_line():
+    """What the user says next; None at the end."""
+    while True:
+        try:
+            text = input("\n> " if sys.stdin.isatty() else "").strip()
+            text.encode()                                   # a terminal can send bytes that are no UTF-8
+            return text
+        except EOFError:
+            return None
+        except UnicodeError:
+            print("not UTF-8 text", file=sys.stderr)
+
+class Chat:
+    """A conversation with a model in the terminal.
+
+    args: its max_new_tokens, temperature, top_k and seed are those of the answers.
+    Raises ValueError if the model has no chat format.
+    """
+
+    def __init__(self, name, model, tokenizer, store, args):
+        self.name, self.model, self.tokenizer, self.store, self.args = name, model, tokenizer, store, args
+        self.start, self.stop = special(tokenizer)
+        self.history = History(store.disk and store.disk.folder, tokenizer)
+        self.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
+        self.cache = store.fresh()
+
+    def run(self):
+        """Talk until Ctrl-D."""
+        commands = {"/reset": self.reset, "/undo": self.undo, "/bill": self.bill}
+        turns, n = len(self.history.turns), len(self.history.tokens)
+        print(HELP)
+        if turns:
+            print(f"going on with a conversation of {turns} turns, {n:,} tokens")
+        while (text := read_line()) is not None:
+            if text in commands:
+                commands[text]()
+            elif text.startswith("/"):
+                print(HELP)
+            elif text:
+                self.turn(text)
+        print()
+        self.store.close()
+
+    def reset(self):
+        self.history.reset()
+        self.begin_again()
+
+    def undo(self):
+        self.history.undo()
+        self.begin_again()
+
+    def begin_again(self):
+        self.keep()
+        self.cache = self.store.fresh()
+        print(f"{len(self.history.turns)} turns, {len(self.history.tokens):,} tokens")
+
+    def bill(self):
+        """Print what the cache of the last answer costs."""
+        context = max(1, min(self.cache.length, self.cache.size))
+        row, _ = bill.row(self.name, self.model, None, None, context)
+        bill.show([row])
+
+    def keep(self):
+        """Save the history; say so if that, or what the store does in the background, goes wrong."""
+        trouble, disk = None, self.store.disk
+        try:
+            self.history.save()
+        except OSError as error:
+            trouble = str(error)
+        if disk:
+            trouble, disk.trouble = trouble or disk.trouble, None
+        if trouble:
+            print(f"the store does not save: {trouble}", file=sys.stderr)
+
+    def turn(self, text):
+        """Say something, print the answer as it comes, and what it took."""
+        history, began = self.history, time.perf_counter()
+        history.turns.append(len(history.tokens))
+        history.tokens += message(self.tokenizer, "user", text)
+        history.tokens += [self.start, *self.tokenizer.encode("assistant\n")]
+        n, self.first = len(history.tokens), None
+        answer = self.answer()
+        try:
+            for piece in self.tokenizer.decode_stream(answer):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:                           # stops the answer, not the chat
+            answer.close()
+        made = len(history.tokens) - n
+        if not made:                                        # stopped before the first token
+            history.undo()
+            print("\n[stopped]")
+            return
+        history.tokens += self.tokenizer.encode("\n")
+        speed = made / max(time.perf_counter() - self.first, 1e-9)
+        cut = ", cut at --max_new_tokens" if made > self.args.max_new_tokens else ""
+        print(f"\n[first token after {self.first - began:.2f} s, {self.reused:,} of {n:,} tokens reused, "
+              f"{speed:.0f} tokens/s{cut}]", flush=True)
+        self.keep()
+
+    def answer(self):
+        """Yield the tokens of an answer, by which the history grows; then store its cache."""
+        while True:
+            try:
+                yield from self.attempt()
+                return
+            except Damaged:                                 # before the first token: the next finds less
+                continue
+
+    def attempt(self):
+        """answer(), with what the store has. Raises Damaged if that turns out to be no good."""
+        args, tokens = self.args, self.history.tokens
+        self.cache = self.store.load(tokens)
+        self.reused, made, whole = self.cache.length, [], True
+        ids = torch.tensor([tokens[self.reused:]], device=self.model.embed.weight.device)
+        stream = self.model.stream(ids, args.max_new_tokens, args.temperature, args.top_k, self.generator,
+                                   self.cache)
+        try:
+            for token in stream:
+                made.append(token.item())
+                self.first = self.first or time.perf_counter()
+                if made[-1] == self.stop:
+                    break
+                yield made[-1]
+        except KeyboardInterrupt:                           # perhaps between two layers of the cache
+            whole = False
+            raise
+        finally:
+            if made:
+                tokens += made if made[-1] == self.stop else [*made, self.stop]
+                if whole:
+                    self.store.save(tokens, self.cache)
+
+# ---- the command ----
+
+def read_flags():
+    parser = Parser(__doc__, usage="python -m minisa.lab.chat MODEL [--FLAG=VALUE ...]")
+    parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, or smollm2, "
+                        "which is downloaded once")
+    flag = parser.flag
+    flag("store", str, None, "folder in which the conversation and its KV cache stay", "none, in memory only")
+    flag("store_memory", count, 1024, "KV caches of past turns kept in memory, in MB")
+    flag("store_disk", count, 4096, "with --store: KV caches kept on disk, in MB")
+    flag("context", count, None, "tokens in the window, from 64 to block_size", "block_size")
+    flag("max_new_tokens", count, 200, "tokens of an answer at most")
+    flag("temperature", amount, 0.8, "0 takes the likeliest token, 1 the model's own distribution")
+    flag("top_k", count, None, "draw from so many likeliest tokens only", "all")
+    flag("seed", at_least(int, 0), 1337, "of the sampling")
+    flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
+    flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
+    flag("share", str, "", "spans to share in a model trained without, zero-shot", "as trained")
+    flag("share_kind", str, "weights", "with --share: weights (Shared Attention) or kv (Cross-Layer Attention)",
+         choices=[*SHARE_KINDS])
+    return parser.parse_args()
+
+def main():
+    args = read_flags()
+    model, tokenizer, _ = load(args.model, args.share, args.share_kind, args.device, getattr(torch, args.dtype))
+    for_decoding(model)
+    block_size = model.config.block_size
+    store = Store(model, args.store, args.store_memory * MB, args.store_disk * MB,
+                  min(args.context or block_size, block_size))
+    Chat(args.model, model, tokenizer, store, args).run()
+
+if __name__ == "__main__":
+    command(main)

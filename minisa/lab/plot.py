@@ -1,0 +1,175 @@
+"""The pictures of the lab.
+
+    python -m minisa.lab.plot BILL.csv ... --file=axes.png      loss against cache, a point for each row
+                                                                of bills that sample.py --csv wrote
+"""
+
+import csv
+import textwrap
+from pathlib import Path
+
+from minisa.cli import Parser, command, picture
+from minisa.picture import pyplot, save
+
+RED, GREEN, BLUE, GREY = "#c04040", "#589060", "#4878a8", "#909090"
+
+# ---- maps of layers and of spans ----
+
+def similarity_maps(maps, file):
+    """maps: {title: (L, L) tensor} → one picture, a heat map each."""
+    plt = pyplot("the picture")
+    columns = min(len(maps), 6)
+    rows = -(-len(maps) // columns)
+    size = 5.5 if len(maps) == 1 else 2.6                                       # inches
+    shape = (columns * size + 0.8, max(rows * size, 3.2))
+    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(maps):]:
+        axis.set_axis_off()
+    for axis, (title, values) in zip(axes.flat, maps.items()):
+        image = axis.imshow(values.numpy(), vmin=0, vmax=1, cmap="magma", origin="lower")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("layer", fontsize=8)
+        axis.set_ylabel("layer", fontsize=8)
+        for side in (axis.xaxis, axis.yaxis):
+            side.get_major_locator().set_params(integer=True)
+        axis.tick_params(labelsize=7)
+    figure.colorbar(image, ax=axes, label="mean cosine of attention weights", shrink=0.8)
+    save(figure, file)
+
+def by_layer(values, title, file):
+    """values (L,): a number for each layer, as a line."""
+    plt = pyplot("the picture")
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.plot(range(len(values)), values, marker="o", markersize=3, color=BLUE)
+    axis.set(xlabel="layer", ylabel=title, ylim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, file)
+
+def span_map(percent, n_layer, title, file):
+    """percent: {(a, b): loss of span a..b over full attention, in percent} → a map, anchors across,
+    reuse layers up. The colour is on a log scale from 0.1 to 100; the number is in the square."""
+    plt = pyplot("the picture")
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    most = max(b - a for a, b in percent)
+    grid = np.full((most, n_layer - 1), np.nan)
+    for (a, b), value in percent.items():
+        grid[b - a - 1, a] = max(value, 0.1)
+    shape = (max(0.42 * n_layer + 1.8, 5), max(0.3 * most + 1.4, 2.6))
+    figure, axis = plt.subplots(figsize=shape, layout="constrained")
+    image = axis.imshow(grid, norm=LogNorm(0.1, 100), cmap="viridis_r", origin="lower", aspect="auto")
+    for (a, b), value in percent.items():
+        text = f"{value:.1f}" if value < 10 else f"{value:.0f}" if value < 1000 else f"{value:.0e}"
+        axis.text(a, b - a - 1, text.replace("e+0", "e").replace("-0.0", "0.0"), fontsize=7,
+                  ha="center", va="center", color="white" if value > 3 else "black")
+    axis.set(xlabel="anchor (first layer of the span)", ylabel="reuse layers", xticks=range(n_layer - 1),
+             yticks=range(most), yticklabels=range(1, most + 1))
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=7)
+    bar = figure.colorbar(image, ax=axis, label="loss over full\nattention, %",
+                          ticks=[0.1, 1, 10, 100], format="%g", extend="both")
+    bar.minorticks_off()
+    save(figure, file)
+
+# ---- loss against cache ----
+
+def points_of(rows):
+    """Rows of bills, dicts of text → {label: (cache bytes per token of the context, bits per byte)}, the
+    reference first: of the rows with the largest cache, that of least loss."""
+    points, plain = {}, set()
+    for row in rows:
+        name = ", ".join(part for part in (row["model"], *row["sharing"].split(", ")) if part != "none")
+        points[name] = int(row["cache B"]) / int(row["context"]), float(row["val bpb"])
+        if row["sharing"] == "none":
+            plain.add(name)
+    reference = min(points, key=lambda name: (-points[name][0], points[name][1]))
+    named = {f"full attention ({reference})" if reference in plain else reference: points.pop(reference)}
+    return named | {name.removeprefix(f"{reference}, "): point for name, point in points.items()}
+
+def place_numbers(axis, points):
+    """Number the points [(x, y), ...] from 1, each beside its point where nothing is written yet."""
+    axis.figure.canvas.draw()                               # from now on the layout is known
+    pixels = [axis.transData.transform(point) for point in points]
+    taken = list(pixels)
+    offsets = sorted(((x, 3 * y) for x in (-60, -45, -30, -16, 16, 30, 45, 60) for y in range(-20, 21)),
+                     key=lambda offset: (offset[0]**2 + 2 * offset[1]**2, -offset[0]))
+    for number, (point, (x, y)) in enumerate(zip(points, pixels), start=1):
+        free = (offset for offset in offsets if all(
+            abs(x + offset[0] - a) > 15 or abs(y + offset[1] - b) > 11 for a, b in taken))
+        right, up = next(free, offsets[0])
+        taken.append((x + right, y + up))
+        axis.annotate(
+            str(number), point, xytext=(right, up), textcoords="offset pixels", fontsize=7, ha="center",
+            va="center", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 3},
+            bbox={"color": "white", "pad": 0.5})
+
+def loss_axis(axis, losses):
+    """A log axis of bits per byte with ticks that can be read, however near the losses are."""
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+    margin = (max(losses) / min(losses))**0.06 * 1.02
+    low, high = min(losses) / margin, max(losses) * margin
+    axis.set_yscale("log")
+    axis.set_ylim(low, high)
+    near = high < 3 * low
+    axis.yaxis.set_major_locator(FixedLocator(MaxNLocator(8).tick_values(low, high)) if near
+                                 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:.5g}")
+
+def loss_against_cache(rows, file):
+    """Rows of bills, dicts of text → a numbered point for each: bytes of cache per token of the context
+    across, bits per byte on a log axis up, full attention's as a line; and what the numbers mean."""
+    plt = pyplot("the picture")
+    points = points_of(rows)
+    reference = next(iter(points))
+    largest, full = points[reference]
+    names = sorted(points, key=lambda name: points[name][::-1], reverse=True)   # as they are drawn
+    key = ["loss over the dashed line; green: a squeezed cache\n"]
+    for number, name in enumerate(names, start=1):
+        wrapped = textwrap.fill(name, 48, subsequent_indent=" " * 14)
+        key.append(f"{number:>2}  {points[name][1] / full - 1:>+8.1%}  {wrapped}")
+    height = max(5.5, 0.16 * sum(text.count("\n") + 1 for text in key))     # inches
+    figure, (axis, beside) = plt.subplots(1, 2, figsize=(12, height), dpi=100, width_ratios=(7, 4),
+                                          layout="constrained")
+    axis.axhline(full, color=RED, linewidth=0.8, linestyle="--", zorder=0)
+    for name, point in points.items():
+        colour = RED if name == reference else GREEN if "squeeze" in name else BLUE
+        axis.plot(*point, "o", color=colour, markersize=6, zorder=4)
+    loss_axis(axis, [loss for _, loss in points.values()])
+    axis.set(xlabel="cache, bytes per token of the context", xlim=(0, 1.05 * largest),
+             ylabel=f"loss, bits per byte (log scale); dashed: {reference}")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.spines[["top", "right"]].set_visible(False)
+    beside.set_axis_off()
+    beside.text(0, 1, "\n".join(key), va="top", fontsize=7.5, family="monospace")
+    place_numbers(axis, [points[name] for name in names])
+    save(figure, file)
+
+def read_bill(bill):
+    """A file that sample.py --csv wrote → its rows. Raises ValueError if it is none."""
+    try:
+        rows = list(csv.DictReader(Path(bill).read_text().splitlines()))
+        if not rows:
+            raise ValueError("it has no rows")
+        points_of(rows)
+    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{bill}: is no bill with losses ({error}); "
+                         f"write one with: python sample.py MODEL --csv={bill}") from None
+    return rows
+
+def main():
+    parser = Parser(__doc__, usage="python -m minisa.lab.plot BILL.csv ... --file=PICTURE")
+    parser.add_argument("bills", nargs="+", metavar="BILL.csv", help="what sample.py --csv wrote, all with "
+                        "the same measure of loss (--squeeze, --context, --eval_tokens)")
+    parser.flag("file", picture, shown="none, must be given", help="the picture to write, .png, .svg or .pdf")
+    args = parser.parse_args()
+    if not args.file:
+        raise ValueError("--file: name the picture to write, as in --file=axes.png")
+    pyplot("minisa.lab.plot")
+    rows = [row for bill in args.bills for row in read_bill(bill)]
+    loss_against_cache(rows, args.file)
+    print(f"wrote {args.file}: {len(rows)} rows of {len(args.bills)} bills")
+
+if __name__ == "__main__":
+    command(main)

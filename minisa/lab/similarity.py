@@ -1,0 +1,147 @@
+"""How alike the layers of a model attend, and how spread each of them.
+
+    python -m minisa.lab.similarity out/full                two maps of a trained model
+    python -m minisa.lab.similarity out/full --history      how alike, at each step that --keep_every kept
+
+P_l[h] (T, T) is what head h of layer l attends with on a window of T tokens, a row per query.
+
+Similarity of two layers: sim(l, m) = mean over windows, heads h and rows t of the cosine of P_l[h, t] and
+P_m[h, t].
+
+Spread of a layer (the isotropy of Liao & Vargas 2024, section 3): var(l) = mean over windows, heads and rows
+t ≥ 1 of the variance of the t+1 weights that the row gives to the tokens it can see. 0 is a layer that looks
+at all tokens alike; the largest that row t can have, all weight on one token, is t / (t+1)².
+"""
+
+import csv
+import io
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from minisa import checkpoint
+from minisa.cli import Parser, at_least, command, count, device
+from minisa.data import data_of
+from minisa.files import write_file
+from minisa.lab import plot
+from minisa.picture import pyplot
+
+def layer_similarity(model, idx):
+    """idx (B, T) → (L, L): how alike each two layers attend, 1 on the diagonal; see sim(l, m) above."""
+    unit = [F.normalize(P.float(), dim=-1).flatten() for P in model.attention_weights(idx)]
+    rows = torch.stack(unit)                                        # (L, B·H·T·T)
+    return rows @ rows.mT / (idx.numel() * model.config.n_head)
+
+def spread(model, idx):
+    """idx (B, T ≥ 2) → (L,): var(l) above."""
+    n = torch.arange(1, idx.size(1) + 1, device=idx.device)         # tokens that row t sees
+    every_P = [P.float() for P in model.attention_weights(idx)]
+    variances = [P.pow(2).sum(-1) / n - 1 / n**2 for P in every_P]  # (B, H, T) each; the mean of a row is 1/n
+    return torch.stack([variance[..., 1:].mean() for variance in variances])
+
+def mean_over(windows, measure):
+    """windows (N, T) → the mean of measure(window (1, T)), on the CPU. Takes the memory of one window."""
+    total = 0
+    for i, window in enumerate(windows, start=1):
+        print(f"\rattention weights of window {i} of {len(windows)}", end="", file=sys.stderr, flush=True)
+        total = total + measure(window[None]).cpu() / len(windows)
+    print(file=sys.stderr)
+    return total
+
+def write_csv(file, columns, rows):
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(rows)
+    write_file(file, text.getvalue().encode())
+
+# ---- the command ----
+
+def print_maps(alike, variance):
+    """alike (L, L), variance (L,)"""
+    L = len(alike)
+    print("mean cosine of the attention weights of two layers, in hundredths:")
+    print("layer " + "".join(f"{layer:>4}" for layer in range(L)))
+    for layer, row in enumerate(alike.tolist()):
+        print(f"{layer:>5} " + "".join(f"{round(100 * value):>4}" for value in row))
+    print("\nlayer   like the next   spread (variance of the weights)")
+    for layer in range(L):
+        following = f"{alike[layer, layer + 1]:.3f}" if layer + 1 < L else ""
+        print(f"{layer:>5}   {following:>13}   {variance[layer]:.6f}")
+
+def maps(model, windows, out):
+    """Print and draw how alike the layers attend, and how spread. out: the folder of the pictures."""
+    L = model.config.n_layer
+    both = mean_over(windows, lambda idx: torch.cat((layer_similarity(model, idx), spread(model, idx)[None])))
+    alike, variance = both[:L], both[L]
+    print_maps(alike, variance)
+    rows = [[layer, *row] for layer, row in enumerate(alike.tolist())]
+    write_csv(out / "similarity.csv", ["layer", *range(L)], rows)
+    write_csv(out / "spread.csv", ["layer", "variance"], enumerate(variance.tolist()))
+    plot.similarity_maps({"how alike the layers attend": alike}, out / "similarity.png")
+    plot.by_layer(variance.tolist(), "variance of attention weights", out / "spread.png")
+    print(f"wrote {out}/similarity.csv, similarity.png, spread.csv, spread.png")
+
+def kept_steps(run):
+    """The folders that train.py --keep_every wrote, as [(step, folder), ...] in order."""
+    folders = [path.parent for path in Path(run).glob("steps/*/model.pt") if path.parent.name.isdecimal()]
+    return sorted((int(folder.name), folder) for folder in folders)
+
+def history(steps, windows, out):
+    """Draw how alike the layers attend at each of kept_steps(). windows (N, T)"""
+    alike = {}
+    for step, folder in steps:
+        print(f"step {step}", file=sys.stderr)
+        model, _, _ = checkpoint.load(folder, device=windows.device)
+        alike[step] = mean_over(windows, partial(layer_similarity, model))
+    rows = [[step, layer, *row] for step, values in alike.items()
+            for layer, row in enumerate(values.tolist())]
+    write_csv(out / "history.csv", ["step", "layer", *range(model.config.n_layer)], rows)
+    plot.similarity_maps({f"step {step}": values for step, values in alike.items()}, out / "history.png")
+    print(f"wrote {out}/history.csv and history.png: {len(alike)} maps")
+
+def parser(doc, name):
+    """A Parser with the flags of a command that looks into one model."""
+    parser = Parser(doc, usage=f"python -m minisa.lab.{name} MODEL [--FLAG=VALUE ...]")
+    parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, or "
+                        "smollm2, which is downloaded once")
+    parser.flag("context", at_least(int, 2), 512, "length of a window, in tokens",
+                "512, or block_size if less")
+    parser.flag("text", help="UTF-8 text to read", shown="what the model was trained on, or the plays")
+    parser.flag("out_dir", help="folder for the pictures and .csv files", shown="MODEL, or "
+                "out/similarity-NAME where that is a file")
+    parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
+    return parser
+
+def open_model(args):
+    """What the flags of parser() name → model, its Data, and the folder to write to. Raises ValueError."""
+    out = Path(args.model if Path(args.model).is_dir() else f"out/similarity-{Path(args.model).stem}")
+    out = Path(args.out_dir or out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out_dir={out}: is a file; name a folder")
+    model, tokenizer, info = checkpoint.load(args.model, device=args.device)
+    return model, data_of(info, tokenizer, args.text), out
+
+def main():
+    flags = parser(__doc__, "similarity")
+    flags.flag("windows", count, 4, "windows of text that the maps are the mean over")
+    flags.switch("history", "draw a map for each step that train.py --keep_every=N kept of this run")
+    args = flags.parse_args()
+    pyplot("minisa.lab.similarity")
+    steps = kept_steps(args.model)
+    if args.history and not steps:
+        raise ValueError(f"{args.model}/steps: no weights of past steps; train with: "
+                         "python train.py --keep_every=200")
+    model, data, out = open_model(args)
+    T = min(args.context, model.config.block_size)
+    windows = data.windows("train", 2 * args.windows, T)[::2, :-1].to(args.device)      # scan.py: the others
+    if args.history:
+        history(steps, windows, out)
+    else:
+        maps(model, windows, out)
+
+if __name__ == "__main__":
+    command(main)

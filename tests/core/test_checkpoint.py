@@ -1,0 +1,127 @@
+"""Models come back the same, are written all or nothing, derive from others, and run nothing."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+import minisa
+from minisa import checkpoint
+from minisa.model import GPT, GPTConfig
+from minisa.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.from_tokens([bytes([b]) for b in range(256)])
+IDX = torch.randint(256, (2, 10), generator=torch.Generator().manual_seed(1))
+INFO = {"step": 7, "val_loss": 3.0, "val_bpb": 2.5, "data": None, "seconds": 1.0}
+
+def make(**mode):
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=16, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, **mode)
+    return GPT(config).eval()
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint.save(tmp_path / "run" / "model.pt", make(), TOKENIZER, INFO)
+    return tmp_path / "run"
+
+def test_a_model_comes_back_the_same(folder):
+    model, tokenizer, info = minisa.load(folder)
+    same = make().state_dict()
+    assert all(torch.equal(t, same[name]) for name, t in model.state_dict().items())
+    assert not model.training
+    assert torch.equal(model(IDX)[0], make()(IDX)[0])
+    assert info == INFO and tokenizer.decode(tokenizer.encode("To be")) == "To be"
+
+@pytest.mark.parametrize("kind", ["weights", "kv"])
+def test_full_weights_can_be_loaded_to_share(folder, kind):
+    model, _, info = minisa.load(folder, share="1-3", share_kind=kind)
+    full = make()
+    for layer, (old, new) in enumerate(zip(full.blocks, model.blocks)):
+        rows = dict(zip("qkv", old.attn.qkv.weight.split([32, 16, 16])))
+        made = "qkv" if layer < 2 else {"weights": "v", "kv": "q"}[kind]
+        assert torch.equal(torch.cat([rows[name] for name in made]), new.attn.qkv.weight)
+        assert torch.equal(old.mlp.down.weight, new.mlp.down.weight)
+    assert info["val_bpb"] is None and info["step"] == 7        # that loss was without sharing
+
+def test_sharing_uses_the_same_memory():
+    model = make()
+    shared = checkpoint.reconfigure(model, share="1-3")
+    assert shared.embed.weight.data_ptr() == model.embed.weight.data_ptr()
+    assert shared.blocks[0].mlp.down.weight.data_ptr() == model.blocks[0].mlp.down.weight.data_ptr()
+
+@pytest.mark.parametrize("other", [dict(share=""), dict(share="1-2"), dict(share="1-3", share_kind="kv")])
+def test_weights_trained_to_share_do_not_load_into_a_model_that_shares_less_or_otherwise(other):
+    with pytest.raises(ValueError, match="--share=.*trained with --share=1-3"):
+        checkpoint.reconfigure(make(share="1-3"), **other)
+
+def derived(folder, change):
+    """A model derived from the one in folder: shared, and a tensor changed."""
+    parent, _, info = minisa.load(folder)
+    model = checkpoint.reconfigure(parent, share="2-3")
+    if change:
+        model.blocks[3].attn.out.weight = torch.nn.Parameter(model.blocks[3].attn.out.weight + change)
+    checkpoint.derive(folder.parent / "small", model, parent, str(folder), info)
+    return model
+
+def test_a_derived_model_holds_what_differs_and_comes_back_the_same(folder, monkeypatch):
+    model = derived(folder, 0.5)
+    stored = checkpoint.read(folder.parent / "small" / "model.pt")["model"]
+    assert sorted(stored) == ["blocks.3.attn.out.weight", "blocks.3.attn.qkv.weight"]
+    monkeypatch.chdir("/")                                      # the parent is found from anywhere
+    again, tokenizer, info = minisa.load(folder.parent / "small")
+    assert torch.equal(again(IDX)[0], model(IDX)[0]) and again.config == model.config
+    assert info["val_loss"] is None and info["step"] == 7 and tokenizer.vocab_size == 256
+
+def test_a_parent_that_changed_or_is_missing_is_refused_by_name(folder):
+    derived(folder, 0.5)
+    checkpoint.save(folder / "model.pt", make(), TOKENIZER, {**INFO, "step": 8})
+    with pytest.raises(ValueError, match="small/model.pt: was derived from .*run.*, which has changed since"):
+        minisa.load(folder.parent / "small")
+    (folder / "model.pt").unlink()
+    with pytest.raises(ValueError, match="small/model.pt: was derived from .*run.*, which is missing"):
+        minisa.load(folder.parent / "small")
+
+def test_a_change_that_nobody_knows_is_refused(folder):
+    state = checkpoint.read(folder / "model.pt")
+    for name in ("none", "os.path", "common"):
+        torch.save({**state, "changes": [{"by": name, "settings": {}}]}, folder / "model.pt")
+        with pytest.raises(ValueError, match="model.pt"):
+            minisa.load(folder)
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="out/none.*no such model"):
+        minisa.load(tmp_path / "out/none")
+
+HARMS = [lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: b"not a checkpoint",
+         lambda raw: raw[:-30], lambda raw: pickle.dumps([1, 2]), lambda raw: bytes(300) + raw[300:]]
+
+@pytest.mark.parametrize("harm", HARMS, ids=range(len(HARMS)))
+def test_a_damaged_checkpoint_is_refused_in_one_line(folder, harm):
+    (folder / "model.pt").write_bytes(harm((folder / "model.pt").read_bytes()))
+    with pytest.raises(ValueError, match="model.pt: damaged") as error:
+        minisa.load(folder)
+    assert "\n" not in str(error.value)
+
+def test_other_peoples_files_are_refused(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="no checkpoint of minisa, it lacks"):
+        minisa.load(tmp_path)
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trapped"),)
+    torch.save({"config": Trap(), "tokenizer": {}, "model": {}, "info": {}}, tmp_path / "model.pt")
+    with pytest.raises(ValueError):
+        minisa.load(tmp_path)
+    assert not (tmp_path / "trapped").exists()
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(folder, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+    before = (folder / "model.pt").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="model.pt: could not be written .No space left"):
+        checkpoint.save(folder / "model.pt", make(), TOKENIZER, INFO)
+    assert (folder / "model.pt").read_bytes() == before and os.listdir(folder) == ["model.pt"]

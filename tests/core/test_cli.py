@@ -1,0 +1,177 @@
+"""Flags, one-line errors and exit statuses: what a user of any command meets."""
+
+import argparse
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minisa import cli
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+@pytest.mark.parametrize("error", [
+    ValueError("--share=3-1: write rising spans"),
+    OSError("out/run: could not be written"),
+    FileNotFoundError(2, "No such file or directory", "x.txt"),
+], ids=repr)
+def test_what_the_user_can_mend_is_one_line_on_stderr_and_status_2(run, error):
+    assert run(raising(error)) == (2, "", f"minisa: error: {error}\n")
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 4 TB\nat: frames"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 TiB\nstacks"),
+], ids=["cpu", "cuda"])
+def test_too_little_memory_is_one_line_that_says_what_to_do(run, error):
+    status, out, err = run(raising(error))
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("minisa: error: out of memory: " + str(error).splitlines()[0])
+    assert "--batch_size" in err
+
+def test_the_machines_own_refusal_of_memory_is_known(run):
+    status, _, err = run(lambda: torch.empty(2**58))
+    assert status == 2 and err.startswith("minisa: error: out of memory") and err.count("\n") == 1
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), KeyError("x"), TypeError("x")], ids=repr)
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch, error):
+    with pytest.raises(type(error)) as raised:
+        cli.command(raising(error))
+    assert raised.value is error
+
+def test_ctrl_c_is_quiet_and_status_130(run):
+    assert run(raising(KeyboardInterrupt())) == (130, "", "")
+
+@pytest.mark.parametrize("status", [0, 1, None])
+def test_what_main_returns_is_the_exit_status(run, status):
+    assert run(lambda: status) == (status or 0, "", "")
+
+def test_a_reader_that_leaves_ends_the_command_quietly_with_status_0():
+    code = ("from minisa.cli import command\n"
+            "def main():\n"
+            "    while True:\n"
+            "        print('line ' * 20)\n"
+            "command(main)\n")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    assert process.stdout.readline().startswith(b"line ")
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=60), err) == (0, b"")
+
+def parser():
+    made = cli.Parser("What it does.\n\n    an example", usage="x [--FLAG=VALUE ...]")
+    made.flag("size", cli.count, 4, "how many, in 100% of tokens")
+    made.flag("top", cli.count, None, "how many at most", "all")
+    made.flag("kind", str, "a", "which", choices=["a", "b"])
+    made.switch("fast", "hurry")
+    return made
+
+def test_flags_have_defaults_and_a_switch_takes_no_value():
+    assert vars(parser().parse_args([])) == dict(size=4, top=None, kind="a", fast=False)
+    given = parser().parse_args(["--size=7", "--top", "2", "--kind=b", "--fast"])
+    assert vars(given) == dict(size=7, top=2, kind="b", fast=True)
+
+WRONG_FLAGS = {
+    "--size=0": "--size: 0 is not a number from 1 up",
+    "--size=x": "--size: invalid int value: 'x'",
+    "--kind=c": "--kind: invalid choice: 'c'",
+    "--siz=3": "unrecognized arguments: --siz=3",
+    "--size": "--size: expected one argument",
+    "--fast=1": "--fast: ignored explicit argument '1'",
+    "stray": "unrecognized arguments: stray",
+}
+
+@pytest.mark.parametrize("flag", WRONG_FLAGS)
+def test_a_wrong_flag_is_one_line_that_names_it_and_the_help(run, flag):
+    status, out, err = run(lambda: parser().parse_args())
+    assert (status, out, err) == (0, "", "") or isinstance(status, argparse.Namespace)
+    status, out, err = run(lambda: parser().parse_args() and None, flag)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert WRONG_FLAGS[flag] in err and err.endswith("; see --help\n")
+
+def test_help_shows_every_flag_with_its_default(run):
+    status, out, err = run(lambda: parser().parse_args(), "--help")
+    assert (status, err) == (0, "") and "    an example\n" in out
+    lines = " ".join(out.split())
+    assert "--size INT how many, in 100% of tokens (default 4)" in lines
+    assert "--top INT how many at most (default all)" in lines
+    assert "--kind {a,b} which (default 'a')" in lines
+    assert "--fast hurry (default off)" in lines
+
+@pytest.mark.parametrize("kind, text, value", [
+    (cli.count, "1", 1), (cli.count, "12", 12), (cli.amount, "0", 0.0), (cli.amount, "2.5", 2.5),
+    (cli.at_least(int, -3), "-3", -3), (cli.at_least(float, 0.1), "1e-1", 0.1),
+])
+def test_a_number_is_read_as_its_kind(kind, text, value):
+    read = kind(text)
+    assert read == value and type(read) is type(value) and kind.__name__ == type(value).__name__
+
+@pytest.mark.parametrize("kind, text", [
+    (cli.count, "0"), (cli.count, "-1"), (cli.amount, "-0.1"), (cli.amount, "nan"), (cli.amount, "inf"),
+    (cli.at_least(float, 1.0), "0.999"), (cli.at_least(float, -math.inf), "nan"),
+])
+def test_a_number_that_is_too_low_or_not_finite_is_refused(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not a number from .* up$"):
+        kind(text)
+
+@pytest.mark.parametrize("kind, text", [(cli.count, "1.5"), (cli.count, ""), (cli.amount, "many")])
+def test_what_is_no_number_is_refused(kind, text):
+    with pytest.raises(ValueError):
+        kind(text)
+
+def test_a_device_is_one_that_this_machine_has():
+    assert cli.device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "tpu", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{name} is not on this machine$"):
+            cli.device(name)
+
+@pytest.mark.parametrize("kind", [cli.output, cli.picture])
+def test_an_output_is_a_file_and_no_folder(kind, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    assert kind("out/bill.png") == "out/bill.png"
+    for name in (str(tmp_path / "folder.png"), "new/folder.png/"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is a folder; name a file in it|must end in"):
+            kind(name)
+
+def test_a_picture_has_a_kind_that_can_be_drawn():
+    for name in ("a.png", "a.svg", "out/a.pdf"):
+        assert cli.picture(name) == name
+    for name in ("a.jpg", "a", "png"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{name} must end in .png, .svg or .pdf$"):
+            cli.picture(name)
+
+def test_a_prompt_is_a_text_or_that_of_a_file_or_of_standard_input(tmp_path, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    file.write_text("Zoë: 日本\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("né\n".encode())))
+    assert cli.prompt("ROMEO:") == "ROMEO:" and cli.prompt("\n") == "\n"
+    assert cli.prompt(f"FILE:{file}") == "Zoë: 日本\n"
+    assert cli.prompt("-") == "né\n"
+
+def test_a_prompt_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    (tmp_path / "empty.txt").touch()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"n\xe9")))
+    wrong = {
+        "": "is empty",
+        f"FILE:{tmp_path}/empty.txt": "is empty",
+        f"FILE:{tmp_path}/none.txt": "none.txt: No such file or directory; name a readable file",
+        f"FILE:{tmp_path}": "Is a directory",
+        f"FILE:{tmp_path}/latin.txt": "not UTF-8",
+        "-": "not UTF-8",
+        "n\udce9": "not UTF-8",                         # what Python makes of such a byte in a flag
+    }
+    for text, message in wrong.items():
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            cli.prompt(text)

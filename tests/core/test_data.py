@@ -1,0 +1,109 @@
+"""From text to token files, batches and the validation loss."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minisa.data import Data, data_of, tokenize
+from minisa.model import GPT, GPTConfig
+
+def test_the_split_is_nine_tenths_and_the_tokens_come_from_the_first_part_only(tmp_path):
+    file = tmp_path / "t.txt"
+    first, rest = "abab abab " * 90, "xyxy xyxy " * 10
+    file.write_text(first + rest)
+    data = Data(tokenize(file, vocab_size=300, folder=tmp_path))
+    assert data.tokenizer.decode(data.train) == first and data.tokenizer.decode(data.val) == rest
+    assert len(data.train) < 900 and len(data.val) > 90 and data.val_bytes == 99
+
+def test_token_files_are_made_once_and_anew_for_a_changed_text(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("some text, " * 50)
+    first = tokenize(file, vocab_size=260, folder=tmp_path)
+    written = (first / "train.npy").stat().st_mtime_ns
+    assert tokenize(file, vocab_size=260, folder=tmp_path) == first
+    assert (first / "train.npy").stat().st_mtime_ns == written
+    assert tokenize(file, vocab_size=261, folder=tmp_path) != first
+    file.write_text("other text, " * 50)
+    assert tokenize(file, vocab_size=260, folder=tmp_path) != first
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+UNUSABLE = [(None, "No such file"), (b"caf\xe9 " * 50, "not UTF-8"),
+            (b"too short", "too few"), (b"", "too few")]
+
+@pytest.mark.parametrize("content, message", UNUSABLE)
+def test_a_text_that_cannot_be_used_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        tokenize(tmp_path / "t.txt", folder=tmp_path)
+
+@pytest.fixture
+def data(text, tmp_path):
+    return Data(tokenize(text, vocab_size=300, folder=tmp_path))
+
+HARMS = [
+    ("train.npy", lambda raw: raw[:len(raw) // 2]), ("val.npy", lambda raw: b""),
+    ("val.npy", lambda raw: b"junk" + raw), ("meta.json", lambda raw: raw[:50]),
+    ("meta.json", lambda raw: b"{}"), ("train.npy", lambda raw: raw[:128] + b"\xff" * (len(raw) - 128)),
+    ("train.npy", None),
+]
+
+@pytest.mark.parametrize("file, harm", HARMS, ids=range(len(HARMS)))
+def test_damaged_token_files_are_refused(text, tmp_path, file, harm):
+    folder = tokenize(text, vocab_size=300, folder=tmp_path)
+    raw = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if harm:
+        (folder / file).write_bytes(harm(raw))
+    with pytest.raises(ValueError, match="damaged or missing.*delete that folder"):
+        Data(folder)
+
+def test_a_batch_is_a_pure_function_of_seed_and_step_and_processes_share_it(data):
+    x, y = data.batch(5, 1, batch_size=8, block_size=16)
+    assert x.shape == y.shape == (8, 16) and x.dtype == torch.int64 and torch.equal(x[:, 1:], y[:, :-1])
+    for row, target in zip(x, y):
+        windows = np.lib.stride_tricks.sliding_window_view(data.train, 17)
+        assert (windows == np.append(row.numpy(), target[-1])).all(1).any()
+    assert torch.equal(data.batch(5, 1, 8, 16)[0], x)
+    halves = [data.batch(5, 1, 8, 16, rows=slice(start, start + 4))[0] for start in (0, 4)]
+    assert torch.equal(torch.cat(halves), x)
+    assert not torch.equal(data.batch(6, 1, 8, 16)[0], x) and not torch.equal(data.batch(5, 2, 8, 16)[0], x)
+
+def test_the_validation_loss_is_that_of_every_token_of_the_split_read_in_windows(data):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=24, vocab_size=300, n_layer=2, n_head=2, n_embd=16, dropout=0.5)).train()
+    per_token, per_byte = data.evaluate(model)
+    assert model.training
+    model.eval()
+    ids, nats = torch.tensor(data.val.astype(np.int64)), 0.0
+    for start in range(0, len(ids) - 1, 24):
+        window = ids[start:start + 25]
+        nats += F.cross_entropy(model(window[None, :-1])[0][0].double(), window[1:], reduction="sum").item()
+    assert per_token == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    n_bytes = len(data.tokenizer.decode(ids[1:].tolist()).encode())
+    assert per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+def test_a_large_model_is_evaluated_on_windows_spread_over_the_split(data):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=24, vocab_size=300, n_layer=2, n_head=2, n_embd=16)).eval()
+    per_token, per_byte = data.evaluate(model, tokens=100)
+    windows = data.windows("val", 4, 24)
+    assert windows.shape == (4, 25) and windows[0, 0] == data.val[0] and windows[-1, -1] == data.val[-1]
+    nats = sum(F.cross_entropy(model(w[None, :-1])[0][0].double(), w[1:]).item() for w in windows) / 4
+    assert per_token == pytest.approx(nats, rel=1e-5)
+    n_bytes = sum(len(data.tokenizer.decode_bytes(w[1:].tolist())) for w in windows)
+    assert per_byte == pytest.approx(nats * 4 * 24 / math.log(2) / n_bytes, rel=1e-5)
+    with pytest.raises(ValueError, match="need more text"):
+        data.windows("val", 1, 10**6)
+
+def test_the_data_of_a_model_are_those_it_was_trained_on_or_another_text(text, data, tmp_path, monkeypatch):
+    info = {"data": str(data.folder)}
+    assert data_of(info, data.tokenizer).folder == data.folder
+    monkeypatch.setattr("minisa.data.data_folder", lambda: tmp_path)
+    other = data_of(info, data.tokenizer, text)
+    assert other.folder != data.folder and np.array_equal(other.val, data.val)      # same tokens, own folder
+    with pytest.raises(ValueError, match="the text that the model was trained on, is missing.*--text"):
+        data_of({"data": str(tmp_path / "gone")}, data.tokenizer)

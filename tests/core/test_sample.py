@@ -1,0 +1,160 @@
+"""Sampling and the bill, from the command line, with models trained on a real text at a small size."""
+
+import csv
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minisa
+import sample
+import train
+from minisa import bill, cost
+from minisa.data import Data
+
+FLAGS = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
+         "--vocab_size=300", "--max_iters=30", "--eval_interval=30", "--learning_rate=1e-2", "--device=cpu"]
+
+@pytest.fixture(scope="session")
+def trained(text, tmp_path_factory):
+    """A folder with two trained runs, full and shared."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, *flags in (["full"], ["weights-0-2", "--share=0-2"]):
+        where = [f"--text={text}", f"--data_dir={folder}/data", f"--out_dir={folder}/out/{name}"]
+        sys.argv = ["train.py", *FLAGS, *where, *flags]
+        train.main()
+    return folder
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+
+def table(file):
+    return list(csv.DictReader(io.StringIO(Path(file).read_text())))
+
+def test_every_run_is_sampled_and_billed(run, runs):
+    status, out, err = run(sample.main, "--max_new_tokens=12", "--csv=bill.csv")
+    assert (status, err) == (0, "") and "they agree" in out
+    full, shared = table("bill.csv")
+    assert [full["model"], shared["model"]] == ["out/full", "out/weights-0-2"]
+    assert [full["sharing"], shared["sharing"]] == ["none", "weights 0-2"]
+    assert int(full["cache B/token"]) == 3 * 2 * 16 * 4 and int(shared["cache B/token"]) == 4 * 16 * 4
+    assert int(full["cache B"]) == 16 * 384
+    for row in (full, shared):
+        model, _, info = minisa.load(row["model"])
+        assert int(row["parameters"]) == sum(p.numel() for p in model.parameters())
+        assert float(row["val bpb"]) == pytest.approx(info["val_bpb"], abs=1e-4)
+        assert int(row["FLOPs/token"]) == cost.measure(model, 16).decode_flops
+        assert float(row["tokens/s"]) > 0
+
+def test_the_text_is_what_the_model_generates(run, runs):
+    status, out, _ = run(sample.main, "out/full", "--prompt=def f", "--temperature=0", "--max_new_tokens=40")
+    model, tokenizer, _ = minisa.load("out/full")
+    idx = torch.tensor([tokenizer.encode("def f")])
+    assert status == 0 and tokenizer.decode(model.generate(idx, 40, temperature=0)[0].tolist()) in out
+
+def test_the_same_seed_writes_the_same_text(run, runs):
+    def texts(seed):
+        _, out, _ = run(sample.main, "out/full", f"--seed={seed}", "--num_samples=2", "--max_new_tokens=50")
+        return out.split("-" * 80)[1:3]
+    one, again, two = texts(1), texts(1), texts(2)
+    assert one == again != two and one[0] != one[1] and one[1] == two[0]
+
+def test_zero_shot_sharing_is_billed_beside_full_attention_with_its_own_loss(run, runs, trained):
+    flags = ["out/full", "--share=0-2", "--max_new_tokens=5", "--csv=bill.csv"]
+    assert run(sample.main, *flags)[0] == 0
+    full, shared = table("bill.csv")
+    assert [full["sharing"], shared["sharing"]] == ["none", "weights 0-2"]
+    model, _, info = minisa.load("out/full", share="0-2")
+    loss = Data(info["data"]).evaluate(model)[1]
+    assert float(shared["val bpb"]) == pytest.approx(loss, abs=1e-4)
+    shutil.move(trained / "data", trained / "moved")
+    run(sample.main, *flags)
+    shutil.move(trained / "moved", trained / "data")
+    assert table("bill.csv")[1]["val bpb"] == "?"           # the text is gone
+
+def test_a_prediction_that_misses_is_an_error_in_the_table(run, runs, monkeypatch):
+    true = bill.measure
+    def off_by_one(model, context, **more):
+        found = true(model, context, **more)
+        found.decode_flops += 1
+        return found
+    monkeypatch.setattr(bill, "measure", off_by_one)
+    status, out, _ = run(sample.main, "out/full", "--max_new_tokens=5")
+    assert status == 1 and "ERROR: predicted" in out and "THEY DIFFER" in out
+
+def test_squeezed_caches_are_rows_of_the_bill(run, runs):
+    squeezing = ["--squeeze=8", "--squeeze_policy=sinks,window", "--squeeze_cut=1,0.5"]
+    flags = ["out/weights-0-2", *squeezing, "--max_new_tokens=30", "--eval_tokens=64", "--csv=bill.csv"]
+    status, out, err = run(sample.main, *flags)
+    assert status == 0, err
+    full, *others = table("bill.csv")
+    names = ["sinks equal", "sinks 0.5", "window equal", "window 0.5"]
+    assert [row["model"] for row in others] == [f"out/weights-0-2, squeeze 8 {name}" for name in names]
+    sizes = [int(row["cache B"]) for row in others]
+    assert sizes[0] == sizes[2] == int(full["cache B"]) // 2 and sizes[1] <= sizes[0]
+    assert all(int(row["FLOPs/token"]) < int(full["FLOPs/token"]) for row in others)
+    assert len({row["val bpb"] for row in others}) >= 2 and "they agree" in out
+
+def test_prompts_come_from_files_and_standard_input(run, runs, monkeypatch):
+    Path("prompt.txt").write_text("import os, 日本\n")
+    _, out, _ = run(sample.main, "out/full", "--prompt=FILE:prompt.txt", "--max_new_tokens=3")
+    assert "import os, 日本\n" in out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("from stdin ".encode())))
+    assert "from stdin " in run(sample.main, "out/full", "--prompt=-", "--max_new_tokens=3")[1]
+
+def test_the_bill_can_be_drawn(run, runs):
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+    for file, start in (("bill.png", b"\x89PNG"), ("bill.svg", b"<?xml")):
+        assert run(sample.main, "--max_new_tokens=3", f"--plot={file}")[0] == 0
+        assert Path(file).read_bytes().startswith(start)
+
+def test_a_missing_matplotlib_is_named(run, runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run(sample.main, "--plot=bill.png")
+    assert status == 2 and "pip install matplotlib" in err
+
+WRONG = {
+    "out/none": "out/none: no such model",
+    "--share=0-9": "--share=0-9: the layers of this model are 0 to 2",
+    "--share=x": "--share=x: write rising spans",
+    "--share_kind=keys": "--share_kind: invalid choice: 'keys'",
+    "--squeeze=7": "7 is not a number from 8 up",
+    "--squeeze=17": "--squeeze=17: must be from 8 to the context of 16",
+    "--squeeze_policy=oldest": "--squeeze_policy: ",
+    "--squeeze_cut=0": "--squeeze_cut: ",
+    "--squeeze_cut=half": "--squeeze_cut: ",
+    "--dtype=int8": "--dtype: invalid choice: 'int8'",
+    "--context=0": "0 is not a number",
+    "--prompt=": "--prompt: is empty",
+    "--prompt=FILE:none.txt": "No such file",
+    "--prompt=FILE:out": "Is a directory",
+    "--temperature=-1": "-1 is not a number",
+    "--top_k=0": "0 is not a number",
+    "--max_new_tokens=0": "0 is not a number",
+    "--num_samples=x": "invalid int value",
+    "--device=tpu": "--device: tpu is not on this machine",
+    "--csv=out": "--csv: out is a folder",
+    "--plot=bill.doc": "--plot: bill.doc must end in .png",
+    "--colour=red": "unrecognized arguments",
+}
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_a_wrong_flag_gets_one_line_and_status_2(run, runs, flag):
+    status, _, err = run(sample.main, "out/full", "--max_new_tokens=2", flag)
+    assert status == 2 and WRONG[flag] in err and err.count("\n") == 1
+
+def test_wrong_files_get_one_line_and_status_2(run, runs):
+    Path("latin.txt").write_bytes("né".encode("latin-1"))
+    assert "not UTF-8" in run(sample.main, "out/full", "--prompt=FILE:latin.txt")[2]
+    status, _, err = run(sample.main, "out/weights-0-2", "--share=0-1")
+    assert status == 2 and "layer 2 has no k q of its own, as the model was trained with --share=0-2" in err
+    Path("out/full/model.pt").write_bytes(b"junk")
+    status, _, err = run(sample.main)
+    assert status == 2 and "out/full/model.pt: damaged" in err
+    shutil.rmtree("out")
+    status, _, err = run(sample.main)
+    assert status == 2 and "python train.py" in err

@@ -1,0 +1,262 @@
+"""Training from the command line, small: what it saves, how it stops and goes on, what it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from minisa import checkpoint, settings
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
+        "--vocab_size=300", "--max_iters=12", "--eval_interval=5", "--log_interval=3", "--warmup_iters=2",
+        "--device=cpu", "--data_dir=data"]
+
+def log(folder, key):
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+def weights(folder, file="train.pt"):
+    return checkpoint.read(Path(folder) / file)["model"]
+
+def stored_step(folder="."):
+    return checkpoint.read(Path(folder) / "out/full/train.pt")["progress"]["step"]
+
+def same(a, b, tolerance=0.0):
+    return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
+
+RUNS = [([], "out/full"), (["--share=0-2"], "out/weights-0-2"),
+        (["--share=1-2", "--share_kind=kv", "--n_kv_head=1"], "out/kv-1-2-kv1")]
+
+@pytest.mark.parametrize("flags, folder", RUNS)
+def test_a_run_is_saved_under_the_name_of_its_mode_and_learns(run, text, flags, folder):
+    longer = ["--max_iters=60", "--learning_rate=1e-2"]
+    status, out, err = run(train.main, *TINY, f"--text={text}", *flags, *longer)
+    assert (status, err) == (0, "")
+    assert "tokens/s" in out and "left" in out and "bits per byte" in out
+    losses = log(folder, "val_loss")
+    assert list(losses) == [*range(5, 61, 5)] and losses[60] < losses[5] - 0.3
+    model, tokenizer, info = checkpoint.load(folder)
+    assert info["step"] == min(losses, key=losses.get) and info["val_loss"] == min(losses.values())
+    assert log(folder, "loss").keys() == {*range(3, 61, 3)}
+    assert tokenizer.vocab_size == model.config.vocab_size == 300
+
+STOPS = [([], 7, "stopped"), (["--dropout=0.3", "--share=0-2"], 7, "stopped"),
+         ([], 4, "stopped"), ([], 7, "killed")]
+
+@pytest.mark.parametrize("flags, at, how", STOPS, ids=str)
+def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, flags, at, how):
+    """Stopped between evaluations, just before one (step 4 makes step 5), or killed, so that the last
+    evaluation's checkpoint is what is left."""
+    flags = [*TINY, f"--text={text}", *flags]
+    run(train.main, *flags, "--out_dir=out/whole")
+
+    batch = train.Data.batch
+    def stop(self, step, *args, **kwargs):
+        if step == at:
+            if how == "killed":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
+        return batch(self, step, *args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Data, "batch", stop)
+        status, out, _ = run(train.main, *flags, "--out_dir=out/stopped")
+    assert status == 130
+    if how == "stopped":
+        assert f"stopped at step {at + 1} " in out and "--resume --out_dir=out/stopped" in out
+
+    status, out, err = run(train.main, "--resume", "--out_dir=out/stopped")
+    assert (status, err) == (0, "")
+    for file in ("train.pt", "model.pt"):
+        assert same(weights("out/whole", file), weights("out/stopped", file))
+    assert log("out/whole", "val_loss") == log("out/stopped", "val_loss")
+
+def start(folder, *flags):
+    """A training process, once it has written its first checkpoint."""
+    command = [sys.executable, ROOT / "train.py", *TINY, "--max_iters=1000000", "--eval_interval=20", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
+    until = time.time() + 60
+    while not (folder / "out/full/train.pt").exists() and process.poll() is None and time.time() < until:
+        time.sleep(0.05)
+    return process
+
+def test_a_killed_run_leaves_a_checkpoint_that_can_be_read_and_gone_on_with(run, text, tmp_path, monkeypatch):
+    process = start(tmp_path, f"--text={text}")
+    process.kill()
+    process.wait()
+    at = stored_step(tmp_path)
+    assert at >= 20 and at % 20 == 0
+    status, _, err = run(train.main, "--resume", "--learning_rate=0.5")
+    assert status == 2 and "--learning_rate=0.5: the run in out/full was started with" in err
+    batch = train.Data.batch
+    def stop_soon(self, step, *args, **kwargs):
+        if step == at + 3:
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, step, *args, **kwargs)
+    monkeypatch.setattr(train.Data, "batch", stop_soon)
+    status, out, _ = run(train.main, "--resume")
+    assert status == 143 and f"stopped at step {at + 4}" in out and stored_step() == at + 4
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_kill_save_and_say_how_to_go_on(text, tmp_path, signum):
+    process = start(tmp_path, f"--text={text}")
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum and err == ""
+    step = int(out.split("stopped at step ")[1].split()[0])
+    assert stored_step(tmp_path) == step
+    assert "python train.py --resume --out_dir=out/full" in out
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(run, text, monkeypatch):
+    flags = [*TINY, f"--text={text}"]
+    step_of = torch.optim.AdamW.step
+    def poison(self, *args, **kwargs):
+        step_of(self, *args, **kwargs)
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 7:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", poison)
+    status, _, err = run(train.main, *flags)
+    assert status == 2 and "the loss is nan at step 9" in err and "last good checkpoint" in err
+    assert stored_step() == 5 and all(w.isfinite().all() for w in weights("out/full").values())
+
+def test_micro_batches_and_processes_do_not_change_the_result(run, text, tmp_path):
+    run(train.main, *TINY, f"--text={text}", "--out_dir=out/one")
+    run(train.main, *TINY, f"--text={text}", "--out_dir=out/four", "--gradient_accumulation_steps=4")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, ROOT / "train.py", *TINY, f"--text={text}", "--out_dir=out/two"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for other in ("out/four", "out/two"):
+        assert same(weights("out/one"), weights(other), 2e-4), other
+        assert log(other, "loss") == pytest.approx(log("out/one", "loss"), abs=1e-4)
+        assert log(other, "val_loss") == pytest.approx(log("out/one", "val_loss"), abs=1e-4)
+
+def test_fine_tuning_starts_from_the_weights_of_a_run(run, text):
+    run(train.main, *TINY, f"--text={text}", "--max_iters=40", "--learning_rate=1e-2")
+    flags = [f"--text={text}", "--data_dir=data", "--device=cpu", "--batch_size=4", "--eval_interval=5"]
+    status, out, _ = run(train.main, *flags, "--init_from=out/full", "--share=0-2", "--max_iters=10",
+                         "--learning_rate=0")
+    assert status == 0
+    tuned = weights("out/weights-0-2-from-full")
+    assert torch.equal(tuned["embed.weight"], weights("out/full", "model.pt")["embed.weight"])
+    assert tuned["blocks.2.attn.qkv.weight"].shape == (16, 16)
+    assert log("out/weights-0-2-from-full", "val_loss")[10] < 5.2           # random weights have ln 300 = 5.7
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine():
+    args = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.learning_rate(step, args) for step in range(111)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+
+WRONG = {
+    "--n_layer=abc": "--n_layer: invalid int value: 'abc'",
+    "--n_layer=0": "--n_layer: 0 is not a number from 1 up",
+    "--n_head=3": "--n_embd=16: must be a multiple of 2 · 3",
+    "--n_kv_head=5": "--n_kv_head=5: must divide 2",
+    "--share=2-1": "--share=2-1: write rising spans",
+    "--share=0-9": "--share=0-9: the layers of this model are 0 to 2",
+    "--share=0-1,1-2": "--share=0-1,1-2: write rising spans",
+    "--share=x": "--share=x: write rising spans",
+    "--share_kind=both": "--share_kind: invalid choice: 'both'",
+    "--dropout=1": "--dropout=1.0: must be",
+    "--dropout=-1": "-1 is not a number from 0.0 up",
+    "--learning_rate=nan": "nan is not a number",
+    "--max_iters=-1": "-1 is not a number from 0 up",
+    "--max_iters=1.5": "invalid int value",
+    "--gradient_accumulation_steps=3": "must be a multiple of processes",
+    "--vocab_size=100": "--vocab_size=100: must be at least 256",
+    "--text=none.txt": "--text=none.txt: No such file",
+    "--text=.": "--text=.: Is a directory",
+    "--tokenizer=words": "--tokenizer: invalid choice: 'words'",
+    "--device=tpu": "--device: tpu is not on this machine",
+    "--device=cuda:9": "--device: cuda:9 is not on this machine",
+    "--dtype=int8": "--dtype: invalid choice: 'int8'",
+    "--block_size=100000": "--block_size=100000: the training text has only",
+    "--nlayer=4": "unrecognized arguments: --nlayer=4",
+    "--n_lay=4": "unrecognized arguments: --n_lay=4",
+    "stray": "unrecognized arguments: stray",
+    "--resume": "out/full: holds no run to --resume",
+    "--init_from=out/none": "out/none: no such model",
+    "--seed=-1": "-1 is not a number from 0 up",
+    "--beta1=2": "--beta1=2.0: must be below 1",
+    "--rope_base=0": "--rope_base=0.0: must be above 0",
+}
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_a_wrong_flag_gets_one_line_and_status_2_and_leaves_no_run(run, text, flag):
+    status, _, err = run(train.main, *TINY, f"--text={text}", flag)
+    assert status == 2 and WRONG[flag] in err and err.count("\n") == 1
+    assert not Path("out").exists()
+
+def test_a_run_is_not_overwritten_unless_told(run, text):
+    flags = [*TINY, f"--text={text}"]
+    run(train.main, *flags)
+    before = weights("out/full")
+    status, _, err = run(train.main, *flags, "--seed=2")
+    assert status == 2 and "out/full already holds a run" in err and "--overwrite" in err
+    assert same(before, weights("out/full"))
+    status, _, err = run(train.main, *flags, "--overwrite", "--share=9-9")
+    assert status == 2 and same(before, weights("out/full"))
+    status, _, _ = run(train.main, *flags, "--overwrite", "--seed=2")
+    assert status == 0 and not same(before, weights("out/full"))
+
+def test_a_damaged_checkpoint_and_a_changed_text_are_not_resumed(run, text, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text(text.read_text())
+    run(train.main, *TINY, f"--text={mine}", "--out_dir=out/a")
+    mine.write_text(text.read_text() * 2)
+    status, _, err = run(train.main, "--resume", "--out_dir=out/a", "--data_dir=data")
+    assert status == 2 and "the text is not the one" in err
+    file = Path("out/a/train.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+    status, _, err = run(train.main, "--resume", "--out_dir=out/a")
+    assert status == 2 and "damaged" in err and err.count("\n") == 1
+
+def test_an_output_folder_that_cannot_be_written_is_refused(run, text):
+    Path("taken").write_text("a file, not a folder")
+    status, _, err = run(train.main, *TINY, f"--text={text}", "--out_dir=taken/run")
+    assert status == 2 and "taken" in err and err.count("\n") == 1
+    assert Path("taken").read_text() == "a file, not a folder"
+
+def test_a_full_disk_is_reported_and_the_last_checkpoint_kept(run, text, monkeypatch):
+    write, written = checkpoint.write_file, []
+    def full(path, data):
+        written.append(path)
+        if sum(Path(p).name == "train.pt" for p in written) > 1:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, data)
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    status, _, err = run(train.main, *TINY, f"--text={text}")
+    assert status == 2 and "No space left on device" in err and err.count("\n") == 1
+    assert stored_step() == 5
+
+def test_models_of_single_steps_are_kept_and_an_untrained_one_can_be_saved(run, text):
+    flags = [*TINY, f"--text={text}"]
+    assert run(train.main, *flags, "--keep_every=5", "--out_dir=out/a")[0] == 0
+    kept = sorted(path.name for path in Path("out/a/steps").iterdir())
+    assert kept == ["00000000", "00000005", "00000010", "00000012"]
+    assert same(weights("out/a/steps/00000012", "model.pt"), weights("out/a"))
+    assert run(train.main, *flags, "--max_iters=0", "--out_dir=out/b")[0] == 0
+    assert same(weights("out/b", "model.pt"), weights("out/a/steps/00000000", "model.pt"))
+    status, _, _ = run(train.main, *flags, "--init_from=out/b", "--out_dir=out/c")
+    assert status == 2                                              # it brings a shape of its own
+    flags = [f"--text={text}", "--batch_size=4", "--max_iters=12", "--warmup_iters=2", "--eval_interval=5"]
+    run(train.main, *flags, "--data_dir=data", "--device=cpu", "--init_from=out/b", "--out_dir=out/c")
+    assert same(weights("out/c"), weights("out/a"))                 # as if it had never been saved
+
+def test_help_names_every_flag_with_its_default(run):
+    status, out, _ = run(train.main, "--help")
+    assert status == 0 and all(f"--{name} " in out for name, *_ in settings.FLAGS)
+    assert len(re.findall(r"\(default\s", out)) == len(settings.FLAGS) + 3

@@ -1,0 +1,209 @@
+"""The benchmark measures what it says, on tiny models and with a clock that always says the same."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from minisa import checkpoint
+from minisa.cost import measure
+from minisa.fast import for_decoding
+from minisa.lab import bench
+from minisa.model import GPT, GPTConfig
+from minisa.tokenizer import Tokenizer
+
+TINY = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 64, "block_size": 32}
+CPU = torch.device("cpu")
+
+@pytest.fixture
+def half_a_second(monkeypatch):
+    """Whatever is timed is done once, and took half a second."""
+    monkeypatch.setattr(bench, "timed", lambda f, where, at_least=0.05: (f(), 0.5)[1])
+    monkeypatch.setattr(bench, "streamed", lambda stream: (list(stream), 0.5)[1])
+    monkeypatch.setattr(bench, "first_token", lambda model, idx: (model.generate(idx, 1), 0.5)[1])
+
+def save_model(folder, **fields):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**TINY, "vocab_size": 256, "block_size": 64, **fields}))
+    tokenizer = Tokenizer.from_tokens([bytes([b]) for b in range(256)])
+    checkpoint.save(folder / "model.pt", model, tokenizer, dict(checkpoint.UNKNOWN))
+    return model
+
+def rows_of(out, *names):
+    """{name: the cells after it} of the lines of a table that begin with these names."""
+    return {name: line.removeprefix(name).split() for line in out.splitlines() for name in names
+            if line.startswith(name + "  ")}
+
+# ---- measuring ----
+
+def test_timing_repeats_until_it_is_long_enough():
+    calls = []
+    seconds = bench.timed(lambda: calls.append(1), CPU, at_least=0.01)
+    assert seconds * len(calls) > 0.0099 and len(calls) > 1
+
+def test_a_median_leaves_out_the_first_round_and_all_take_turns():
+    turns, clock = [], iter([9.0, 8.0, 1.0, 3.0, 7.0, 4.0, 2.0, 5.0])       # of a and b in turn
+    work = {name: lambda name=name: (turns.append(name), next(clock))[1] for name in ("a", "b")}
+    assert bench.medians(work, 3, "title") == {"a": 2.0, "b": 4.0} and turns == ["a", "b"] * 4
+
+def test_the_first_token_is_not_counted(monkeypatch):
+    seconds = iter(range(10))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(seconds))
+    begun = []
+
+    def stream():
+        for token in range(5):
+            begun.append(token)
+            yield token
+    assert bench.streamed(stream()) == 1 / 4 and begun == [0, 1, 2, 3, 4]
+
+@pytest.mark.parametrize("share", ["", "0-2"])
+def test_a_decode_step_sees_a_full_cache(share):
+    model = GPT(GPTConfig(**TINY, share=share)).eval()
+    step = bench.decoder(model, 1, 32)
+    for _ in range(3):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            step()
+        assert counter.get_total_flops() == measure(model, 32).decode_flops
+
+def test_a_training_step_trains():
+    model = GPT(GPTConfig(**TINY))
+    before = [p.clone() for p in model.parameters()]
+    bench.trainer(model, 2, 32)()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+# ---- shapes ----
+
+def test_it_prints_a_row_for_each_mode(run, monkeypatch, half_a_second):
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, 2, 2, 32)})
+    status, out, err = run(bench.main, "--shapes=tiny", "--rounds=2", "--plain")
+    rows = rows_of(out, "full", "weights", "kv", "plain")
+    assert status == 0 and "round 2 of 2" in err and out.count("÷ full") == 3
+    assert rows["full"][:5] == ["128", "1.00", "64", "1.00", "4"]           # 2 · 32 tokens in half a second
+    assert set(rows) == {"full", "weights", "kv", "plain"} and all(row[5] == "1.00" for row in rows.values())
+    full = measure(GPT(GPTConfig(**TINY)), 32, 2)
+    assert rows["full"][-1] == rows["plain"][-1] == f"{(4 * full.params + full.cache_bytes) / 1e6:.1f}"
+    assert "17% fewer cache bytes" in out and "33% fewer cache bytes" in out
+
+def test_a_shape_that_is_not_trained_has_no_figure_for_it(run, monkeypatch, half_a_second):
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, None, 1, 32)})
+    status, out, _ = run(bench.main, "--shapes=tiny", "--rounds=1")
+    assert status == 0 and rows_of(out, "kv")["kv"][:5] == ["-", "-", "64", "1.00", "2"]
+
+# ---- models ----
+
+def test_models_are_timed_beside_each_other_as_they_are_and_shared(run, tmp_path, half_a_second):
+    save_model(tmp_path / "one")
+    save_model(tmp_path / "two", share="0-1", n_head=4)
+    status, out, _ = run(bench.main, "one", "two", "--share=1-2", "--plain", "--rounds=1")
+    rows = rows_of(out, "one, float32", "one, bfloat16", "one, float32, plain", "share 1-2, float32",
+                   "share 1-2, bfloat16", "two, float32", "two, bfloat16", "two, float32, plain")
+    assert status == 0 and len(rows) == 8 and "decoding after a prompt of 16 tokens, prefill of 32" in out
+    assert rows["two, float32"][:2] == ["2.0", "1.00"] and rows["two, float32"][3:] == ["64", "1.00"]
+    assert rows["two, bfloat16"][3:] == ["-", "-"]
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("from the file")] == ["from"]
+
+def test_variants_decode_what_the_model_does(tmp_path):
+    model = save_model(tmp_path / "one").eval()
+    models, seconds = bench.variants(str(tmp_path / "one"), "1-2", True, CPU)
+    idx = torch.randint(256, (1, 9), generator=torch.Generator().manual_seed(1))
+    shared = checkpoint.reconfigure(model, share="1-2")
+    for name, made in models.items():
+        expected = (shared if "share" in name else model).generate(idx, 1, 0)
+        logits = (shared if "share" in name else model)(idx)[0]
+        if "bfloat16" not in name:
+            torch.testing.assert_close(made(idx)[0], logits, atol=1e-5, rtol=1e-4)
+            assert torch.equal(made.generate(idx, 1, 0), expected)
+    assert seconds > 0 and [name for name, m in models.items() if m.embed.weight.stride(0) != 1] == [
+        name for name in models if "bfloat16" in name or "plain" in name]   # not stored for decoding
+
+class FakeTransformers:
+    """What bench uses of the library, with a minisa model in it."""
+
+    def __init__(self, model):
+        self.model = model
+        self.AutoModelForCausalLM = SimpleNamespace(from_pretrained=self.load)
+
+    def load(self, folder, gguf_file, dtype):
+        assert (folder / gguf_file).is_file() and dtype == torch.float32
+        return self
+
+    def eval(self):
+        return self
+
+    def to(self, where):
+        return self
+
+    def __call__(self, idx, use_cache=False, logits_to_keep=0):
+        return SimpleNamespace(logits=self.model(idx)[0][:, -logits_to_keep:])
+
+    def generate(self, idx, max_new_tokens, min_new_tokens, do_sample, streamer, pad_token_id):
+        assert max_new_tokens == min_new_tokens and not do_sample
+        streamer.put(idx)
+        for token in self.model.stream(idx, max_new_tokens, 0):
+            streamer.put(token)
+        streamer.end()
+
+def test_transformers_are_timed_beside_and_their_loss_is_compared(run, tmp_path, monkeypatch, half_a_second):
+    fake = FakeTransformers(save_model(tmp_path / "one").eval())
+    monkeypatch.setattr(bench, "import_transformers", lambda source: fake)
+    status, out, _ = run(bench.main, "one/model.pt", "--beside_transformers", "--rounds=1")
+    assert status == 0 and "to the first token: one/model.pt 0." in out and ", transformers 0." in out
+    words = next(line for line in out.splitlines() if line.startswith("loss on 63 random")).split()
+    assert float(words[5]) == pytest.approx(float(words[-1]), abs=1e-4)
+    assert rows_of(out, "transformers")["transformers"][2] == "-"
+
+def test_tokens_of_transformers_are_counted_from_the_first():
+    clock = bench.Clock()
+    clock.times = []
+    theirs = SimpleNamespace(model=SimpleNamespace(generate=lambda idx, streamer, **flags: [
+        streamer.times.append(t) for t in (0.0, 10.0, 11.0, 12.0, 13.0)]))      # the prompt, then 4 tokens
+    assert bench.Transformers.decode(theirs, None, 3) == 1.0
+
+# ---- squeezed caches ----
+
+def test_squeezed_caches_are_timed_beside_the_full_one(run, tmp_path, half_a_second):
+    save_model(tmp_path / "run")
+    status, out, _ = run(bench.main, "run", "--squeeze=16", "--batch_size=2", "--context=64", "--rounds=1")
+    names = [f"{policy}, {cut}" for policy in ("window", "sinks", "heavy")
+             for cut in ("equal budgets", "cut 0.5")]
+    rows = rows_of(out, "full cache", *names)
+    assert status == 0 and list(rows) == ["full cache", *names]
+    assert rows["full cache"][1:] == ["1.00", "4.0", "1.00"]
+    assert rows["window, equal budgets"][1:] == ["0.25", "4.0", "1.00"]
+    assert all(float(row[1]) <= 0.25 for name, row in rows.items() if name != "full cache")
+
+# ---- wrong use ----
+
+@pytest.mark.parametrize("flags, message", [
+    (["--shapes=huge"], "'huge' is none of small, large, long"),
+    (["--rounds=0"], "0 is not a number"),
+    (["--device=tpu"], "tpu is not on this machine"),
+    (["--share=1-2"], "go with a model"),
+    (["--beside_transformers"], "go with a model"),
+    (["--squeeze=16"], "--squeeze: goes with one model"),
+    (["run", "run", "--squeeze=16"], "--squeeze: goes with one model"),
+    (["run", "--squeeze=100", "--context=64"], "--squeeze=100: must be at most --context=64"),
+    (["run", "--beside_transformers"], "transformers reads .gguf files; run is none"),
+    (["run", "--share=5-9"], "--share=5-9"),
+    (["none.gguf"], "none.gguf: no such model"),
+], ids=str)
+def test_wrong_use_gets_one_line_and_status_2(run, tmp_path, flags, message):
+    save_model(tmp_path / "run")
+    status, out, err = run(bench.main, *flags)
+    assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err and out == ""
+
+def test_missing_transformers_are_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    with pytest.raises(ValueError, match="pip install transformers accelerate"):
+        bench.import_transformers("smollm2")
+
+def test_a_model_stored_for_decoding_can_share(tmp_path):
+    model = for_decoding(save_model(tmp_path / "one").eval())
+    idx = torch.arange(9)[None]
+    expected = checkpoint.reconfigure(checkpoint.load(tmp_path / "one")[0], share="0-2")(idx)[0]
+    shared = for_decoding(checkpoint.reconfigure(model, share="0-2"))
+    torch.testing.assert_close(shared(idx)[0], expected, atol=1e-5, rtol=1e-4)

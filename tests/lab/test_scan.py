@@ -1,0 +1,141 @@
+"""Which spans can share: the search against plain formulations; and the command, stopped and continued."""
+
+import csv
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minisa import checkpoint
+from minisa.axes.heads import head_products, refit, share
+from minisa.data import Data, tokenize
+from minisa.lab import scan as scanning
+from minisa.lab.scan import best_sets, mean_loss, scan, spans_text
+from minisa.model import GPT, GPTConfig
+
+def random_model(**fields):
+    torch.manual_seed(3)
+    config = GPTConfig(**{"block_size": 32, "vocab_size": 50, "n_layer": 4, "n_head": 4, "n_kv_head": 2,
+                          "n_embd": 32, **fields})
+    model = GPT(config).eval()
+    for p in model.parameters():
+        p.data *= 6 if p.dim() == 2 else 1                  # so that heads attend differently
+    return model
+
+def plain_loss(model, windows):
+    logits = model(windows[:, :-1])[0]
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+
+@pytest.mark.parametrize("kind, heads", [("weights", "same"), ("weights", "match"), ("weights", "mix"),
+                                         ("kv", "same")])
+def test_a_scan_finds_the_loss_and_the_divergence_of_each_model_that_shares(kind, heads):
+    model = random_model()
+    windows = torch.randint(50, (3, 21), generator=torch.Generator().manual_seed(5))
+    products = head_products(model, windows[:, :-1])
+    scanned = scan(model, windows, 3, kind, heads, products, skip={(1, 2)})
+    found = {(a, b): prices for a, b, *prices in scanned}
+    assert set(found) == {(0, 1), (0, 2), (1, 3), (2, 3)}
+    p = model(windows[:, :-1])[0].double().softmax(-1)
+    for (a, b), (loss, divergence) in found.items():
+        shared = share(model, f"{a}-{b}", heads, products, kind)
+        assert loss == pytest.approx(plain_loss(shared, windows), rel=1e-5)
+        assert mean_loss(shared, windows) == pytest.approx(plain_loss(shared, windows), rel=1e-5)
+        q = shared(windows[:, :-1])[0].double().softmax(-1)
+        assert divergence == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
+
+def test_the_best_sets_are_the_best_of_all_sets():
+    generator = torch.Generator().manual_seed(0)
+    spans = [(a, b) for a in range(6) for b in range(a + 1, min(a + 4, 7))]
+    prices = {span: torch.randn((), generator=generator).item() for span in spans}
+    sets = [chosen for n in range(1, 4) for chosen in itertools.combinations(spans, n)
+            if all(s[1] < t[0] for s, t in itertools.pairwise(chosen))]
+    found = best_sets(prices, 7, 4)
+    assert list(found) == [1, 2, 3, 4]
+    for r, (total, chosen) in found.items():
+        least = min(sum(prices[span] for span in spans) for spans in sets
+                    if sum(b - a for a, b in spans) == r)
+        assert total == pytest.approx(least) == pytest.approx(sum(prices[span] for span in chosen))
+        assert chosen in sets and sum(b - a for a, b in chosen) == r
+
+# ---- the command ----
+
+@pytest.fixture
+def trained(text, tmp_path):
+    """The folder of a run, whose model is random."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    folder = tokenize(text, vocab_size=300, folder=tmp_path / "data")
+    tokenizer, info = Data(folder).tokenizer, {**checkpoint.UNKNOWN, "data": str(folder)}
+    model = random_model(vocab_size=tokenizer.vocab_size, n_layer=3)
+    checkpoint.save(tmp_path / "run" / "model.pt", model, tokenizer, info)
+    shared = checkpoint.reconfigure(model, share="1-2")
+    checkpoint.save(tmp_path / "shared" / "model.pt", shared, tokenizer, info)
+    return tmp_path / "run"
+
+def rows_of(file):
+    return list(csv.DictReader(file.open()))
+
+def scan_that_stops_after(spans):
+    def stops(*args, **more):
+        yield from itertools.islice(scan(*args, **more), spans)
+        raise KeyboardInterrupt
+    return stops
+
+def test_a_scan_is_written_and_continued_where_it_was_stopped(run, trained, monkeypatch):
+    flags = [trained, "--heads=match", "--windows=2", "--context=20", "--longest=3", "--most=2"]
+    monkeypatch.setattr(scanning, "scan", scan_that_stops_after(1))
+    status, out, err = run(scanning.main, *flags)
+    file = trained / "scan-weights-match.csv"
+    assert status == 2 and "holds 1 spans, and the same command goes on" in err and len(rows_of(file)) == 2
+    monkeypatch.setattr(scanning, "scan", scan)
+    status, out, err = run(scanning.main, *flags)
+    rows = rows_of(file)
+    assert status == 0 and out.count("\nspan ") + out.startswith("span ") == 2         # only what was missing
+    assert sorted((row["anchor"], row["last"]) for row in rows) == [("-1", "-1"), ("0", "1"), ("0", "2"),
+                                                                    ("1", "2")]
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    status, _, err = run(scanning.main, trained, "--heads=match", "--windows=3", "--context=20")
+    assert status == 2 and "cannot be continued" in err and err.count("\n") <= 1
+
+def test_a_model_trained_anew_is_not_taken_for_the_old_one(run, trained):
+    flags = [trained, "--windows=2", "--context=20", "--longest=2", "--most=1"]
+    assert run(scanning.main, *flags)[0] == 0
+    _, tokenizer, info = checkpoint.load(trained)
+    model = random_model(vocab_size=tokenizer.vocab_size, n_layer=3, rope_base=500)
+    checkpoint.save(trained / "model.pt", model, tokenizer, info)
+    status, _, err = run(scanning.main, *flags)
+    assert status == 2 and "cannot be continued (it is of another model" in err
+
+@pytest.mark.parametrize("kind, heads, saved", [("weights", "mix", 1 / 3), ("kv", "same", 2 / 3)])
+def test_the_best_sets_are_measured_on_other_text_and_refitted(run, trained, kind, heads, saved):
+    status, out, _ = run(scanning.main, trained, f"--share_kind={kind}", f"--heads={heads}", "--refit",
+                         "--windows=2", "--context=20", "--longest=3", "--most=2")
+    name = kind if heads == "same" else f"{kind}-{heads}"
+    sets = rows_of(trained / f"sets-{name}.csv")
+    assert status == 0 and "best sets" in out and [row["reuse_layers"] for row in sets] == ["1", "2"]
+    assert sets[1]["spans"] == "0-2" and float(sets[1]["cache_saved"]) == pytest.approx(saved)
+
+    model, _, info = checkpoint.load(trained)
+    data = Data(info["data"])
+    products = head_products(model, data.windows("train", 4, 20)[::2, :-1])
+    shared = share(model, "0-2", heads, products, kind)
+    held_out = data.windows("val", 4, 20)
+    full, before = plain_loss(model, held_out), plain_loss(shared, held_out)
+    after = plain_loss(refit(shared, model, data.windows("train", 12, 20)[:, :-1]), held_out)
+    assert float(sets[1]["percent_measured"]) == pytest.approx(100 * (before / full - 1), abs=1e-3)
+    assert float(sets[1]["percent_refitted"]) == pytest.approx(100 * (after / full - 1), abs=1e-3)
+
+@pytest.mark.parametrize("flags, message", [
+    (["run", "--heads=other"], "--heads"),
+    (["run", "--heads=mix", "--share_kind=kv"], "--heads=mix"),
+    (["run", "--longest=1"], "--longest"),
+    (["shared"], "already shares 1-2"),
+    (["nowhere"], "no such model"),
+    ([], "MODEL"),
+], ids=str)
+def test_wrong_use_gets_one_line_and_status_2(run, trained, flags, message):
+    status, _, err = run(scanning.main, *flags)
+    assert status == 2 and message in err and err.count("\n") == 1
+
+def test_spans_are_written_as_share_reads_them():
+    assert GPTConfig(n_layer=8, share=spans_text([(1, 3), (5, 7)])).spans == [(1, 3), (5, 7)]
