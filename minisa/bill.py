@@ -33,7 +33,8 @@ def row(name, model, bpb, speed, context, cache=None):
 
     bpb: bits per byte on the validation text, or None. speed: decoded tokens per second, or None.
     context: tokens in the cache; at most block_size count. cache: one of another kind than KVCache
-    that holds context - 1 tokens, and says in .rooms how many each layer has room for. """
+    that holds context - 1 tokens, and says in .rooms how many each layer has room for.
+    """
     context = min(context, model.config.block_size)
     rooms = cache.rooms if cache else None
     size = model.embed.weight.element_size()

@@ -2,11 +2,12 @@
 
 A model is a folder with a file model.pt:
 
-    config      the fields of its GPTConfig changes     what axes/ did to its layers since: [{"by":
-    "heads", "settings": {...}}, …], in order model       its tensors; of a derived model just those
-    that differ from its parent's parent      None, or {"source": …, "sha256": …} of the model that
-    it was derived from tokenizer   None in a derived model, which has its parent's info        what
-    is known of it: step, val_loss, val_bpb, data, seconds
+    config      the fields of its GPTConfig
+    changes     what axes/ did to its layers: [{"by": "heads", "settings": {...}}, …], in order
+    model       its tensors; of a derived model just those that differ from its parent's
+    parent      None, or {"source": …, "sha256": …} of the model that it was derived from
+    tokenizer   None in a derived model, which has its parent's
+    info        what is known of it: step, val_loss, val_bpb, data, seconds
 
 Files hold tensors, numbers and text only: torch.load(weights_only=True) runs nothing of them.
 """
@@ -163,20 +164,21 @@ def load(source, share=None, share_kind="weights", device="cpu", dtype=torch.flo
     source: a run's or model's folder, a .gguf file of a model of the Llama architecture, or
     "smollm2", which is downloaded once. share: spans that are to share though the weights were
     trained without (zero-shot), as "1-3"; share_kind: "weights" or "kv". Raises ValueError if the
-    source cannot be read, or cannot share that way. """
+    source cannot be read, or cannot share that way.
+    """
     path = source_file(source)
-    if path.suffix == ".gguf":
-        state, config, tokenizer = pretrained.load_gguf(path, dtype)
-        model, info = empty(config), dict(UNKNOWN)
-        model.load_state_dict(state, assign=True)
-        model.to(device).eval()
-    else:
-        try:
+    try:
+        if path.suffix == ".gguf":
+            state, config, tokenizer = pretrained.load_gguf(path, dtype)
+            model, info = empty(config), dict(UNKNOWN)
+            model.load_state_dict(state, assign=True)
+            model.to(device).eval()
+        else:
             model, tokenizer, info = build(path, read(path, device), device, dtype)
-        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise ValueError(f"{path}: damaged, or of another version of minisa "
-                             f"({type(error).__name__}: {reason}); make it again") from None
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: damaged, or of another version of minisa "
+                         f"({type(error).__name__}: {reason}); make it again") from None
     if share:
         model = reconfigure(model, share=share, share_kind=share_kind)
         info = {**info, "val_loss": None, "val_bpb": None}      # these were without sharing

@@ -75,8 +75,8 @@ def predict(model_or_config, context, batch_size=1, bytes_per_number=4, kept=Non
 def measure(model, context, batch_size=1, cache_of=None):
     """→ the same Cost, counted: parameters, the cache's storage, the matrix products of a real run.
 
-    cache_of: a function from a prompt (B, T) to another kind of cache that has read it; its bytes
-    and its decode step are then measured. """
+    cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured.
+    """
     weight = model.embed.weight
 
     def run(cache, tokens):

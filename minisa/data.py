@@ -2,7 +2,8 @@
 
 A text becomes a folder data/NAME-TOKENIZER-HASH/ with train.npy (the first nine tenths of its
 characters), val.npy (the rest) and meta.json (the tokenizer, learned on the first part only). HASH
-is that of the text, so a changed text is another folder. """
+is that of the text, so a changed text is another folder.
+"""
 
 import hashlib
 import json
@@ -39,7 +40,8 @@ def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None
     folder.
 
     kind: "bpe" learns vocab_size tokens on the training part, "gpt2" is tiktoken's; or give a
-    Tokenizer. Raises ValueError if the text cannot be used. """
+    Tokenizer. Raises ValueError if the text cannot be used.
+    """
     file, folder = Path(file or shakespeare.prepare()), Path(folder or data_folder())
     text = read_text(file)
     raw, cut = text.encode(), int(0.9 * len(text))
@@ -146,7 +148,8 @@ class Data:
 
         The whole split is read in windows of block_size tokens, and each token but the first
         predicted once. Or, for a large model, about so many `tokens` of it, in windows of at most
-        512. """
+        512.
+        """
         T, device = model.config.block_size, model.embed.weight.device
         if tokens and tokens < len(self.val) - 1:
             x, y, n_bytes = self.spread(min(T, 512, tokens), tokens)

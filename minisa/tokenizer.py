@@ -3,7 +3,8 @@
 Byte-pair encoding (Gage 1994; arXiv:1508.07909) starts from the 256 bytes, and again and again
 gives the pair of neighbouring tokens that occurs most often a token of its own. Bytes make up every
 text, so nothing is out of vocabulary. Text is first cut into words by PATTERN, and no token crosses
-from one word into the next; so it is enough to count each different word once. """
+from one word into the next; so it is enough to count each different word once.
+"""
 
 import codecs
 import re
@@ -84,7 +85,8 @@ class Tokenizer:
         of PATTERNS cuts the text.
 
         Some pretrained models have no token for bytes that their training text lacked; encode()
-        leaves such bytes out, as Hugging Face's tokenizers do. """
+        leaves such bytes out, as Hugging Face's tokenizers do.
+        """
         special = sorted(special)
         ranks = {token: i for i, token in enumerate(tokens) if i not in set(special)}
         for byte in BYTES:

@@ -96,14 +96,18 @@ def rebuild(model, ranks):
     make, any. Raises ValueError if they do not fit, or if the model is compressed already.
     """
     L, D = model.config.n_layer, model.config.head_dim
-    refuse_twice(model)
+    refuse(model)
     if len(ranks) != L or not all(1 <= rank <= D for pair in ranks for rank in pair):
         raise ValueError(f"ranks: must be {L} pairs of numbers from 1 to {D}")
     for block, (k_rank, v_rank) in zip(model.blocks, ranks):
         if min(k_rank, v_rank) < D:
             make_narrow(block.attn, model.config, k_rank, v_rank)
 
-def refuse_twice(model):
+def refuse(model, rank=None):
+    """Raises ValueError if a model cannot be compressed."""
+    D = model.config.head_dim
+    if rank and rank > D:
+        raise ValueError(f"--rank={rank}: a head of this model is only {D} wide")
     if any(change["by"] == "eigen" for change in checkpoint.changes(model)):
         raise ValueError("--rank, --error: the model is compressed already; "
                          "compress the one that it came from")
@@ -241,9 +245,7 @@ def compress(model, windows, rank=None, error=None):
     Raises ValueError if the model is compressed already, or its heads are narrower than the rank.
     """
     D = model.config.head_dim
-    refuse_twice(model)
-    if rank is not None and rank > D:
-        raise ValueError(f"--rank={rank}: a head of this model is only {D} wide")
+    refuse(model, rank)
     state, ranks = dict(model.state_dict()), []
     for layer, (keys, values) in enumerate(moments(model, windows)):
         keys, values = keys and basis(*keys), basis(*values)
@@ -275,6 +277,7 @@ def main():
         raise ValueError("--error=0: must be above 0")
 
     def technique(model, data):
+        refuse(model, args.rank)
         windows = calibration(model, data())
         small = compress(model, windows[::3], args.rank, args.error)
         return refit(small, model, windows) if args.refit else small

@@ -217,13 +217,15 @@ def main():
 
     def technique(model, data):
         check(args, model)
-        config = model.config
-        if args.share in ("", config.share):            # nothing to fit, as train.py will
-            return share(model, config.share, args.heads, share_kind=config.share_kind)
+        own = model.config.share
+        spans, kind = args.share or own, args.share_kind if args.share else model.config.share_kind
+        plain = share(model, spans, share_kind=kind)    # or refused, before the work
         if args.heads == "same" and not args.refit:
-            return share(model, args.share, share_kind=args.share_kind)
+            return plain
+        if spans == own:                                # nothing to fit: train.py will
+            return share(model, spans, args.heads, share_kind=kind)
         windows = calibration(model, data())
-        return share_fitted(model, args.share, args.heads, windows, args.refit, args.share_kind)
+        return share_fitted(model, spans, args.heads, windows, args.refit, kind)
 
     rewrite(args, technique)
 

@@ -2,7 +2,7 @@
 
     python -m minisa.lab.chat smollm2
     python -m minisa.lab.chat smollm2 --store=out/chat      the conversation and its cache stay there
-    python -m minisa.lab.chat out/mixed --share=14-15
+    python -m minisa.lab.chat smollm2 --share=26-28         with layers that share, zero-shot
 
 /reset begins anew, /undo takes the last turn back, /bill shows what the cache costs. Ctrl-C stops an answer,
 Ctrl-D ends the chat.
@@ -49,8 +49,8 @@ def message(tokenizer, role, text):
     return [start, *tokenizer.encode(f"{role}\n{text}"), end, *tokenizer.encode("\n")]
 
 class History:
-    """The tokens of a conversation, and where each of its turns begins. It is kept in a file of a folder,
-    unless that is None. Of two chats in one folder, the file holds the one that was last said something in."""
+    """The tokens of a conversation, and where each of its turns begins; kept in a file of a folder, unless
+    that is None. Of two chats in one folder, the file holds the one that was last said something in."""
 
     def __init__(self, folder, tokenizer):
         self.file = folder and folder / "chat.json"
@@ -244,13 +244,14 @@ def read_flags():
     flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
     flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
     flag("share", str, "", "spans to share in a model trained without, zero-shot", "as trained")
-    flag("share_kind", str, "weights", "with --share: weights (Shared Attention) or kv (Cross-Layer Attention)",
-         choices=[*SHARE_KINDS])
+    flag("share_kind", str, "weights", "with --share: weights (Shared Attention) or kv (Cross-Layer "
+         "Attention)", choices=[*SHARE_KINDS])
     return parser.parse_args()
 
 def main():
     args = read_flags()
-    model, tokenizer, _ = load(args.model, args.share, args.share_kind, args.device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer, _ = load(args.model, args.share, args.share_kind, args.device, dtype)
     for_decoding(model)
     block_size = model.config.block_size
     store = Store(model, args.store, args.store_memory * MB, args.store_disk * MB,

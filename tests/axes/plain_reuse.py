@@ -1,5 +1,5 @@
-"""The oracle of the axes that change layers: plain.py once more, in float64, with heads that a reuse layer takes
-from others, mixes or corrects, and keys and values that are narrower than a head."""
+"""The oracle of the axes that change layers: plain.py once more, in float64, with heads that a reuse layer
+takes from others, mixes or corrects, and keys and values that are narrower than a head."""
 
 import math
 
@@ -8,11 +8,9 @@ from torch.nn import functional as F
 
 from minisa.plain import rms_norm, rope
 
-
 def scores(q, k, base):
     """q, k (T, d) → (T, T)."""
     return rope(q, base) @ rope(k, base).T / math.sqrt(q.size(-1))
-
 
 def of_reuse_layer(attn, anchor_scores, anchor_P, q, k, config):
     """P of each head, from what its anchor has, and from q and k (T, R) of its own, if any."""
@@ -26,12 +24,10 @@ def of_reuse_layer(attn, anchor_scores, anchor_P, q, k, config):
         return [(anchor_scores[h] + scores(q[h], k[h * G // len(heads)], base)).softmax(-1) for h in heads]
     return anchor_P
 
-
 def tensors(model):
     """The float64 tensors of a model, by name. Where they want gradients, so do these."""
     parts = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     return {name: t.double() if t.is_floating_point() else t for name, t in parts.items()}
-
 
 def sequence(model, idx, window=None):
     """idx (T,) → logits (T, V), and P (H, T, T) of every layer."""
@@ -43,7 +39,7 @@ def sequence(model, idx, window=None):
     x, every_P, v, anchor_k, S, anchor_P = w["embed.weight"][idx], [], None, None, None, None
     for layer, block in enumerate(model.blocks):
         name, reuses = f"blocks.{layer}.", any(a < layer <= b for a, b in config.spans)
-        attn = {key.removeprefix(name + "attn."): part for key, part in w.items() if key.startswith(name + "attn.")}
+        attn = {key: w[f"{name}attn.{key}"] for key in block.attn.state_dict()}
         made = (rms_norm(x, w[name + "norm1.weight"], config.norm_eps) @ attn["qkv.weight"].T)
         made = made.split(block.attn.widths, dim=-1)
         q, k, own_v = (part.chunk(n, dim=-1) if part.size(1) else () for part, n in zip(made, (H, G, G)))
@@ -64,16 +60,13 @@ def sequence(model, idx, window=None):
         x = x + (gate * gate.sigmoid() * up) @ w[name + "mlp.down.weight"].T
     return rms_norm(x, w["norm.weight"], config.norm_eps) @ w["embed.weight"].T, every_P
 
-
 def logits(model, idx, window=None):
     """idx (B, T) → (B, T, V)."""
     return torch.stack([sequence(model, row, window)[0] for row in idx])
 
-
 def close(a, b, tolerance=1e-4):
     """Whether two tensors differ by no more than the tolerance, of the largest number if that is above 1."""
     return (a.double() - b.double()).abs().max() <= tolerance * max(1.0, b.abs().max().item())
-
 
 def gradients(model, logits, targets):
     """The gradients of a model's parameters, by name."""

@@ -94,14 +94,12 @@ WRONG_FLAGS = {
 
 @pytest.mark.parametrize("flag", WRONG_FLAGS)
 def test_a_wrong_flag_is_one_line_that_names_it_and_the_help(run, flag):
-    status, out, err = run(lambda: parser().parse_args())
-    assert (status, out, err) == (0, "", "") or isinstance(status, argparse.Namespace)
-    status, out, err = run(lambda: parser().parse_args() and None, flag)
+    status, out, err = run(parser().parse_args, flag)
     assert (status, out) == (2, "") and err.count("\n") == 1
     assert WRONG_FLAGS[flag] in err and err.endswith("; see --help\n")
 
 def test_help_shows_every_flag_with_its_default(run):
-    status, out, err = run(lambda: parser().parse_args(), "--help")
+    status, out, err = run(parser().parse_args, "--help")
     assert (status, err) == (0, "") and "    an example\n" in out
     lines = " ".join(out.split())
     assert "--size INT how many, in 100% of tokens (default 4)" in lines
@@ -140,9 +138,10 @@ def test_a_device_is_one_that_this_machine_has():
 def test_an_output_is_a_file_and_no_folder(kind, tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert kind("out/bill.png") == "out/bill.png"
-    for name in (str(tmp_path / "folder.png"), "new/folder.png/"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is a folder; name a file in it|must end in"):
-            kind(name)
+    with pytest.raises(argparse.ArgumentTypeError, match="folder.png is a folder; name a file in it"):
+        kind(str(tmp_path / "folder.png"))
+    with pytest.raises(argparse.ArgumentTypeError):
+        kind("new/folder.png/")                         # to be, by its name
 
 def test_a_picture_has_a_kind_that_can_be_drawn():
     for name in ("a.png", "a.svg", "out/a.pdf"):

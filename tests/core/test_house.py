@@ -2,51 +2,112 @@
 
 import ast
 import subprocess
-from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CORE, LAB = ROOT / "minisa", ["minisa.lab", "minisa.exercises"]
-SCRIPTS = ["train", "sample", "data.prepare"]
 
-def git_files(pattern):
-    """The files that git tracks, or would: those it does not ignore. Without git (a copy of the
-    tree), all files."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        return sorted(ROOT.rglob(pattern))
-    return sorted(path for path in map(ROOT.joinpath, listed.stdout.splitlines()) if path.exists())
+def python_files():
+    """The .py files that git does not ignore; in a copy without git, those in our folders."""
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.py"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    else:
+        paths = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("minisa/**/*.py"),
+                 *ROOT.glob("tests/**/*.py")]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+            for path in sorted(paths) if path.exists()}
 
-PYTHON = git_files("*.py")
-PRODUCT = [path for path in PYTHON if "tests" not in path.relative_to(ROOT).parts]
-names = [str(path.relative_to(ROOT)) for path in PYTHON]
+TEXTS = python_files()                                  # file → its text
+TREES = {file: ast.parse(text) for file, text in TEXTS.items()}
+PRODUCT = [file for file in TEXTS if not file.startswith("tests/")]
+MODULES = {file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in PRODUCT}
 
-def module(path):
-    """minisa/axes/heads.py → minisa.axes.heads; minisa/__init__.py → minisa."""
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+# ---- imports ----
 
-def imports(path, inside_functions=True):
-    """The names that a file imports, as minisa.model or minisa.model.GPT."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if inside_functions else tree.body
-    for node in nodes:
+def imports(file):
+    """What a file imports, at its top or in a function, as ["torch", "minisa.model.GPT", …]."""
+    found = []
+    for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are written in full"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: name a module in full, as in from minisa.model import GPT"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
-def within(name, packages):
-    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+LAB, SCRIPTS = ("minisa.lab", "minisa.exercises"), ("train", "sample", "data.prepare", "prepare")
+ABOVE = {"minisa": ("minisa.axes", *LAB, *SCRIPTS), "minisa/axes": (*LAB, *SCRIPTS),
+         "minisa/lab": SCRIPTS, "minisa/exercises": SCRIPTS}      # folder → what it must not know of
 
-FLOORS = {"minisa": ["minisa.axes", *LAB, *SCRIPTS], "minisa/axes": [*LAB, *SCRIPTS],
-          "minisa/lab": ["minisa.exercises", *SCRIPTS], "minisa/exercises": SCRIPTS}
+@pytest.mark.parametrize("file", [file for file in PRODUCT if file.startswith("minisa/")])
+def test_imports_point_from_scripts_to_lab_to_axes_to_core(file):
+    above = tuple(f"{name}." for name in ABOVE[file.rpartition("/")[0]])
+    wrong = [name for name in imports(file) if f"{name}.".startswith(above)]
+    assert not wrong, f"{file} is below {wrong}"
 
-@pytest.mark.parametrize("folder", FLOORS)
-def test_imports_go_from_axes_and_lab_to_the_core_and_never_back(folder):
-    for path in (ROOT / folder).glob("*.py"):
-        wrong = [name for name in imports(path) if within(name, FLOORS[folder])]
-        assert not wrong, f"{path.relative_to(ROOT)} must not import {wrong}"
+@pytest.mark.parametrize("file", ["minisa/cli.py", "minisa/files.py", "minisa/plain.py"])
+def test_the_lowest_files_import_nothing_of_minisa(file):
+    wrong = [name for name in imports(file) if f"{name}.".startswith("minisa.")]
+    assert not wrong, f"{file} imports {wrong}"
+
+def test_no_modules_import_each_other_in_a_circle():
+    def module(name):                                   # minisa.model.GPT → minisa.model
+        return name if name in MODULES else name.rpartition(".")[0]
+    needs = {name: {module(other) for other in imports(file)} & MODULES.keys()
+             for name, file in MODULES.items()}
+    assert "minisa.model" in needs["minisa.cost"]
+    TopologicalSorter(needs).prepare()                  # raises CycleError, which names the circle
+
+# ---- lengths ----
+
+BUDGETS = {"README.md": 220, "train.py": 200, "sample.py": 130, "minisa/plain.py": 70,
+           "minisa/model.py": 320, "minisa/cost.py": 100, "minisa/bill.py": 130}
+
+@pytest.mark.parametrize("file", BUDGETS)
+def test_what_is_read_in_one_evening_stays_short(file):
+    length = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+    assert length <= BUDGETS[file], f"{file} has {length} lines; at most {BUDGETS[file]}"
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_lines_are_at_most_100_characters_in_core_and_axes_and_110_elsewhere(file):
+    most = 100 if file.rpartition("/")[0] in ("minisa", "minisa/axes") else 110
+    wide = [number for number, line in enumerate(TEXTS[file].splitlines(), 1) if len(line) > most]
+    assert not wide, f"{file}: lines {wide} have more than {most} characters"
+
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+def lines(node):
+    return node.end_lineno - node.lineno + 1
+
+@pytest.mark.parametrize("file", PRODUCT)
+def test_a_function_fits_on_a_screen(file):
+    functions = [node for node in ast.walk(TREES[file]) if isinstance(node, FUNCTION)]
+    long = {node.name: lines(node) for node in functions if lines(node) > 50}
+    assert not long, f"{file}: {long}, in lines; at most 50"
+
+def attention_classes():
+    """The classes of model.py that are an Attention."""
+    found = []
+    for node in TREES["minisa/model.py"].body:
+        if isinstance(node, ast.ClassDef):
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            if node.name == "Attention" or bases & {known.name for known in found}:
+                found.append(node)
+    return found
+
+CONDITIONS = (ast.If, ast.IfExp, ast.While, ast.Match, ast.BoolOp)
+
+@pytest.mark.parametrize("kind", attention_classes(), ids=[node.name for node in attention_classes()])
+def test_an_attention_reads_as_a_formula_not_as_a_tree_of_cases(kind):
+    for method in kind.body:
+        if isinstance(method, FUNCTION) and method.name == "forward":
+            conditions = [node for node in ast.walk(method) if isinstance(node, CONDITIONS)]
+            assert lines(method) <= 15 and len(conditions) <= 2
+
+def test_there_is_a_class_of_attention_for_each_role():
+    roles = {"Attention", "Anchor", "SharedAttention", "KVAnchor", "CrossLayerAttention"}
+    assert roles <= {kind.name for kind in attention_classes()}

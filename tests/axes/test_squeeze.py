@@ -1,0 +1,361 @@
+"""Squeezed caches against a plain simulation with Python sets of tokens."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minisa import cli, cost
+from minisa.axes import eigen, heads, lowrank, squeeze
+from minisa.axes.heads import Matched, Mixed
+from minisa.axes.lowrank import Corrected
+from minisa.axes.squeeze import POLICIES, SINKS, Squeezing, budgets, loss_after, read, units
+from minisa.data import Data, tokenize
+from minisa.model import GPT, GPTConfig, rope_angles, rotate
+from minisa.tokenizer import Tokenizer
+
+IDX = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(1))
+
+def stir(model):
+    """Move the numbers of a model far from their small initial values."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.25)
+    return model
+
+def make(**mode):
+    torch.manual_seed(0)
+    shape = dict(block_size=64, vocab_size=50, n_layer=5, n_head=4, n_embd=32, n_hidden=48)
+    return stir(GPT(GPTConfig(**shape | mode)).eval())
+
+def mixed():
+    return stir(heads.share(make(n_kv_head=2), "0-2", "mix"))
+
+def matched():
+    model = heads.share(make(), "1-3", "match")
+    for layer in (2, 3):
+        model.blocks[layer].attn.source = torch.tensor([2, 0, 0, 3])
+    return model
+
+MODELS = {
+    "full": make,
+    "gqa": lambda: make(n_kv_head=2),
+    "weights": lambda: make(share="1-3"),
+    "two spans, one kv head": lambda: make(share="1-2,3-4", n_kv_head=1),
+    "kv": lambda: make(share="1-3", share_kind="kv"),
+    "kv, gqa": lambda: make(share="0-1,2-4", share_kind="kv", n_kv_head=2),
+    "match": matched,
+    "mix": mixed,
+    "lowrank": lambda: stir(lowrank.correct(make(n_kv_head=2), "1-3", 2)),
+}
+models = pytest.mark.parametrize("kind", MODELS)
+policies = pytest.mark.parametrize("policy", POLICIES)
+
+class Plain:
+    """One sequence through a model, token by token. After `prompt` tokens each unit u keeps rooms[u], by sets
+    of positions."""
+
+    def __init__(self, model, prompt, policy, rooms):
+        self.model, self.config, self.prompt, self.policy, self.rooms = model, model.config, prompt, policy, rooms
+        self.units, L = units(model.config), model.config.n_layer
+        self.k, self.v = [{} for _ in range(L)], [{} for _ in range(L)]     # position → (G, d)
+        self.kept, self.got = [set() for _ in self.units], [{} for _ in self.units]
+
+    def evict(self, u, length, room):
+        kept, got = self.kept[u], self.got[u]
+        while len(kept) > room:
+            if self.policy == "heavy":
+                old = [p for p in kept if p < length - self.rooms[u] // 2]
+                kept.remove(min(old, key=lambda p: got[p]))
+            else:
+                kept.remove(min(p for p in kept if self.policy == "window" or p >= SINKS))
+
+    def rotated(self, x, n, t):
+        """x (n·d,) of position t → (n, d), turned by every (D/d)-th of RoPE's angles."""
+        stride = self.config.head_dim * n // len(x)
+        angles = [a[::stride] for a in rope_angles(self.config, torch.tensor(t))]
+        return rotate(x.view(1, n, 1, -1), angles).view(n, -1)
+
+    def scores(self, q, layer, places):
+        """q (H, d) against the keys of a layer → (H, S)."""
+        H, G = self.config.n_head, self.config.n_kv_head
+        keys = torch.stack([self.k[layer][p] for p in places])              # (S, G, d)
+        return torch.stack([keys[:, h * G // H] @ q[h] for h in range(H)]) / math.sqrt(q.size(1))
+
+    def weights(self, attn, q, layer, anchor, places):
+        """What the layer attends with, (H, S)."""
+        if layer == anchor:
+            self.anchor_scores = self.scores(q, layer, places)
+            return self.anchor_scores.softmax(-1)
+        if isinstance(attn, Corrected):
+            return (self.anchor_scores + self.scores(q, layer, places)).softmax(-1)
+        if q is not None:                                                   # CLA
+            return self.scores(q, anchor, places).softmax(-1)
+        P = self.anchor_scores.softmax(-1)
+        if isinstance(attn, Mixed):
+            return attn.mix @ P
+        return P[attn.source] if isinstance(attn, Matched) else P
+
+    def attend(self, layer, u, x, t, places):
+        """x (C,) → the stream after a layer."""
+        H, G, block, anchor = self.config.n_head, self.config.n_kv_head, self.model.blocks[layer], self.units[u][0]
+        q, k, v = (block.attn.qkv.weight @ block.norm1(x)).split(block.attn.widths)
+        if len(k):
+            self.k[layer][t] = self.rotated(k, G, t)
+        if len(v):
+            self.v[layer][t] = v.view(G, -1)
+        P = self.weights(block.attn, self.rotated(q, H, t) if len(q) else None, layer, anchor, places)
+        for p, weight in zip(places, P.sum(0).tolist()):
+            self.got[u][p] += weight
+        source = layer if len(v) else anchor
+        values = torch.stack([self.v[source][p] for p in places])           # (S, G, D)
+        y = torch.cat([P[h] @ values[:, h * G // H] for h in range(H)])
+        x = x + block.attn.out.weight @ y
+        return x + block.mlp(block.norm2(x))
+
+    def logits(self, tokens):
+        """→ (T, V)"""
+        out = []
+        for t, token in enumerate(tokens.tolist()):
+            x = self.model.embed.weight[token]
+            for u, unit in enumerate(self.units):
+                if t >= self.prompt:
+                    self.evict(u, t, self.rooms[u] - 1)
+                self.kept[u].add(t)
+                self.got[u][t] = 0.0
+                for layer in unit:
+                    x = self.attend(layer, u, x, t, sorted(self.kept[u]))
+                if t == self.prompt - 1:
+                    self.evict(u, self.prompt, self.rooms[u])
+            out.append(self.model.head(self.model.norm(x)))
+        return torch.stack(out)
+
+def one_by_one(model, cache, idx):
+    """Logits (B, T, V) of idx (B, T), a token at a time."""
+    return torch.cat([model(token, cache=cache)[0] for token in idx.split(1, dim=1)], 1)
+
+# ---- what it attends to ----
+
+@models
+@policies
+@torch.no_grad()
+def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy):
+    model = MODELS[kind]()
+    cache = squeeze.squeeze(*read(model, IDX[:, :25]), 12, policy, 0.5)
+    rooms = [kept.room for kept in cache.units]
+    got = one_by_one(model, cache, IDX[:, 25:])
+    for row, tokens in zip(got, IDX):
+        expected = Plain(model, 25, policy, rooms).logits(tokens)[25:]
+        torch.testing.assert_close(row, expected, atol=2e-3, rtol=1e-3)
+
+@models
+@torch.no_grad()
+def test_with_room_for_all_nothing_changes(kind):
+    model = MODELS[kind]()
+    cache = squeeze.squeeze(*read(model, IDX[:, :20]), 40, "heavy", None)
+    got = one_by_one(model, cache, IDX[:, 20:])
+    torch.testing.assert_close(got, model(IDX)[0][:, 20:], atol=1e-3, rtol=1e-3)
+
+@policies
+@pytest.mark.parametrize("mode", [{}, dict(share="2-4"), dict(share="2-4", share_kind="kv")], ids=str)
+@torch.no_grad()
+def test_it_goes_on_with_narrow_keys_that_are_rotated_when_read(policy, mode):
+    model = eigen.compress(make(**mode), IDX, rank=5)
+    cache = squeeze.squeeze(*read(model, IDX[:, :25]), 40, policy, None)
+    got = one_by_one(model, cache, IDX[:, 25:])
+    torch.testing.assert_close(got, model(IDX)[0][:, 25:], atol=1e-3, rtol=1e-3)
+
+@policies
+@torch.no_grad()
+def test_narrow_keys_keep_their_positions_when_others_go(policy):
+    full = make(share="2-4", n_kv_head=2)
+    exact = eigen.compress(full, IDX, rank=8)                   # all of a head: the same model
+    expected, got = (one_by_one(model, squeeze.squeeze(*read(model, IDX[:, :25]), 12, policy, 0.5), IDX[:, 25:])
+                     for model in (full, exact))
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+    narrow = eigen.compress(full, IDX, rank=7)
+    rooms = squeeze.squeeze(*read(narrow, IDX[:, :25]), 12, policy, 0.5).rooms
+    assert min(rooms) == 6 and len(set(rooms)) == 2
+
+@torch.no_grad()
+def test_several_tokens_go_through_one_at_a_time():
+    model = make()
+    caches = [squeeze.squeeze(*read(model, IDX[:, :20]), 12) for _ in range(2)]
+    one_by_one(model, caches[0], IDX[:, 20:30])
+    expected = model.generate(IDX[:, 30:31], 5, temperature=0, cache=caches[0])[:, 1:]
+    got = model.generate(IDX[:, 20:31], 5, temperature=0, cache=caches[1])[:, 11:]
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="2 tokens at once are more than the 1"):
+        model(IDX[:, :2], cache=caches[0])
+
+def test_generation_goes_on_past_the_prompt_and_the_budget():
+    model = make()
+    cache = squeeze.squeeze(*read(model, IDX[:, :-1]), 12)
+    out = model.generate(IDX[:, -1:], 50, temperature=0, cache=cache)
+    assert out.shape == (2, 51) and cache.length == 39 + 50
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_a_prompt_may_be_shorter_than_the_budget(n):
+    model = make(share="1-3")
+    cache = squeeze.squeeze(*read(model, IDX[:, :n]), 12)
+    got = model.generate(IDX[:, n:n + 1], 4, temperature=0, cache=cache)
+    assert torch.equal(got, model.generate(IDX[:, :n + 1], 4, temperature=0)[:, n:])
+
+@pytest.mark.parametrize("policy, forms_P", [("window", False), ("sinks", False), ("heavy", True)])
+def test_attention_weights_are_formed_only_for_the_policy_that_needs_them(policy, forms_P, monkeypatch):
+    model = make()
+    cache = Squeezing(12, policy).cache_of(model)(IDX)
+    fused, formed = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: formed.append(1) or fused(*a, **k))
+    model(IDX[:, :1], cache=cache)
+    assert (len(formed) == 0) == forms_P
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="oldest: must be one of window, sinks, heavy"):
+        squeeze.squeeze(*read(make(), IDX), 12, "oldest")
+
+# ---- budgets ----
+
+def test_the_layers_of_a_span_are_one_unit():
+    assert units(GPTConfig(n_layer=6, share="1-2,4-5")) == [(0,), (1, 2), (3,), (4, 5)]
+    assert units(GPTConfig(n_layer=2)) == [(0,), (1,)]
+
+def test_layers_that_change_the_stream_least_are_cut_and_the_bytes_stay():
+    groups = [(0,), (1,), (2,), (3,), (4,), (5, 6, 7)]
+    cosines = [0.5, 0.6, 0.9, 0.91, 0.99, 0.995, 0.995, 0.995]
+    sizes = [2, 2, 2, 2, 2, 2, 1, 1]                            # k and v; the reuse layers v only
+    found = budgets(groups, cosines, sizes, 100, 0.4)
+    assert found[4] == found[5] == 40 and len(set(found[:4])) == 1
+    size = [2, 2, 2, 2, 2, 4]                                   # the span holds k once and v three times
+    total = sum(n * s for n, s in zip(found, size))
+    assert 100 * sum(size) - sum(size) < total <= 100 * sum(size)
+
+@pytest.mark.parametrize("cosines, cut", [([0.1, 0.5, 0.9], None), ([0.1, 0.5, 0.9], 1), ([0.5] * 3, 0.4)])
+def test_without_a_cut_or_a_difference_all_budgets_are_the_same(cosines, cut):
+    assert budgets([(0,), (1,), (2,)], cosines, [2, 2, 2], 100, cut) == [100] * 3
+
+def test_memory_is_freed_and_the_same_for_equal_and_unequal_budgets():
+    model = make(block_size=256)
+    idx = torch.randint(50, (3, 200))
+    full, cosines, received = read(model, idx)
+    equal, unequal = (squeeze.squeeze(full, cosines, received, 60, "sinks", cut) for cut in (None, 0.5))
+    assert equal.nbytes == full.nbytes * 60 // 200 and 0.97 * equal.nbytes < unequal.nbytes <= equal.nbytes
+    assert len(set(unequal.rooms)) == 2
+    before = unequal.nbytes
+    for _ in range(5):
+        model(idx[:, :1], cache=unequal)
+    assert unequal.nbytes == before and unequal.length == 205
+
+@models
+@policies
+def test_the_bill_of_a_squeezed_cache_is_predicted(kind, policy):
+    model, caches = MODELS[kind](), []
+
+    def cache_of(idx):
+        caches.append(Squeezing(20, policy).cache_of(model)(idx))
+        return caches[-1]
+    measured = cost.measure(model, 50, batch_size=2, cache_of=cache_of)
+    assert cost.predict(model, 50, batch_size=2, kept=caches[0].rooms) == measured
+
+def test_the_bill_of_a_squeezed_cache_with_narrow_keys_is_predicted():
+    model = eigen.compress(make(share="2-4"), IDX, rank=5)
+    cache = Squeezing(20).cache_of(model)(torch.zeros(1, 49, dtype=torch.long))
+    measured = cost.measure(model, 50, cache_of=lambda _: cache)
+    assert cost.predict(model, 50, kept=cache.rooms) == measured
+
+# ---- what it looks at ----
+
+@torch.no_grad()
+def test_importance_is_the_cosine_before_and_after_attention():
+    model = make(block_size=300, n_kv_head=2)
+    idx = torch.randint(50, (2, 290))                           # more than one chunk
+    before, after = {}, {}
+    hooks = [norm.register_forward_pre_hook(lambda _, args, layer=layer, xs=xs: xs.update({layer: args[0]}))
+             for layer, block in enumerate(model.blocks)
+             for norm, xs in ((block.norm1, before), (block.norm2, after))]
+    P = model.attention_weights(idx)
+    expected = [F.cosine_similarity(before[layer], after[layer], dim=-1).mean().item() for layer in range(5)]
+    for hook in hooks:
+        hook.remove()
+    cache, cosines, received = read(model, idx)
+    assert cosines == pytest.approx(expected, abs=1e-5) and cache.length == 290
+    for layer in range(5):
+        torch.testing.assert_close(received[layer,], P[layer].sum((1, 2)), atol=1e-3, rtol=1e-4)
+    _, again, nothing = read(model, idx, weights=False)
+    assert again == pytest.approx(expected, abs=1e-5) and not any(got.any() for got in nothing.values())
+    assert not any(block.norm2._forward_pre_hooks for block in model.blocks)
+
+def test_a_span_receives_the_weights_of_all_its_layers():
+    model = make(share="1-3", share_kind="kv")
+    P, (_, _, received) = model.attention_weights(IDX), read(model, IDX)
+    assert list(received) == [(0,), (1, 2, 3), (4,)]
+    torch.testing.assert_close(received[1, 2, 3], sum(P[1:4]).sum((1, 2)))
+
+# ---- loss ----
+
+@torch.no_grad()
+def test_loss_is_that_of_the_tokens_after_the_prompt():
+    model, windows = make(), torch.randint(50, (3, 41))
+    logits = model(windows[:, :-1])[0][:, 30:]
+    expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 31:].flatten()).item()
+    assert loss_after(model, windows, 30) == pytest.approx(expected, abs=1e-4)
+    reading = read(model, windows[:, :30])
+    assert loss_after(model, windows, 30, reading, budget=40, cut=None) == pytest.approx(expected, abs=1e-3)
+    assert loss_after(model, windows, 30, reading, budget=10) != pytest.approx(expected, abs=1e-3)
+
+BYTES = Tokenizer.from_tokens([bytes([b]) for b in range(256)])
+
+@pytest.fixture
+def data(text, tmp_path):
+    return Data(tokenize(text, tokenizer=BYTES, folder=tmp_path))
+
+def test_bits_per_byte_are_those_of_the_last_quarters_of_windows(data):
+    model = make(vocab_size=256)
+    windows = data.windows("val", 4, 64)
+    nats = model(windows[:, :-1], windows[:, 1:].where(torch.arange(64) >= 48, -100))[1].item()
+    assert squeeze.bits_per_byte(model, data, 1000, 64) == pytest.approx(nats / math.log(2), abs=1e-4)
+    wide, narrow = (squeeze.bits_per_byte(model, data, 64, 64, Squeezing(budget)) for budget in (64, 8))
+    assert wide == pytest.approx(nats / math.log(2), abs=1e-3) and narrow != pytest.approx(wide, abs=1e-3)
+
+def test_a_prompt_is_read_once_for_all_settings(data, monkeypatch):
+    model, calls = make(vocab_size=256), []
+    args = SimpleNamespace(squeeze=20, squeeze_policy=["sinks", "window"], squeeze_cut=[1.0, 0.5], context=64)
+    ways = squeeze.settings(args, model)
+    monkeypatch.setattr(squeeze, "read", lambda *args: calls.append(1) or read(*args))
+    for way in ways:
+        squeeze.bits_per_byte(model, data, 64, 64, way)
+    assert len(calls) == 1 and [str(way) for way in ways] == [
+        "squeeze 20 sinks equal", "squeeze 20 sinks 0.5", "squeeze 20 window equal", "squeeze 20 window 0.5"]
+
+def test_the_cache_for_the_bill_holds_all_but_a_token_of_the_context(data):
+    cache = Squeezing(20, "sinks").cache_for_bill(make(vocab_size=256), data, 1000)
+    assert cache.length == 63 and max(cache.rooms) < 63
+
+# ---- flags ----
+
+def parse(*flags):
+    parser = cli.Parser("", "x")
+    squeeze.add_flags(parser)
+    return parser.parse_args(flags)
+
+def test_several_policies_and_cuts_may_be_given():
+    args = parse("--squeeze=8", "--squeeze_policy=sinks,heavy", "--squeeze_cut=1,0.5")
+    assert (args.squeeze, args.squeeze_policy, args.squeeze_cut) == (8, ["sinks", "heavy"], [1.0, 0.5])
+    args = parse()
+    assert (args.squeeze, args.squeeze_policy, args.squeeze_cut) == (None, ["heavy"], [0.5])
+
+WRONG = {"--squeeze=7": "7 is not a number from 8 up", "--squeeze_policy=oldest": "must be window, sinks or heavy",
+         "--squeeze_cut=0": "above 0 and at most 1", "--squeeze_cut=half": "above 0 and at most 1",
+         "--squeeze_cut=0.5,2": "above 0 and at most 1", "--squeeze_cut=nan": "above 0 and at most 1"}
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_a_wrong_flag_is_refused_by_name(flag):
+    with pytest.raises(ValueError, match=f"{flag.split('=')[0]}.*{WRONG[flag]}"):
+        parse(flag)
+
+def test_a_budget_above_the_context_is_refused():
+    args = SimpleNamespace(squeeze=65, squeeze_policy=["heavy"], squeeze_cut=[0.5], context=1000)
+    with pytest.raises(ValueError, match="--squeeze=65: must be from 8 to the context of 64 tokens"):
+        squeeze.settings(args, make())

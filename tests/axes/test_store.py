@@ -1,0 +1,341 @@
+"""Stored caches: what comes back is what was computed, or is computed anew, whatever happens to the files."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from minisa.axes import eigen, heads, lowrank
+from minisa.axes.store import BLOCK, Block, Damaged, Store, StoredCache
+from minisa.checkpoint import changes
+from minisa.model import GPT, GPTConfig, KVCache
+
+SHAPE = dict(block_size=400, vocab_size=50, n_layer=3, n_head=2, n_embd=16, n_hidden=16)
+
+def stir(model):
+    """Move the numbers of a model far from their small initial values."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.25)
+    return model
+
+def make(seed=0, **mode):
+    torch.manual_seed(seed)
+    return stir(GPT(GPTConfig(**SHAPE | mode)).eval())
+
+def tokens(n, seed=1):
+    return torch.randint(50, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+def narrow():
+    return eigen.compress(make(share="1-2"), torch.tensor([tokens(60)]), rank=3)
+
+def changed(technique):
+    """A model of each axis, with other numbers than it starts with."""
+    if technique == "eigen":
+        return narrow()
+    if technique == "lowrank":
+        return stir(lowrank.correct(make(), "1-2", 2))
+    return stir(heads.share(make(), "0-1", technique))
+
+@torch.no_grad()
+def read(model, store, history):
+    """Read a history through the store, as a chat does → logits after its last token, how many tokens were
+    reused, the cache."""
+    while True:
+        cache = store.load(history)
+        reused = cache.length
+        try:
+            for part in torch.tensor([history[reused:]]).split(min(100, store.size), dim=1):
+                logits, _ = model(part, cache=cache)
+            return logits[0, -1], reused, cache
+        except Damaged:
+            continue
+
+@torch.no_grad()
+def fresh(model, history, size=400):
+    cache = KVCache(model, 1, size, model.embed.weight.dtype)
+    for part in torch.tensor([history]).split(100, dim=1):
+        logits, _ = model(part, cache=cache)
+    return logits[0, -1]
+
+def same(a, b):
+    return torch.allclose(a.float(), b.float(), atol=2e-2 if a.dtype == torch.bfloat16 else 1e-4)
+
+def remember(model, folder, history, **limits):
+    """A process that reads a history, stores it and ends."""
+    store = Store(model, folder, **limits)
+    store.save(history, read(model, store, history)[2])
+    store.close()
+
+def held(store):
+    return list(store.memory.blocks)
+
+# ---- what comes back ----
+
+MODELS = {
+    "full": make,
+    "weights": lambda: make(share="0-1"),
+    "kv": lambda: make(share="0-2", share_kind="kv"),
+    "one kv head": lambda: make(n_kv_head=1),
+    "match": lambda: changed("match"),
+    "mix": lambda: changed("mix"),
+    "lowrank": lambda: changed("lowrank"),
+    "eigen": narrow,
+    "bfloat16": lambda: make().bfloat16(),
+}
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("folder", [True, False], ids=["disk", "memory"])
+def test_a_history_is_reused_and_the_answer_is_the_same(kind, folder, tmp_path):
+    model, history = MODELS[kind](), tokens(300)
+    store = Store(model, tmp_path if folder else None)
+    _, reused, cache = read(model, store, history[:200])
+    assert reused == 0
+    store.save(history[:200], cache)
+    if folder:                                          # a new process
+        store.close()
+        store = Store(model, tmp_path)
+    logits, reused, cache = read(model, store, history)
+    assert reused == 200 // BLOCK * BLOCK and same(logits, fresh(model, history))
+    assert cache.k[0].dtype == model.embed.weight.dtype
+
+def test_an_edited_history_reuses_what_comes_before_the_edit(tmp_path):
+    model, history = make(), tokens(300)
+    remember(model, tmp_path, history)
+    edited = history[:150] + [(history[150] + 1) % 50] + history[151:]
+    logits, reused, _ = read(model, Store(model, tmp_path), edited)
+    assert reused == 128 and same(logits, fresh(model, edited))
+    assert read(model, Store(model, tmp_path), history[:100])[1] == 64
+
+def test_another_model_config_or_window_finds_nothing(tmp_path):
+    model, history = make(), tokens(200)
+    remember(model, tmp_path, history)
+    assert read(model, Store(model, tmp_path), history)[1] == 192
+    other = make()
+    with torch.no_grad():
+        other.blocks[1].mlp.down.weight[0, 0] += 1e-3       # one number
+    for stranger in (other, make(seed=1), make(share="0-1"), make().bfloat16()):
+        assert read(stranger, Store(stranger, tmp_path), history)[1] == 0
+    assert read(model, Store(model, tmp_path, size=300), history)[1] == 0
+
+def test_what_axes_changed_is_part_of_the_model(tmp_path):
+    model, history = make(), tokens(200)
+    remember(model, tmp_path, history)
+    assert Store(model).root == Store(make()).root
+    model.changes = [{"by": "heads", "settings": {"heads": "match"}}]       # with the same tensors
+    assert changes(model) and read(model, Store(model, tmp_path), history)[1] == 0
+
+# a block is lost if it wraps within a turn
+@pytest.mark.parametrize("size, n, known", [(128, 200, 192), (128, 500, 448), (100, 330, 192), (64, 200, 0)])
+def test_a_history_longer_than_the_window_stays_valid(tmp_path, size, n, known):
+    model, history = make(), tokens(n + 10)
+    store = Store(model, tmp_path, size=size)
+    cache = store.load(history[:n])
+    with torch.no_grad():
+        for token in history[:n]:
+            model(torch.tensor([[token]]), cache=cache)
+            if cache.length % 50 == 0:                      # turns
+                store.save(history[:cache.length], cache)
+        store.save(history[:n], cache)
+        store.close()
+        expected = [model(torch.tensor([[token]]), cache=cache)[0][0, 0] for token in history[n:]][-1]
+    logits, reused, _ = read(model, Store(model, tmp_path, size=size), history)
+    assert reused == known and same(logits, expected)
+
+def test_conversations_share_what_they_have_in_common(tmp_path):
+    model, store = make(), Store(make(), tmp_path)
+    first, second = tokens(128) + tokens(100, 2), tokens(128) + tokens(100, 3)
+    store.save(first, read(model, store, first)[2])
+    logits, reused, cache = read(model, store, second)
+    assert reused == 128 and same(logits, fresh(model, second))
+    store.save(second, cache)
+    store.close()
+    assert len(list(tmp_path.glob("*.kv"))) == 2 + 1 + 1
+
+def test_both_tiers_keep_their_limits_and_let_the_least_recently_used_go(tmp_path):
+    model = make()
+    size = Store(model).layout.file_bytes
+    limits = dict(memory=3 * size, disk=5 * size)
+    store = Store(model, tmp_path, **limits)
+    for seed in (1, 2, 3, 1, 4):                            # 3 blocks each; 1 is used once more
+        history = tokens(3 * BLOCK + 1, seed)
+        store.save(history, read(model, store, history)[2])
+        store.background.submit(int).result()
+        assert len(held(store)) <= 3 and len(list(tmp_path.glob("*.kv"))) <= 5
+        time.sleep(0.02)
+    store.close()
+    names = {seed: store.names(tokens(3 * BLOCK + 1, seed)) for seed in (1, 2, 3, 4)}
+    assert set(held(store)) == set(names[4])
+    found = [read(model, Store(model, tmp_path, **limits), tokens(3 * BLOCK + 1, seed))[1] for seed in names]
+    assert found == [2 * BLOCK, 0, 0, 3 * BLOCK]            # the later blocks of 1 went first
+
+def test_layers_arrive_while_earlier_ones_compute(tmp_path, monkeypatch):
+    model, history = make(), tokens(200)
+    remember(model, tmp_path, history)
+    events, layer_of, write = [], Block.layer, StoredCache.write
+
+    def slow(self, layer):
+        time.sleep(0.01)
+        events.append(("arrived", layer))
+        return layer_of(self, layer)
+
+    def attend(self, name, layer, new):
+        out = write(self, name, layer, new)
+        events.append(("computed", layer))
+        return out
+    monkeypatch.setattr(Block, "layer", slow)
+    monkeypatch.setattr(StoredCache, "write", attend)
+    logits, reused, _ = read(model, Store(model, tmp_path), history)
+    assert reused == 192 and same(logits, fresh(model, history))
+    assert events.index(("computed", 0)) < events.index(("arrived", 2))
+
+# ---- damage ----
+
+def harm(whole, rng):
+    """Cut or alter a file at random."""
+    kind, at = rng.randrange(5), rng.randrange(len(whole))
+    if kind == 0:
+        return whole[:at]
+    if kind == 1:
+        return whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:]
+    if kind == 2:
+        return whole[:at] + rng.randbytes(rng.randrange(1, 100)) + whole[at:]
+    if kind == 3:
+        return bytes(len(whole))
+    n = rng.randrange(1, 500)
+    return whole[:at] + rng.randbytes(len(whole[at:at + n])) + whole[at + n:]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, times", [({}, 800), (dict(share="0-1", share_kind="kv"), 200)], ids=str)
+def test_a_thousand_files_cut_or_altered_give_no_wrong_answer(mode, times, tmp_path):
+    model, history, rng = make(**mode), tokens(200), random.Random(0)
+    expected = fresh(model, history)
+    remember(model, tmp_path, history)
+    whole = {path: path.read_bytes() for path in tmp_path.glob("*.kv")}
+    store, reused_at_all = Store(model, tmp_path, memory=1), 0
+    for i in range(times):
+        path = rng.choice(sorted(whole))
+        path.write_bytes(harm(whole[path], rng))
+        logits, reused, _ = read(model, store, history)
+        assert same(logits, expected) and reused < 192 and not path.exists(), i
+        reused_at_all += reused > 0
+        path.write_bytes(whole[path])
+    assert reused_at_all > 0.3 * times and read(model, store, history)[1] == 192
+
+def alter(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+def test_a_damaged_layer_reaches_neither_tier(tmp_path):
+    model, history = make(), tokens(200)
+    remember(model, tmp_path, history)
+    store = Store(model, tmp_path)
+    names = store.names(history)
+    alter(store.disk.path(names[1]), store.layout.parts[1][0] + 5)      # layer 1 of 3 of the second block
+    logits, reused, cache = read(model, store, history)
+    assert reused == 64 and same(logits, fresh(model, history))
+    store.reader.submit(int).result()
+    assert names[1] not in held(store) and store.disk.path(names[2]).exists()
+    store.save(history, cache)
+    assert read(model, store, history)[1] == 192
+
+def test_a_layer_that_caches_nothing_is_checked_too(tmp_path):
+    model, history = make(share="0-1", share_kind="kv"), tokens(200)
+    remember(model, tmp_path, history)
+    store = Store(model, tmp_path)
+    alter(store.disk.path(store.names(history)[1]), 32 * 2 + 5)     # the digest of layer 1, which is empty
+    logits, reused, _ = read(model, store, history)
+    assert reused == 64 and same(logits, fresh(model, history))
+
+def test_files_of_others_are_not_used(tmp_path):
+    model, history = make(), tokens(100)
+    remember(model, tmp_path, history)
+    remember(model, tmp_path / "other", tokens(100, 2))
+    (path,), (other,) = tmp_path.glob("*.kv"), (tmp_path / "other").glob("*.kv")
+    path.write_bytes(path.read_bytes()[:32] + other.read_bytes()[32:])  # another conversation under our name
+    logits, reused, _ = read(model, Store(model, tmp_path), history)
+    assert reused == 0 and same(logits, fresh(model, history))
+
+def test_many_unreadable_blocks_are_let_go_one_after_the_other(tmp_path):
+    model, history = make(), tokens(200 * BLOCK + 1)
+    store = Store(model, tmp_path)
+    for name in store.names(history):
+        store.disk.path(name).write_bytes(b"")
+    assert store.load(history).length == 0
+
+def save_for_ever(disk, contents, rng):
+    """What the background thread does, in a process of its own, whose id is returned."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        while True:
+            for name, data in contents.items():
+                disk.put(name, data)
+                if rng.random() < 0.3:
+                    os.unlink(disk.path(name))
+    finally:
+        os._exit(1)
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_two_hundred_kills_while_saving_leave_whole_files_or_none(tmp_path):
+    model, rng, history, found = make(), random.Random(0), tokens(321), []
+    expected = fresh(model, history)
+    remember(model, tmp_path / "source", history)
+    store, folder = Store(model, tmp_path / "store"), tmp_path / "store"
+    contents = {bytes.fromhex(path.stem): path.read_bytes() for path in (tmp_path / "source").glob("*.kv")}
+    for i in range(200):
+        if i % 20 == 0:                                     # from empty again
+            for path in folder.glob("*"):
+                path.unlink()
+        child = save_for_ever(store.disk, contents, rng)
+        time.sleep(rng.uniform(0.0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert all(path.read_bytes() == contents[bytes.fromhex(path.stem)] for path in folder.glob("*.kv"))
+        logits, reused, _ = read(model, Store(model, folder), history)
+        assert same(logits, expected)
+        found.append(reused)
+    assert len(set(found)) > 1                              # killed at different moments
+
+def test_two_stores_may_use_one_folder(tmp_path):
+    model = make()
+    stores = [Store(model, tmp_path, disk=4 * Store(model).layout.file_bytes, memory=1) for _ in range(2)]
+    for turn in range(12):                                  # each lets go of what the other has just written
+        for i, store in enumerate(stores):
+            history = tokens(200, 10 * (turn % 3) + i)
+            logits, _, cache = read(model, store, history)
+            assert same(logits, fresh(model, history))
+            store.save(history, cache)
+
+def test_a_disk_that_is_full_stops_the_saving_only(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    model, history = make(), tokens(200)
+    store = Store(model, tmp_path)
+    store.save(history, read(model, store, history)[2])
+    assert read(model, store, history)[1] == 192            # from memory
+    store.close()
+    assert "could not be written (No space left on device)" in store.disk.trouble
+    assert not list(tmp_path.iterdir())
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    model = make()
+    for name, age in (("old.kv.x1", 7200), ("new.kv.x2", 0)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    Store(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new.kv.x2"]
+
+def test_what_cannot_be_a_store_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="--store=.*no folder that can be written"):
+        Store(make(), tmp_path / "file")
+    with pytest.raises(ValueError, match="--context=63"):
+        Store(make(), size=63)
