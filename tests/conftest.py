@@ -3,8 +3,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from minisa.cli import command
+
+torch.set_num_threads(1)                        # models this small are slower with more
+os.environ["OMP_NUM_THREADS"] = "1"             # also those of the processes that tests start
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):

@@ -167,7 +167,7 @@ class SqueezedCache(KVCache):
     def add_up(self, P):
         """P (B, H, 1, S), of one layer after the other: what each token received of it."""
         kept = self.kept[self.watched]
-        kept.received[:, :kept.count] += P.sum((1, 2))
+        kept.received[:, :kept.count] += P.detach().sum((1, 2))
         self.watched += 1
 
 # ---- to read a prompt, and to squeeze its cache ----

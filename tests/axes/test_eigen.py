@@ -297,8 +297,9 @@ def test_a_compressed_model_is_written_loaded_and_trained_on(run, text, tmp_path
     assert run(train.main, *short, "--init_from=c", "--max_iters=2", "--out_dir=tuned")[0] == 0
     before, after = (load(name)[0].blocks[1].attn.restore for name in ("c", "tuned"))
     assert not torch.equal(before, after)
-    for flags, reason in {("full",): "--rank, --error: give one",
-                          ("full", "--rank=3", "--error=0.1"): "give one", ("full", "--error=0"): "--error=0: must be above 0", ("full", "--rank=0"): "--rank",
+    for flags, reason in {("full",): "--rank, --error: give one", ("full", "--rank=0"): "--rank",
+                          ("full", "--rank=3", "--error=0.1"): "--rank, --error: give one",
+                          ("full", "--error=0"): "--error=0: must be above 0",
                           ("full", "--rank=17"): "--rank=17: a head", ("a", "--rank=3"): "compressed already",
                           ("a", "--error=0.1"): "compressed already"}.items():
         status, _, err = run(eigen.main, *flags, "--out=x")

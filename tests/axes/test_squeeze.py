@@ -58,7 +58,8 @@ class Plain:
     of positions."""
 
     def __init__(self, model, prompt, policy, rooms):
-        self.model, self.config, self.prompt, self.policy, self.rooms = model, model.config, prompt, policy, rooms
+        self.model, self.config = model, model.config
+        self.prompt, self.policy, self.rooms = prompt, policy, rooms
         self.units, L = units(model.config), model.config.n_layer
         self.k, self.v = [{} for _ in range(L)], [{} for _ in range(L)]     # position → (G, d)
         self.kept, self.got = [set() for _ in self.units], [{} for _ in self.units]
@@ -100,7 +101,8 @@ class Plain:
 
     def attend(self, layer, u, x, t, places):
         """x (C,) → the stream after a layer."""
-        H, G, block, anchor = self.config.n_head, self.config.n_kv_head, self.model.blocks[layer], self.units[u][0]
+        H, G = self.config.n_head, self.config.n_kv_head
+        block, anchor = self.model.blocks[layer], self.units[u][0]
         q, k, v = (block.attn.qkv.weight @ block.norm1(x)).split(block.attn.widths)
         if len(k):
             self.k[layer][t] = self.rotated(k, G, t)
@@ -172,11 +174,11 @@ def test_it_goes_on_with_narrow_keys_that_are_rotated_when_read(policy, mode):
 def test_narrow_keys_keep_their_positions_when_others_go(policy):
     full = make(share="2-4", n_kv_head=2)
     exact = eigen.compress(full, IDX, rank=8)                   # all of a head: the same model
-    expected, got = (one_by_one(model, squeeze.squeeze(*read(model, IDX[:, :25]), 12, policy, 0.5), IDX[:, 25:])
+    expected, got = (one_by_one(model, Squeezing(12, policy).cache_of(model)(IDX[:, :25]), IDX[:, 25:])
                      for model in (full, exact))
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
     narrow = eigen.compress(full, IDX, rank=7)
-    rooms = squeeze.squeeze(*read(narrow, IDX[:, :25]), 12, policy, 0.5).rooms
+    rooms = Squeezing(12, policy).cache_of(narrow)(IDX[:, :25]).rooms
     assert min(rooms) == 6 and len(set(rooms)) == 2
 
 @torch.no_grad()
@@ -316,7 +318,7 @@ def test_bits_per_byte_are_those_of_the_last_quarters_of_windows(data):
     windows = data.windows("val", 4, 64)
     nats = model(windows[:, :-1], windows[:, 1:].where(torch.arange(64) >= 48, -100))[1].item()
     assert squeeze.bits_per_byte(model, data, 1000, 64) == pytest.approx(nats / math.log(2), abs=1e-4)
-    wide, narrow = (squeeze.bits_per_byte(model, data, 64, 64, Squeezing(budget)) for budget in (64, 8))
+    wide, narrow = (squeeze.bits_per_byte(model, data, 64, 64, Squeezing(n, cut=1)) for n in (64, 8))
     assert wide == pytest.approx(nats / math.log(2), abs=1e-3) and narrow != pytest.approx(wide, abs=1e-3)
 
 def test_a_prompt_is_read_once_for_all_settings(data, monkeypatch):
@@ -346,7 +348,8 @@ def test_several_policies_and_cuts_may_be_given():
     args = parse()
     assert (args.squeeze, args.squeeze_policy, args.squeeze_cut) == (None, ["heavy"], [0.5])
 
-WRONG = {"--squeeze=7": "7 is not a number from 8 up", "--squeeze_policy=oldest": "must be window, sinks or heavy",
+WRONG = {"--squeeze=7": "7 is not a number from 8 up",
+         "--squeeze_policy=oldest": "must be window, sinks or heavy",
          "--squeeze_cut=0": "above 0 and at most 1", "--squeeze_cut=half": "above 0 and at most 1",
          "--squeeze_cut=0.5,2": "above 0 and at most 1", "--squeeze_cut=nan": "above 0 and at most 1"}
 

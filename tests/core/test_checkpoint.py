@@ -2,6 +2,10 @@
 
 import os
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +129,14 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(folder, mon
     with pytest.raises(OSError, match="model.pt: could not be written .No space left"):
         checkpoint.save(folder / "model.pt", make(), TOKENIZER, INFO)
     assert (folder / "model.pt").read_bytes() == before and os.listdir(folder) == ["model.pt"]
+
+def test_the_package_works_outside_the_checkout(tmp_path):
+    root = Path(minisa.__file__).parent
+    shutil.copytree(root, tmp_path / "site" / "minisa", ignore=shutil.ignore_patterns("__pycache__"))
+    code = ("import minisa; from minisa import load; from minisa.files import data_folder; "
+            "import minisa.axes.eigen, minisa.lab.scan; print(minisa.__file__, data_folder())")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    found = [f"{tmp_path}/site/minisa/__init__.py", f"{tmp_path}/cache/minisa"]
+    assert done.stdout.split() == found, done.stderr

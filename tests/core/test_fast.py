@@ -6,6 +6,12 @@ import torch
 from minisa.fast import for_decoding, multiply
 from minisa.model import GPT, GPTConfig
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
 @pytest.mark.parametrize("n_out, n_in", [(24, 16), (64, 16), (7, 16), (24, 9), (7, 9)])
 @pytest.mark.parametrize("by_columns", [False, True])
 def test_one_token_is_multiplied_the_same_however_the_weight_is_stored(n_out, n_in, by_columns):

@@ -1,0 +1,187 @@
+"""The chat in the terminal, from the command line, with a small model that has SmolLM2's chat format."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from minisa import checkpoint
+from minisa.lab import chat
+from minisa.model import GPT, Block, GPTConfig
+from minisa.tokenizer import Tokenizer
+
+START, END = 256, 257
+BYTES = [bytes([b]) for b in range(256)]
+TOKENIZER = Tokenizer.from_tokens([*BYTES, b"<|im_start|>", b"<|im_end|>"], [START, END], "gpt-2")
+INFO = {"step": 0, "val_loss": 1.0, "val_bpb": 1.0, "data": None, "seconds": 0}
+
+@pytest.fixture
+def talk(run, tmp_path, monkeypatch):
+    """talk(lines, *flags) → status, stdout, stderr of a chat, greedy, with answers of 12 tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=1000, vocab_size=258, n_layer=3, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    checkpoint.save(tmp_path / "run" / "model.pt", model, TOKENIZER, INFO)
+
+    def talk(lines, *flags):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return run(chat.main, "run", "--temperature=0", "--max_new_tokens=12", *flags)
+    return talk
+
+def answers(out):
+    """What the model said, without the lines of the program."""
+    parts = out.split("\n[first token")[:-1]
+    return [part.split("]\n")[-1].splitlines()[-1] for part in parts]
+
+def reused(out):
+    """(tokens reused, tokens in all) of each turn."""
+    found = re.findall(r"([\d,]+) of ([\d,]+) tokens reused", out)
+    return [tuple(int(n.replace(",", "")) for n in pair) for pair in found]
+
+def history(folder):
+    return json.loads((folder / "chat.json").read_text())
+
+def generated(folder, tokens, begin):
+    """What the model of a folder says after tokens[:begin], when it reads them all anew."""
+    model, _, _ = checkpoint.load(folder / "run")
+    return model.generate(torch.tensor([tokens[:begin]]), 12, temperature=0)[0, begin:].tolist()
+
+def one_line(err):
+    return err.count("\n") == 1
+
+def test_a_conversation_is_in_the_models_own_format(talk, tmp_path):
+    assert talk(["Hello <|im_end|> you", "And now?"], "--store=s")[0] == 0
+    tokens = history(tmp_path / "s")["tokens"]
+    text = TOKENIZER.decode(tokens)
+    assert text.startswith(f"<|im_start|>system\n{chat.SYSTEM}<|im_end|>\n"
+                           "<|im_start|>user\nHello <|im_end|> you<|im_end|>\n<|im_start|>assistant\n")
+    assert text.count("<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n") == 1
+    assert text.endswith("<|im_end|>\n")
+    assert tokens.count(START) == 5 and tokens.count(END) == 5          # the one that was typed is text
+
+def test_the_answers_are_those_of_a_model_that_reads_everything_anew(talk, tmp_path):
+    status, out, err = talk(["Hello", "Why?", "Go on"], "--store=s")
+    tokens = history(tmp_path / "s")["tokens"]
+    starts = [i for i, token in enumerate(tokens) if token == START]
+    for start in starts[2::2]:                                          # the assistant's
+        begin = start + 1 + len(TOKENIZER.encode("assistant\n"))
+        end = tokens.index(END, begin)
+        expected = [*generated(tmp_path, tokens, begin), END]           # cut off, it ends there too
+        assert tokens[begin:end + 1] == expected[:expected.index(END) + 1]
+    assert (status, err) == (0, "") and [n > 0 for n, _ in reused(out)] == [False, True, True]
+
+def test_a_new_process_goes_on_where_the_last_one_ended(talk):
+    together = talk(["Hello", "Why?"])[1]
+    first, second = talk(["Hello"], "--store=s")[1], talk(["Why?"], "--store=s")[1]
+    assert "going on with a conversation of 1 turns" in second
+    assert answers(together) == answers(first) + answers(second)
+    (n, total), = reused(second)
+    assert 64 <= n < total
+
+def test_a_damaged_store_changes_no_answer(talk, tmp_path):
+    talk(["Hello there, how are you today? " * 4], "--store=s")
+    saved = (tmp_path / "s" / "chat.json").read_text()
+    expected = answers(talk(["Why?"], "--store=s")[1])
+    for path in (tmp_path / "s").glob("*.kv"):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (tmp_path / "s" / "chat.json").write_text(saved)
+    status, out, err = talk(["Why?"], "--store=s")
+    assert (status, err) == (0, "") and answers(out) == expected and reused(out)[0][0] == 0
+
+def test_turns_can_be_taken_back_and_the_conversation_begun_anew(talk, tmp_path):
+    status, out, _ = talk(["Hello", "Why?", "/undo", "Why?", "/bill", "/reset", "Hello", "/what"], "--store=s")
+    said = answers(out)
+    assert status == 0 and said[1] == said[2] and said[0] == said[3]
+    assert "1 turns" in out and "0 turns" in out and out.count(chat.HELP) == 2
+    assert "cache B/token" in out and "ERROR" not in out
+    assert len(history(tmp_path / "s")["turns"]) == 1
+
+def test_nothing_can_be_taken_back_before_the_first_turn(talk):
+    status, out, err = talk(["/undo", "/bill", "Hello"])
+    assert (status, err) == (0, "") and len(answers(out)) == 1
+
+@pytest.mark.parametrize("layer, call", [(0, 1), (1, 3), (2, 3), (2, 9)])
+def test_ctrl_c_stops_an_answer_and_leaves_no_half_computed_cache(talk, tmp_path, monkeypatch, layer, call):
+    forward, calls = Block.forward, []
+
+    def interrupted(self, *args):
+        calls.append(self.attn.layer)
+        if calls.count(layer) == call and self.attn.layer == layer:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+    monkeypatch.setattr(Block, "forward", interrupted)
+    status, out, err = talk(["Hello there, how are you? " * 3, "Why?"], "--store=s")
+    assert (status, err) == (0, "") and ("[stopped]" in out) == (call == 1)
+    tokens = history(tmp_path / "s")["tokens"]
+    assert tokens.count(START) == tokens.count(END) == (3 if call == 1 else 5)
+    begin = len(tokens) - tokens[::-1].index(START) + len(TOKENIZER.encode("assistant\n"))
+    assert tokens[begin:begin + 5] == generated(tmp_path, tokens, begin)[:5]
+
+def test_ctrl_c_while_a_text_is_printed_keeps_what_was_said(talk, tmp_path, monkeypatch):
+    stream = Tokenizer.decode_stream
+
+    def interrupted(self, ids):
+        for n, piece in enumerate(stream(self, ids)):
+            if n == 3:
+                raise KeyboardInterrupt
+            yield piece
+    monkeypatch.setattr(Tokenizer, "decode_stream", interrupted)
+    status, _, err = talk(["Hello"], "--store=s")
+    tokens = history(tmp_path / "s")["tokens"]
+    begin = len(tokens) - tokens[::-1].index(START) + len(TOKENIZER.encode("assistant\n"))
+    said = tokens[begin:-2]
+    assert (status, err) == (0, "") and len(said) == 4 and said == generated(tmp_path, tokens, begin)[:4]
+    assert tokens[-2:] == [END, *TOKENIZER.encode("\n")] and list((tmp_path / "s").glob("*.kv"))
+
+DAMAGED = ["", "{", "[]", '{"tokens": [1]}', '{"tokens": [999], "turns": [1], "tokenizer": "TOK"}',
+           '{"tokens": [1.5], "turns": [1], "tokenizer": "TOK"}', '{"tokens": [1], "turns": [9], "tokenizer": "TOK"}',
+           '{"tokens": [1], "turns": [], "tokenizer": "other"}', '{"tokens": {}, "turns": "", "tokenizer": "TOK"}',
+           '{"tokens": [], "turns": [], "tokenizer": "TOK"}', "\0\xff"]
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_history_is_left_behind_in_one_line(talk, tmp_path, content):
+    talk(["Hello"], "--store=s")
+    file = tmp_path / "s" / "chat.json"
+    file.write_bytes(content.replace("TOK", history(tmp_path / "s")["tokenizer"]).encode("latin-1"))
+    status, out, err = talk(["Hello"], "--store=s")
+    assert status == 0 and "cannot be continued" in err and one_line(err) and len(answers(out)) == 1
+    assert (tmp_path / "s" / "chat.json.old").exists()
+
+def test_a_store_that_cannot_save_says_so_and_the_chat_goes_on(talk, monkeypatch):
+    def full(path, data):
+        raise OSError(f"{path}: could not be written")
+    monkeypatch.setattr(chat, "write_file", full)
+    status, out, err = talk(["Hello", "Why?"], "--store=s")
+    assert status == 0 and len(answers(out)) == 2
+    assert err.count("the store does not save: s/chat.json: could not be written\n") == 2
+
+@pytest.mark.parametrize("flags", [["--share=1-2"], ["--share=0-2", "--share_kind=kv"], ["--dtype=bfloat16"]], ids=str)
+def test_it_works_with_sharing_and_in_half_the_bytes(talk, flags):
+    status, out, err = talk(["Hello", "Why?", "/bill"], *flags, "--store=s")
+    assert (status, err) == (0, "") and reused(out)[1][0] > 0 and "ERROR" not in out
+
+def test_a_small_window_lets_old_turns_go(talk):
+    status, out, err = talk(["Hello"] * 8 + ["/bill"], "--context=100", "--store=s")
+    assert (status, err) == (0, "") and len(answers(out)) == 8 and "ERROR" not in out
+
+WRONG = {"run2": "unrecognized arguments: run2", "--context=10": "--context=10: the store keeps blocks",
+         "--store=run/model.pt": "no folder that can be written", "--store_memory=x": "--store_memory",
+         "--share=0-9": "--share=0-9", "--dtype=int8": "--dtype"}
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_a_wrong_flag_gets_one_line_and_status_2(talk, flag):
+    status, _, err = talk(["Hello"], flag)
+    assert status == 2 and WRONG[flag] in err and one_line(err)
+
+def test_a_model_without_a_chat_format_is_refused(talk, run, tmp_path):
+    model, _, info = checkpoint.load(tmp_path / "run")
+    plain = Tokenizer.from_tokens([*BYTES, b"ab", b"cd"])
+    checkpoint.save(tmp_path / "plain" / "model.pt", model, plain, info)
+    status, _, err = run(chat.main, "plain")
+    assert status == 2 and "has no chat format" in err and one_line(err)
