@@ -34,9 +34,9 @@ def talk(run, tmp_path, monkeypatch):
     return talk
 
 def answers(out):
-    """What the model said, without the lines of the program."""
-    parts = out.split("\n[first token")[:-1]
-    return [part.split("]\n")[-1].splitlines()[-1] for part in parts]
+    """The last line of what the model said, of each turn."""
+    parts = re.split(r"\n\[first token.*\]\n", out)[:-1]
+    return [part.split("\n")[-1] for part in parts]
 
 def reused(out):
     """(tokens reused, tokens in all) of each turn."""
@@ -95,7 +95,8 @@ def test_a_damaged_store_changes_no_answer(talk, tmp_path):
     assert (status, err) == (0, "") and answers(out) == expected and reused(out)[0][0] == 0
 
 def test_turns_can_be_taken_back_and_the_conversation_begun_anew(talk, tmp_path):
-    status, out, _ = talk(["Hello", "Why?", "/undo", "Why?", "/bill", "/reset", "Hello", "/what"], "--store=s")
+    lines = ["Hello", "Why?", "/undo", "Why?", "/bill", "/reset", "Hello", "/what"]
+    status, out, _ = talk(lines, "--store=s")
     said = answers(out)
     assert status == 0 and said[1] == said[2] and said[0] == said[3]
     assert "1 turns" in out and "0 turns" in out and out.count(chat.HELP) == 2
@@ -139,10 +140,13 @@ def test_ctrl_c_while_a_text_is_printed_keeps_what_was_said(talk, tmp_path, monk
     assert (status, err) == (0, "") and len(said) == 4 and said == generated(tmp_path, tokens, begin)[:4]
     assert tokens[-2:] == [END, *TOKENIZER.encode("\n")] and list((tmp_path / "s").glob("*.kv"))
 
-DAMAGED = ["", "{", "[]", '{"tokens": [1]}', '{"tokens": [999], "turns": [1], "tokenizer": "TOK"}',
-           '{"tokens": [1.5], "turns": [1], "tokenizer": "TOK"}', '{"tokens": [1], "turns": [9], "tokenizer": "TOK"}',
-           '{"tokens": [1], "turns": [], "tokenizer": "other"}', '{"tokens": {}, "turns": "", "tokenizer": "TOK"}',
-           '{"tokens": [], "turns": [], "tokenizer": "TOK"}', "\0\xff"]
+DAMAGED = ["", "{", "[]", '{"tokens": [1]}', "\0\xff",
+           '{"tokens": [999], "turns": [1], "tokenizer": "TOK"}',
+           '{"tokens": [1.5], "turns": [1], "tokenizer": "TOK"}',
+           '{"tokens": [1], "turns": [9], "tokenizer": "TOK"}',
+           '{"tokens": [1], "turns": [], "tokenizer": "other"}',
+           '{"tokens": {}, "turns": "", "tokenizer": "TOK"}',
+           '{"tokens": [], "turns": [], "tokenizer": "TOK"}']
 
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_history_is_left_behind_in_one_line(talk, tmp_path, content):
@@ -161,7 +165,9 @@ def test_a_store_that_cannot_save_says_so_and_the_chat_goes_on(talk, monkeypatch
     assert status == 0 and len(answers(out)) == 2
     assert err.count("the store does not save: s/chat.json: could not be written\n") == 2
 
-@pytest.mark.parametrize("flags", [["--share=1-2"], ["--share=0-2", "--share_kind=kv"], ["--dtype=bfloat16"]], ids=str)
+FORMS = [["--share=1-2"], ["--share=0-2", "--share_kind=kv"], ["--dtype=bfloat16"]]
+
+@pytest.mark.parametrize("flags", FORMS, ids=str)
 def test_it_works_with_sharing_and_in_half_the_bytes(talk, flags):
     status, out, err = talk(["Hello", "Why?", "/bill"], *flags, "--store=s")
     assert (status, err) == (0, "") and reused(out)[1][0] > 0 and "ERROR" not in out

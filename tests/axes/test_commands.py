@@ -1,0 +1,46 @@
+"""The commands of the axes as a user runs them, in processes of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minisa
+from minisa import checkpoint
+from minisa.axes.eigen import Narrow
+from minisa.axes.heads import Matched, Mixed
+from minisa.axes.lowrank import Corrected
+from minisa.data import Data, tokenize
+from minisa.model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SPANS = "--share=1-2"
+COMMANDS = {
+    "mix": (["heads", SPANS, "--heads=mix", "--refit"], Mixed),
+    "match": (["heads", SPANS, "--heads=match"], Matched),
+    "lowrank": (["lowrank", SPANS, "--share_rank=4"], Corrected),
+    "eigen": (["eigen", "--rank=6"], Narrow),
+}
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_writes_a_model_that_it_has_changed(text, tmp_path, name):
+    folder = tokenize(text, vocab_size=300, folder=tmp_path)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=3, n_head=4, n_kv_head=2, n_embd=64))
+    for p in model.parameters():
+        p.data *= 6 if p.dim() == 2 else 1                  # so that heads attend differently
+    info = {**checkpoint.UNKNOWN, "data": str(folder)}
+    checkpoint.save(tmp_path / "full" / "model.pt", model, Data(folder).tokenizer, info)
+    (module, *flags), kind = COMMANDS[name]
+    command = [sys.executable, "-m", f"minisa.axes.{module}", tmp_path / "full", f"--out={tmp_path}/new"]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    new, _, _ = minisa.load(tmp_path / "new")
+    changed = [block.attn for block in new.blocks if isinstance(block.attn, kind)]
+    assert changed
+    if name == "mix":
+        assert not torch.allclose(changed[0].mix, torch.eye(4))
+    if name == "match":
+        assert changed[0].source.tolist() != [0, 1, 2, 3]
