@@ -285,5 +285,6 @@ def main():
     rewrite(args, technique)
 
 if __name__ == "__main__":
-    from minisa.axes import eigen         # checkpoint.change() finds its classes in there, not in here
+    from minisa.axes import eigen  # the module that checkpoint.change() rebuilds with
+
     command(eigen.main)

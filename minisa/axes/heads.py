@@ -230,5 +230,6 @@ def main():
     rewrite(args, technique)
 
 if __name__ == "__main__":
-    from minisa.axes import heads         # checkpoint.change() finds its classes in there, not in here
+    from minisa.axes import heads  # the module that checkpoint.change() rebuilds with
+
     command(heads.main)

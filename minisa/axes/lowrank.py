@@ -102,5 +102,6 @@ def main():
     rewrite(args, technique)
 
 if __name__ == "__main__":
-    from minisa.axes import lowrank         # checkpoint.change() finds its classes in there, not in here
+    from minisa.axes import lowrank  # the module that checkpoint.change() rebuilds with
+
     command(lowrank.main)
