@@ -1,9 +1,10 @@
 """What the axes have in common: to look into a model layer by layer, and to write another one."""
 
+import importlib
 import sys
 
 from minisa import checkpoint
-from minisa.cli import Parser, device
+from minisa.cli import Parser, command, device
 from minisa.data import data_of
 
 def walk(model, idx, cache=None, watch=None):
@@ -53,3 +54,8 @@ def rewrite(args, technique):
     model = technique(parent, data)
     checkpoint.derive(args.out, model, parent, args.model, info)
     print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")
+
+def run_main(name):
+    """Run the command of minisa/axes/NAME.py, from the module of that name: checkpoint.change()
+    knows its classes, and not those of the copy that Python runs as __main__."""
+    command(importlib.import_module(f"minisa.axes.{name}").main)

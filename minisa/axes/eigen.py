@@ -41,9 +41,9 @@ import torch
 import torch.nn as nn
 
 from minisa import checkpoint
-from minisa.axes.common import calibration, parser, rewrite, walk
+from minisa.axes.common import calibration, parser, rewrite, run_main, walk
 from minisa.axes.heads import head_outputs, refit
-from minisa.cli import amount, command, count
+from minisa.cli import amount, count
 from minisa.model import Anchor, Attention, KVAnchor, rope_angles, rotate, split_heads
 
 SAMPLES = 4     # keys drawn for each query and head
@@ -285,6 +285,4 @@ def main():
     rewrite(args, technique)
 
 if __name__ == "__main__":
-    from minisa.axes import eigen  # the module that checkpoint.change() rebuilds with
-
-    command(eigen.main)
+    run_main("eigen")

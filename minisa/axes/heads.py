@@ -25,8 +25,7 @@ import torch
 import torch.nn as nn
 
 from minisa import checkpoint
-from minisa.axes.common import calibration, parser, rewrite, walk
-from minisa.cli import command
+from minisa.axes.common import calibration, parser, rewrite, run_main, walk
 from minisa.model import SHARE_KINDS, CrossLayerAttention, SharedAttention
 
 # ---- layers ----
@@ -230,6 +229,4 @@ def main():
     rewrite(args, technique)
 
 if __name__ == "__main__":
-    from minisa.axes import heads  # the module that checkpoint.change() rebuilds with
-
-    command(heads.main)
+    run_main("heads")

@@ -18,9 +18,9 @@ import torch
 import torch.nn as nn
 
 from minisa import checkpoint
-from minisa.axes.common import parser, rewrite
+from minisa.axes.common import parser, rewrite, run_main
 from minisa.axes.heads import plain_reuse_layers
-from minisa.cli import at_least, command, count
+from minisa.cli import at_least, count
 from minisa.model import SharedAttention, rotate, split_heads
 
 class Corrected(SharedAttention):
@@ -102,6 +102,4 @@ def main():
     rewrite(args, technique)
 
 if __name__ == "__main__":
-    from minisa.axes import lowrank  # the module that checkpoint.change() rebuilds with
-
-    command(lowrank.main)
+    run_main("lowrank")
