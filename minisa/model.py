@@ -35,15 +35,15 @@ class GPTConfig:
     share_kind: str = "weights"     # what they share: a key of SHARE_KINDS
 
     def __post_init__(self):
-        H, L = self.n_head, self.n_layer
+        H, L, M = self.n_head, self.n_layer, (self.n_embd * 8 // 3 + 31) // 32 * 32
         self.n_kv_head = H if self.n_kv_head is None else self.n_kv_head
-        self.n_hidden = -(-8 * self.n_embd // 96) * 32 if self.n_hidden is None else self.n_hidden
+        self.n_hidden = M if self.n_hidden is None else self.n_hidden
         self.spans = [(int(a), int(b)) for a, b in re.findall(r"(\d+)-(\d+)", self.share)]
         layers = [layer for span in self.spans for layer in span]
         read, rising = ",".join(f"{a}-{b}" for a, b in self.spans), layers == sorted(set(layers))
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden",
                  "rope_base", "norm_eps")
-        for name, holds, rule in (
+        for name, holds, rule in (      # checks only: skip them when you read this first
             *((name, getattr(self, name) > 0, "must be above 0") for name in sizes),
             ("n_embd", H and self.n_embd % (2 * H) == 0, f"must be a multiple of 2 · {H} (n_head)"),
             ("n_kv_head", self.n_kv_head and H % self.n_kv_head == 0, f"must divide {H} (n_head)"),
@@ -57,17 +57,17 @@ class GPTConfig:
         self.head_dim = self.n_embd // H
 
 def rope_angles(config, positions):
-    """positions (...) → cos and sin (..., D) of RoPE's angles; half of sin is negated."""
-    exact = torch.float32 if positions.device.type == "mps" else torch.float64
-    i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact)
-    angle = positions.to(exact)[..., None] * config.rope_base**-(i / config.head_dim)
+    """positions (...) → cos and sin (..., D) of RoPE's angles, as rotate() needs them."""
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64      # MPS has no 64
+    i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
+    angle = positions.to(dtype)[..., None] * config.rope_base**-(i / config.head_dim)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 def rotate(x, rope):
     """RoPE (arXiv:2104.09864): turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by an angle
-    that grows with the position. The product of q and k then depends on their distance alone."""
-    cos, sin = rope
+    that grows with the position. Of two positions, q · k then depends on their distance alone."""
+    cos, sin = rope                                             # (T, D); half of sin is negated
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
 
 def split_heads(x, n):
@@ -79,17 +79,17 @@ class Step:
     rope: tuple                     # cos and sin (T, D) of their positions
     mask: torch.Tensor | None       # (T, S): 0 where a token may look, else -inf; None: everywhere
     causal: bool                    # the mask is the usual one, which fused kernels know
-    cache: object = None            # a KVCache
+    cache: "KVCache | None" = None
     watch: object = None            # a function that is shown every P, layer after layer
 
     def visible(self, name, layer, new):
-        """A layer's new k or v ("k", "v") (B, G, T, D) → all that may be seen (B, G, S, D)."""
+        """Cache a layer's new k or v ("k", "v") (B, G, T, D) → it and the cached (B, G, S, D)."""
         return self.cache.write(name, layer, new) if self.cache else new
 
     def attention_weights(self, q, k):
         """q (B, H, T, D), k (B, G, S, D) → P (B, H, T, S)."""
         B, H, T, D = q.shape
-        stacked = q.reshape(B, k.size(1), -1, D)                # the H/G heads of a k, end to end
+        stacked = q.reshape(B, k.size(1), -1, D)                # (B, G, H/G·T, D): heads by their k
         scores = (stacked @ k.transpose(2, 3)).view(B, H, T, -1) * D**-0.5
         scores = scores if self.mask is None else scores + self.mask
         return scores.softmax(-1, dtype=torch.float32).type_as(q)
@@ -99,7 +99,7 @@ class Step:
         if self.watch:
             self.watch(P)
         B, H, T, S = P.shape
-        return (P.view(B, v.size(1), -1, S) @ v).view(B, H, T, -1)
+        return (P.view(B, v.size(1), -1, S) @ v).view(B, H, T, -1)      # heads by their v
 
     def fused(self, q, k, v):
         """weighted_sum(attention_weights(q, k), v), by a kernel that never forms P."""
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         self.layer, self.H, self.G = layer, config.n_head, config.n_kv_head
         heads = {"q": self.H, "k": self.G, "v": self.G}
         self.widths = [n * config.head_dim * (name in self.makes) for name, n in heads.items()]
-        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=False)   # rows of q, of k, of v
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=False)   # rows of what it makes
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def project(self, x, step):
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         return self.merge(step.fused(q, k, v)), None
 
 class Anchor(Attention):
-    """The first layer of a span of Shared Attention: it forms P, and hands it up."""
+    """The first layer of a span of Shared Attention: it forms P (so: not fused), hands it up."""
     def forward(self, x, step, shared=None):
         q, k, v = self.project(x, step)
         P = step.attention_weights(q, k)                        # (B, H, T, S)
@@ -147,9 +147,9 @@ class SharedAttention(Attention):
     nothing to rotate; and nothing to mask, as P is 0 wherever a token must not look."""
     makes = "v"
     def forward(self, x, step, P):
-        v = split_heads(self.qkv(x), self.G)                    # (B, G, T, D)
+        v = split_heads(self.qkv(x), self.G)                    # qkv is v only here: (B, G, T, D)
         v = step.visible("v", self.layer, v)                    # (B, G, S, D)
-        return self.merge(step.weighted_sum(P, v)), P
+        return self.merge(step.weighted_sum(P, v)), P           # P goes on up as it came
 
 class KVAnchor(Attention):
     """The first layer of a span of Cross-Layer Attention: it hands up k and v."""
@@ -167,18 +167,18 @@ class CrossLayerAttention(Attention):
 SHARE_KINDS = {"weights": (Anchor, SharedAttention), "kv": (KVAnchor, CrossLayerAttention)}
 
 class KVCache:
-    """The keys and values of the last `size` tokens of B sequences; of each layer those it makes.
+    """The keys and values of the last `size` tokens of B sequences; 0 wide if a layer makes none.
     A ring: position p lives in slot p mod size, so a new token overwrites the oldest. Keys are kept
     rotated; as only distances count in RoPE, they stay valid however far generation goes."""
-    watch = None                    # the `watch` of each Step that has this cache
+    watch = None                    # a cache that must see every P has a function here: see Step
 
     def __init__(self, model_or_config, batch_size, size, dtype=torch.float32, device="cpu"):
-        with torch.device("meta"):  # without numbers: a config is only asked what its layers are
+        with torch.device("meta"):  # no memory: a GPT is only built to read its widths
             blocks = getattr(model_or_config, "blocks", None) or GPT(model_or_config).blocks
         G = blocks[0].attn.G
         self.k, self.v = ([torch.empty(batch_size, G, size, block.attn.widths[i] // G, dtype=dtype,
                                        device=device) for block in blocks] for i in (1, 2))
-        self.where = torch.zeros(1, 1, size, 1, dtype=torch.long, device=device)    # of each slot
+        self.where = torch.zeros(1, 1, size, 1, dtype=torch.long, device=device)  # slot → position
         self.size, self.length = size, 0                        # length: tokens seen so far
 
     @property
@@ -187,10 +187,10 @@ class KVCache:
         return sum(t.untyped_storage().nbytes() for t in self.k + self.v)
 
     def open(self, positions):
-        """Make room for tokens at positions (T,), once for all layers → those then visible (S,)."""
+        """Make room for tokens at positions (T,), once for all layers → all visible ones (S,)."""
         T = len(positions)
         self.slots = positions % self.size
-        self.overflows = T > 1 and self.length + T > self.size  # some see what others overwrite
+        self.overflows = T > 1 and self.length + T > self.size  # first see what last erase
         self.held = min(self.length if self.overflows else self.length + T, self.size)
         self.length += T
         self.positions = self.put(self.where, positions.view(1, 1, T, 1)).view(-1)
@@ -242,11 +242,11 @@ class GPT(nn.Module):
         kinds, (anchor, reuse) = [Attention] * config.n_layer, SHARE_KINDS[config.share_kind]
         for a, b in config.spans:
             kinds[a:b + 1] = [anchor] + [reuse] * (b - a)
-        self.blocks = nn.ModuleList(Block(config, *numbered) for numbered in enumerate(kinds))
+        self.blocks = nn.ModuleList(Block(config, i, kind) for i, kind in enumerate(kinds))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         for name, p in self.named_parameters():
-            if p.dim() == 2:                                    # as GPT-2: branches start small
-                last = name.endswith(("out.weight", "down.weight"))
+            if p.dim() == 2:                                    # as in GPT-2
+                last = name.endswith(("out.weight", "down.weight"))     # what is added to x
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if last else 0.02)
 
     def start(self, idx, cache=None, watch=None):
@@ -262,12 +262,12 @@ class GPT(nn.Module):
             distance = positions[:, None] - keys                # (T, S)
             mask = torch.where((distance >= 0) & (distance < size), 0.0, -torch.inf).to(x.dtype)
         rope, watch = rope_angles(self.config, positions), watch or (cache and cache.watch)
-        return x, Step(rope, mask, T == len(keys), cache, watch)
+        return x, Step(rope, mask, causal=T == len(keys), cache=cache, watch=watch)
 
     def hidden(self, idx, cache=None, watch=None):
         """idx (B, T) → the last hidden states (B, T, C), which head() turns into logits."""
         (x, step), shared = self.start(idx, cache, watch), None
-        for block in self.blocks:
+        for block in self.blocks:                               # shared: None, P, or (k, v)
             x, shared = block(x, step, shared)
         return self.norm(x)
 
@@ -277,7 +277,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 → logits (B, T, V), and the loss in nats per token if targets (B, T) are
-        given. With a cache, idx goes on from it. ValueError if T is above block_size."""
+        given. With a cache, idx goes on from it. ValueError if T > block_size, or its size."""
         logits = self.head(self.hidden(idx, cache))
         if targets is None:
             return logits, None
@@ -293,13 +293,13 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
                cache=None):
-        """Continue idx (B, T ≥ 1): yield each next token (B, 1), past block_size too: the likeliest
-        at temperature 0, else drawn from softmax(logits / temperature), of the top_k likeliest."""
+        """Continue idx (B, T ≥ 1), past block_size by forgetting the oldest: yield each next token
+        (B, 1), drawn from softmax(logits / temperature) of the top_k likeliest; 0: the likeliest."""
         if cache is None:
             like = self.embed.weight
             cache = KVCache(self, len(idx), self.config.block_size, like.dtype, like.device)
         for _ in range(max_new_tokens):
-            for chunk in idx.split(min(PREFILL_CHUNK, cache.size), dim=1):
+            for chunk in idx.split(min(PREFILL_CHUNK, cache.size), dim=1):      # first the prompt
                 x = self.hidden(chunk, cache)
             idx = draw(self.head(x[:, -1]).float(), temperature, top_k, generator)
             yield idx

@@ -1,7 +1,8 @@
 """Shared Attention on one page: a whole GPT, for one sequence, one head at a time, without a cache.
 
 Slow and plain: read it first. model.py computes the same, fast; the tests hold the two together.
-Shapes: T tokens, C width of the model, H query heads, G key/value heads, D = C / H, V vocabulary.
+Shapes: T tokens, C width of the model, H query heads, G key/value heads, D = C / H, M width of the
+MLP, V vocabulary.
 """
 
 import math
@@ -14,7 +15,7 @@ def rms_norm(x, gain, eps):
 
 def rope(x, base):
     """x (T, D) → (T, D): the numbers i and i + D/2 of row t are a point in a plane; turn it by the
-    angle t · base^(-2i/D). Products of rows then depend on distances only (arXiv:2104.09864)."""
+    angle t · base^(-2i/D). Of t, products then keep the distance only (arXiv:2104.09864)."""
     T, D = x.shape
     angle = torch.outer(torch.arange(T).double(), base ** (-torch.arange(0, D, 2).double() / D))
     a, b = x.chunk(2, dim=-1)                               # (T, D/2) each
@@ -33,18 +34,18 @@ def attention_weights(q, k, visible):
 def gpt(w, config, idx, window=None):
     """Token ids idx (T,) → logits (T, V), and P (H, T, T) of every layer.
 
-    w: tensors by the names that they have in model.py. window: how many tokens each one sees.
+    w: the tensors of model.py by name. window: most tokens that each one sees, if fewer than T.
     """
     H, G, D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
     t = torch.arange(len(idx))
     distance = t[:, None] - t                               # (T, T): from a query back to a key
     visible = (distance >= 0) & (distance < (window or len(idx)))
     x, every_P = w["embed.weight"][idx], []                 # x (T, C): the residual stream
-    q = k = v = P = ()                                      # lists of heads, kept up the layers
+    q = k = v = P = ()                                      # lists of heads; stay until replaced
     for layer in range(config.n_layer):
         name, reuse = f"blocks.{layer}.", any(a < layer <= b for a, b in config.spans)
         h = rms_norm(x, w[name + "norm1.weight"], config.norm_eps)
-        made = (h @ w[name + "attn.qkv.weight"].T).split(D, dim=-1)     # its heads, (T, D) each
+        made = (h @ w[name + "attn.qkv.weight"].T).split(D, dim=-1)     # (T, D) each
 
         if reuse and config.share_kind == "weights":        # Shared Attention: values of its own,
             v = made                                        # and P is still the anchor's
