@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from minisa import checkpoint
 from minisa.cli import command
 from minisa.data import Data, tokenize
+from minisa.fast import keep_memory
 from minisa.model import GPT, GPTConfig
-from minisa.run import Meter, Processes, Run, clock, keep_memory
+from minisa.run import Meter, Processes, Run, clock
 from minisa.settings import read_flags, saved_settings, settle
 
 SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]

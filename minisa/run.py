@@ -6,12 +6,10 @@
     steps/N/    with --keep_every, the model after step N
 """
 
-import ctypes
 import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -87,8 +85,9 @@ class Run:
         self.processes, self.begun = processes, time.perf_counter()
         self.model, self.data, self.optimizer, self.settings = model, data, optimizer, settings
         if processes.rank == 0 and not self.saved:
-            for name in ("train.pt", "model.pt"):
-                (self.folder / name).unlink(missing_ok=True)
+            for old in (*self.folder.glob("steps/*/model.pt"), self.folder / "train.pt",
+                        self.folder / "model.pt"):
+                old.unlink(missing_ok=True)
 
         def stop(signum, _):
             self.signal = signum
@@ -169,10 +168,3 @@ class Meter:
 
 def clock(seconds):
     return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
-
-def keep_memory():
-    """Ask glibc to keep freed memory. It returns large blocks to Linux and gets them anew in every
-    step otherwise, which costs a fifth of the time on a CPU."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 32 << 20)        # M_MMAP_THRESHOLD: up to 32 MB from the heap
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)        # M_TRIM_THRESHOLD: which is kept
