@@ -53,5 +53,5 @@ def keep_memory():
     """Ask glibc to keep freed memory. It returns large blocks to Linux and gets them anew in every
     step otherwise, which costs a fifth of the time on a CPU."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 32 << 20)         # M_MMAP_THRESHOLD: up to 32 MB from the heap
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)        # M_TRIM_THRESHOLD: which is kept
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD: up to 32 MB from the heap
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: which is kept

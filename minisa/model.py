@@ -262,7 +262,7 @@ class GPT(nn.Module):
             distance = positions[:, None] - keys                # (T, S)
             mask = torch.where((distance >= 0) & (distance < size), 0.0, -torch.inf).to(x.dtype)
         rope, watch = rope_angles(self.config, positions), watch or (cache and cache.watch)
-        return x, Step(rope, mask, causal=T == len(keys), cache=cache, watch=watch)
+        return x, Step(rope, mask, causal=1 < T == len(keys), cache=cache, watch=watch)
 
     def hidden(self, idx, cache=None, watch=None):
         """idx (B, T) → the last hidden states (B, T, C), which head() turns into logits."""
