@@ -152,11 +152,8 @@ def train(args, run, forward, autocast):
         alone = run.processes.world == 1                        # others hear of a signal when they log
         if run.step % args.log_interval == 0 or run.step == args.max_iters or (alone and run.signal):
             meter.log(run)
-            if stopped_by := run.processes.maximum(run.signal or 0):
-                run.save_last()
-                run.processes.say(f"stopped at step {run.step} and saved; "
-                                  f"go on with: python train.py --resume --out_dir={run.folder}")
-                return 128 + int(stopped_by)
+            if status := run.stop():
+                return status
 
 def main():
     args = read_flags(__doc__)

@@ -121,6 +121,15 @@ class Run:
         self.save("train.pt", optimizer=self.optimizer.state_dict(), settings=self.settings,
                   progress=progress)
 
+    def stop(self):
+        """Save and say so if any process was sent a signal. → the exit status then, else 0."""
+        sent = int(self.processes.maximum(self.signal or 0))
+        if sent:
+            self.save_last()
+            self.processes.say(f"stopped at step {self.step} and saved; go on with: "
+                               f"python train.py --resume --out_dir={self.folder}")
+        return 128 + sent if sent else 0
+
     def refuse_nan(self, loss):
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.step}; {self.folder} keeps its "
