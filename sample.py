@@ -45,7 +45,7 @@ def read_flags():
     flag("plot", picture, None, "file to draw the bill in, as .png, .svg or .pdf; needs matplotlib")
     return parser.parse_intermixed_args()
 
-def write(model, tokenizer, args, cache_of=None):
+def write(model, tokenizer, args, way=None):
     """Stream the texts to stdout. → decoded tokens per second, without the prompt; None for one token."""
     ids = torch.tensor([tokenizer.encode(args.prompt)], device=args.device)
     times = []
@@ -58,7 +58,7 @@ def write(model, tokenizer, args, cache_of=None):
     seconds = 0.0
     for sample in range(args.num_samples):
         generator = torch.Generator(args.device).manual_seed(args.seed + sample)
-        cache, rest = (cache_of(ids[:, :-1]), ids[:, -1:]) if cache_of else (None, ids)
+        cache, rest = (way.cache_of(model, ids[:, :-1]), ids[:, -1:]) if way else (None, ids)
         stream = model.stream(rest, args.max_new_tokens, args.temperature, args.top_k, generator, cache)
         print(args.prompt, end="", flush=True)
         for text in tokenizer.decode_stream(timed(stream)):
@@ -67,31 +67,33 @@ def write(model, tokenizer, args, cache_of=None):
         seconds += times[-1][0] - times[-args.max_new_tokens][0]
     return args.num_samples * (args.max_new_tokens - 1) / seconds if seconds else None
 
-def bits_per_byte(name, model, tokenizer, info, args, squeezing):
-    """The loss on validation text; None if the text that the model was trained on is gone."""
+def bits_per_byte(name, model, tokenizer, info, args, ways):
+    """→ the loss on validation text with each of some ways to squeeze; None if the text that the model was
+    trained on is gone. Raises ValueError if it is, with --squeeze."""
     if info["val_bpb"] and not args.squeeze:
-        return info["val_bpb"]
+        return [info["val_bpb"]]
     try:
         data = data_of(info, tokenizer)
     except ValueError:
-        return None
+        if args.squeeze:
+            raise
+        return [None]
     print(f"measuring the loss of {name} on {data.name}", file=sys.stderr, flush=True)
     if args.squeeze:
-        return squeeze.bits_per_byte(model, data, args.context, args.eval_tokens, squeezing)
-    return data.evaluate(model, tokens=None if info["data"] else args.eval_tokens)[1]
+        return squeeze.bits_per_byte(model, data, args.context, args.eval_tokens, ways)
+    return [data.evaluate(model, tokens=None if info["data"] else args.eval_tokens)[1]]
 
 def variants(source, args):
-    """Yield (name, model, tokenizer, info, squeezing) of all that is billed of one source."""
+    """Yield (name, model, tokenizer, info, way to squeeze, bits per byte) of each row of the bill."""
     model, tokenizer, info = load(source, device=args.device, dtype=getattr(torch, args.dtype))
     models = [(source, model, info)]
     if args.share and (args.models or not model.config.share):
         shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
         models.append((source, shared, {**info, "val_bpb": None}))
     for name, model, info in models:
-        squeezings = squeeze.settings(args, model) if args.squeeze else []
-        for squeezing in [None, *squeezings]:
-            title = f"{name}, {squeezing}" if squeezing else name
-            yield title, model, tokenizer, info, squeezing
+        ways = [None, *squeeze.settings(args, model)] if args.squeeze else [None]
+        for way, bpb in zip(ways, bits_per_byte(name, model, tokenizer, info, args, ways)):
+            yield f"{name}, {way}" if way else name, model, tokenizer, info, way, bpb
 
 def main():
     args = read_flags()
@@ -102,18 +104,17 @@ def main():
         raise ValueError("there is no trained model in out/; train one with: python train.py")
     rows, right = [], True
     for source in sources:
-        for name, model, tokenizer, info, squeezing in variants(source, args):
-            bpb = bits_per_byte(name, model, tokenizer, info, args, squeezing)
+        for name, model, tokenizer, info, way, bpb in variants(source, args):
             print(f"{name}, sharing {bill.sharing(model)}\n" + "-" * 80)
-            cache_of = squeezing and squeezing.cache_of(model)
-            speed = write(for_decoding(model), tokenizer, args, cache_of)
-            cache = squeezing and squeezing.cache_for_bill(model, data_of(info, tokenizer), args.context)
+            speed = write(for_decoding(model), tokenizer, args, way)
+            cache = way and way.cache_for_bill(model, data_of(info, tokenizer), args.context)
             row, met = bill.row(name, model, bpb, speed, args.context, cache)
             rows.append(row)
             right = right and met
     bill.show(rows)
+    verdict = "they agree" if right else "THEY DIFFER"
     print("Parameters, cache and FLOPs were predicted in closed form, and counted on a real decode step: "
-          + ("they agree." if right else "THEY DIFFER."))
+          f"{verdict}.")
     if args.csv:
         bill.write_csv(rows, args.csv)
     if args.plot:

@@ -1,11 +1,8 @@
 """The bill: what each model costs, predicted and measured, as a table of text, CSV or a picture."""
 
-import csv
-import io
-
+from minisa import files
 from minisa.checkpoint import changes
 from minisa.cost import measure, predict
-from minisa.files import write_file
 from minisa.picture import pyplot, save
 
 COLUMNS = ["model", "sharing", "parameters", "val bpb", "cache B/token", "context", "cache B",
@@ -47,24 +44,22 @@ def row(name, model, bpb, speed, context, cache=None):
               "" if speed is None else f"{speed:,.0f}"]
     return dict(zip(COLUMNS, values)), p == m
 
-def show(rows):
-    """Print rows as a table: words to the left, numbers to the right."""
-    rows = [dict(zip(COLUMNS, COLUMNS)), *rows]
-    widths = {column: max(len(row[column]) for row in rows) for column in COLUMNS}
+def print_table(rows, words=1):
+    """Print rows of text, the first one the header: so many columns of words to the left, numbers
+    to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [row[column].ljust(width) if column in WORDS else row[column].rjust(width)
-                 for column, width in widths.items()]
+        cells = [text.rjust(width) for text, width in zip(row, widths)]
+        cells[:words] = [text.ljust(width) for text, width in zip(row, widths[:words])]
         print("  ".join(cells).rstrip())
+
+def show(rows):
+    print_table([COLUMNS, *(row.values() for row in rows)], len(WORDS))
 
 def write_csv(rows, file):
     """Write rows as CSV, numbers without commas."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    for row in rows:
-        table.writerow({column: value if column in WORDS else value.replace(",", "")
-                        for column, value in row.items()})
-    write_file(file, text.getvalue().encode())
+    files.write_csv(file, COLUMNS, [[value if column in WORDS else value.replace(",", "")
+                                     for column, value in row.items()] for row in rows])
 
 def draw(rows, file):
     """Draw rows as bars, a panel for each column of PANELS."""

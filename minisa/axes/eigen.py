@@ -8,9 +8,7 @@ it is read. The same for v. Both fold into the weights of a trained model:
 
     values    c = (E W_v) x    P c (r numbers) goes into W_out Fᵀ: nothing to restore
     keys      c = (E W_k) x    k = Fᵀ c is restored, then rotated (RoPE), for all visible tokens:
-                               2·G·r·D·S FLOPs
-
-At r = D both are exact. A reuse layer of Shared Attention has no keys, so nothing to restore.
+                               2·G·r·D·S FLOPs; none in a reuse layer of Shared Attention
 
 Which subspace? The paper takes that of the largest singular values. But an error of k matters only
 along the queries that meet it, and one of v only as far as W_out lets it through. So each has a
@@ -78,16 +76,8 @@ class Narrow:
         restoring = 0 if self.restore is None else self.restore.numel()
         return restoring, 2 * restoring * S
 
-class NarrowAttention(Narrow, Attention):
-    pass
-
-class NarrowAnchor(Narrow, Anchor):
-    pass
-
-class NarrowKVAnchor(Narrow, KVAnchor):
-    pass
-
-NARROW = {Attention: NarrowAttention, Anchor: NarrowAnchor, KVAnchor: NarrowKVAnchor}
+NARROW = {kind: type(f"Narrow{kind.__name__}", (Narrow, kind), {})
+          for kind in (Attention, Anchor, KVAnchor)}
 
 def rebuild(model, ranks):
     """Give all layers keys and values of fewer numbers, in place.
@@ -95,13 +85,21 @@ def rebuild(model, ranks):
     ranks: for each layer how many numbers per head, [of a key, of a value]; for what it does not
     make, any. Raises ValueError if they do not fit, or if the model is compressed already.
     """
-    L, D = model.config.n_layer, model.config.head_dim
+    config, D = model.config, model.config.head_dim
     refuse(model)
-    if len(ranks) != L or not all(1 <= rank <= D for pair in ranks for rank in pair):
-        raise ValueError(f"ranks: must be {L} pairs of numbers from 1 to {D}")
+    if len(ranks) != config.n_layer or not all(1 <= r <= D for pair in ranks for r in pair):
+        raise ValueError(f"ranks: must be {config.n_layer} pairs of numbers from 1 to {D}")
+    like = {"device": model.embed.weight.device, "dtype": model.embed.weight.dtype}
     for block, (k_rank, v_rank) in zip(model.blocks, ranks):
-        if min(k_rank, v_rank) < D:
-            make_narrow(block.attn, model.config, k_rank, v_rank)
+        attn = block.attn
+        n_q, n_k, n_v = attn.widths
+        if type(attn) in NARROW:
+            attn.__class__, attn.config = NARROW[type(attn)], config
+            shape, n_k = (attn.G, k_rank, D), attn.G * k_rank
+            attn.restore = nn.Parameter(torch.zeros(shape, **like)) if k_rank < D else None
+        attn.widths = [n_q, n_k, n_v * v_rank // D]
+        attn.qkv = nn.Linear(config.n_embd, sum(attn.widths), bias=False, **like)
+        attn.out = nn.Linear(attn.H * v_rank, config.n_embd, bias=False, **like)
 
 def refuse(model, rank=None):
     """Raises ValueError if a model cannot be compressed."""
@@ -112,68 +110,47 @@ def refuse(model, rank=None):
         raise ValueError("--rank, --error: the model is compressed already; "
                          "compress the one that it came from")
 
-def make_narrow(attn, config, k_rank, v_rank):
-    """rebuild() one layer."""
-    weight, D = attn.qkv.weight, config.head_dim
-    like = {"device": weight.device, "dtype": weight.dtype}
-    n_q, n_k, n_v = attn.widths
-    if type(attn) in NARROW:
-        attn.__class__, attn.config = NARROW[type(attn)], config
-        shape, n_k = (attn.G, k_rank, D), attn.G * k_rank
-        attn.restore = nn.Parameter(torch.zeros(shape, **like)) if k_rank < D else None
-    attn.widths = [n_q, n_k, n_v * v_rank // D]
-    attn.qkv = nn.Linear(config.n_embd, sum(attn.widths), bias=False, **like)
-    attn.out = nn.Linear(attn.H * v_rank, config.n_embd, bias=False, **like)
-
 # ---- what is lost in which direction: S and M ----
 
 def outer_sum(rows):
     """rows (N, G, n, D) → Σ row rowᵀ over N and n, (G, D, D), in float64 on the CPU."""
     return (rows.mT @ rows).cpu().double().sum(0)
 
-def key_moments(q, k, w, rope_at, generator):
-    """q (N, H, T, D) and k (N, G, T, D), not rotated, and the weights w (N, H, T, S = T) of their
-    pairs → S and M of the keys. rope_at: positions → angles."""
+def key_moments(config, q, k, w, generator):
+    """q (N, H, T, D), k (N, G, T, D), not rotated, w (N, H, T, S = T) → S and M of the keys."""
     (N, H, T, D), G = q.shape, k.size(1)
-    of_key = w.sum(2).view(N, G, H // G, T).sum(2)                      # (N, G, S)
-    of_query = w.sum(3)                                                 # (N, H, T)
-    total = of_query.view(N, G, -1).sum((0, 2)).cpu().double()          # (G,)
-    flat = w.flatten(0, 2).cpu()
-    s = torch.multinomial(flat, SAMPLES, replacement=True, generator=generator)
+    of_query, of_key = w.sum(3), w.sum(2).view(N, G, -1, T).sum(2)      # (N, H, T), (N, G, S)
+    S = outer_sum(k * of_key.sqrt()[..., None])
+    s = torch.multinomial(w.flatten(0, 2).cpu(), SAMPLES, replacement=True, generator=generator)
     s = s.view(N, H, T, SAMPLES).to(q.device)
     distance = torch.arange(T, device=q.device)[:, None] - s
-    q = rotate(q[:, :, :, None].expand(*s.shape, D), rope_at(distance))
+    q = rotate(q[:, :, :, None].expand(*s.shape, D), rope_angles(config, distance))
     q = q * (of_query / SAMPLES).sqrt()[..., None, None]                # (N, H, T, SAMPLES, D)
-    M = outer_sum(q.reshape(N, G, -1, D))
-    return outer_sum(k * of_key.sqrt()[..., None]), M / (D * total.clamp(min=1e-30))[:, None, None]
-
-def pair_weights(P, z, v, W, u, mask):
-    """The weights w_ts above, (N, H, T, S), from P (N, H, T, S), z (N, H, T, D), v (N, G, S, D),
-    the W_h (H, C, D), u (N, T) and the mask (T, S)."""
-    out_z = z @ W.mT                                                    # (N, H, T, C)
-    out_v = v.repeat_interleave(len(W) // v.size(1), 1) @ W.mT          # (N, H, S, C)
-    square_z, square_v = (out.square().sum(-1) for out in (out_z, out_v))
-    apart = square_z[..., None] - 2 * out_z @ out_v.mT + square_v[..., None, :]
-    w = u[:, None, :, None] * P.square() * apart.clamp(min=0)
-    return w + 1e-20 * mask.exp()                                       # no row may be all zeros
+    total = of_query.view(N, G, -1).sum((0, 2)).cpu().double()          # (G,)
+    return S, outer_sum(q.reshape(N, G, -1, D)) / (D * total)[:, None, None]
 
 def layer_moments(config, block, x, step, below, generator):
     """A block and what it is given, as walk() yields it → (S, M) of its keys, None if it makes
     none, and (S, M) of its values; (G, D, D) each, in float64."""
-    attn, seen, h = block.attn, [], block.norm1(x)
+    attn, G, H, seen = block.attn, block.attn.G, block.attn.H, []
     z = head_outputs(block, x, replace(step, watch=seen.append), below)         # (N, T, H·D)
-    u = (x + attn.out(z)).float().square().sum(-1).reciprocal()                 # (N, T)
-    z = split_heads(z, attn.H).float()
-    N, H, T, D = z.shape
+    u = (x + attn.out(z)).float().square().sum(-1).reciprocal()[:, None, :, None]   # (N, 1, T, 1)
+    z = split_heads(z, H).float()                                               # (N, H, T, D)
+    N, D = len(z), z.size(3)
     W = attn.out.weight.view(-1, H, D).transpose(0, 1).float()                  # (H, C, D)
-    S_v = outer_sum((z * u[:, None, :, None].sqrt()).reshape(N, attn.G, -1, D))
-    values = S_v, outer_sum(W.reshape(1, attn.G, -1, D)) * attn.G / H
+    S_v, M_v = outer_sum((z * u.sqrt()).reshape(N, G, -1, D)), outer_sum(W.reshape(1, G, -1, D))
+    values = S_v, M_v * G / H
     if type(attn) not in NARROW:
         return None, values
-    parts = zip(attn.qkv(h).split(attn.widths, dim=2), (H, attn.G, attn.G))
-    q, k, v = (split_heads(part, n).float() for part, n in parts)
-    w = pair_weights(seen[0].float(), z, v, W, u, step.mask)
-    return key_moments(q, k, w, lambda positions: rope_angles(config, positions), generator), values
+    parts = attn.qkv(block.norm1(x)).float().split(attn.widths, dim=2)
+    q, k, v = (split_heads(part, n) for part, n in zip(parts, (H, G, G)))
+    out_z = z @ W.mT                                                            # (N, H, T, C)
+    out_v = v.repeat_interleave(H // G, 1) @ W.mT                               # (N, H, S, C)
+    square_z, square_v = out_z.square().sum(-1)[..., None], out_v.square().sum(-1)[..., None, :]
+    apart = square_z - 2 * out_z @ out_v.mT + square_v                          # (N, H, T, S)
+    w = u * seen[0].float().square() * apart.clamp(min=0)
+    w += 1e-20 * step.mask.exp()                                # no row may be all zeros
+    return key_moments(config, q, k, w, generator), values
 
 def moments(model, windows):
     """windows (N, T) of a calibration text → layer_moments() of all layers. In a span of CLA, all
@@ -181,10 +158,9 @@ def moments(model, windows):
     config, generator = model.config, torch.Generator().manual_seed(0)
     found = [layer_moments(config, *given, generator) for given in walk(model, windows)]
     for a, b in config.spans if config.share_kind == "kv" else []:
-        span = range(a, b + 1)
-        S, M = (sum(found[layer][1][i] for layer in span) for i in (0, 1))
-        for layer in span:
-            found[layer] = found[a][0], (S, M / len(span))
+        length, keys, values = b - a + 1, found[a][0], [values for _, values in found[a:b + 1]]
+        S, M = (sum(part) for part in zip(*values))
+        found[a:b + 1] = [(keys, (S, M / length))] * length
     return found
 
 # ---- the best subspaces ----
@@ -209,27 +185,23 @@ def numbers_to_keep(errors_k, errors_v, budget):
     n_k = (dropped < D).sum().item()
     return [D - min(n, D - 1) for n in (n_k, len(dropped) - n_k)]
 
-def fold(E, W):
-    """E (G, r, D) into the rows of W_k or W_v, (G·D, C) → (G·r, C)."""
-    return (E.to(W) @ W.view(len(E), -1, W.size(1))).flatten(0, 1)
-
-def fold_out(F, W):
-    """F (G, r, D) into the columns of W_out, (C, H·D) → (C, H·r)."""
-    by_head = W.view(len(W), len(F), -1, F.size(2))             # (C, G, H/G, D)
-    return torch.einsum("cghd,grd->cghr", by_head, F.to(W)).flatten(1)
-
-def narrow_tensors(attn, ranks, keys, values):
+def narrow_tensors(attn, k_rank, v_rank, keys, values):
     """A layer's tensors that change, by name. keys, values: their basis(); keys may be None."""
-    (k_rank, v_rank), D = ranks, values[0].size(2)
-    q, k, v = attn.qkv.weight.split(attn.widths)
-    tensors = {}
+    q, k, v = attn.qkv.weight.split(attn.widths)                # (n, C) each
+    (E, F, _), D, tensors = values, values[0].size(2), {}
+
+    def fold(E, W):                                             # (G·D, C) → (G·r, C)
+        return (E.to(W) @ W.view(len(E), -1, W.size(1))).flatten(0, 1)
+
+    if v_rank < D:
+        v = fold(E[:, :v_rank], v) if len(v) else v
+        W = attn.out.weight
+        by_head = W.view(len(W), attn.G, -1, D)                 # (C, G, H/G, D)
+        out = torch.einsum("cghd,grd->cghr", by_head, F[:, :v_rank].to(W))
+        tensors["out.weight"] = out.flatten(1)                  # (C, H·r)
     if type(attn) in NARROW and k_rank < D:
         E, F, _ = keys
         k, tensors["restore"] = fold(E[:, :k_rank], k), F[:, :k_rank].to(k)
-    if v_rank < D:
-        E, F, _ = values
-        v = fold(E[:, :v_rank], v) if len(v) else v
-        tensors["out.weight"] = fold_out(F[:, :v_rank], attn.out.weight)
     if len(q) + len(k) + len(v) < sum(attn.widths):
         tensors["qkv.weight"] = torch.cat((q, k, v))
     return tensors
@@ -237,12 +209,11 @@ def narrow_tensors(attn, ranks, keys, values):
 @torch.no_grad()
 def compress(model, windows, rank=None, error=None):
     """A model → one that caches fewer numbers per head, in eval mode, in the same memory where it
-    can.
+    can. Raises ValueError as refuse().
 
     windows (N, T): of a calibration text. rank: how many numbers each head keeps of each key and
     value; or error: how far the stream after a layer's attention may be off, in the root mean
     square over tokens of |y' − y| / |x + y|, as predicted above; each layer keeps what that takes.
-    Raises ValueError if the model is compressed already, or its heads are narrower than the rank.
     """
     D = model.config.head_dim
     refuse(model, rank)
@@ -255,10 +226,10 @@ def compress(model, windows, rank=None, error=None):
             errors_k = keys[2].sum(0) if keys else torch.zeros(D)
             kept = numbers_to_keep(errors_k, values[2].sum(0), error**2 * windows.numel())
         ranks.append(kept if keys else [D, kept[1]])
-        tensors = narrow_tensors(model.blocks[layer].attn, ranks[-1], keys, values)
+        tensors = narrow_tensors(model.blocks[layer].attn, *ranks[-1], keys, values)
         state.update({f"blocks.{layer}.attn.{name}": t for name, t in tensors.items()})
-    empty = checkpoint.empty(model.config, checkpoint.changes(model))
-    small = checkpoint.change(empty, "eigen", ranks=ranks)
+    small = checkpoint.empty(model.config, checkpoint.changes(model))
+    checkpoint.change(small, "eigen", ranks=ranks)
     small.load_state_dict(state, assign=True)
     return small.eval()
 

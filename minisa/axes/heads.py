@@ -33,15 +33,13 @@ from minisa.model import SHARE_KINDS, CrossLayerAttention, SharedAttention
 class Matched(SharedAttention):
     """A reuse layer in which head h takes P of the anchor's head source[h]."""
     def forward(self, x, step, P):
-        y, _ = super().forward(x, step, P[:, self.source])
-        return y, P
+        return super().forward(x, step, P[:, self.source])[0], P
 
 class Mixed(SharedAttention):
     """A reuse layer in which head h takes Σ_g mix[h, g] · P of the anchor's head g."""
     def forward(self, x, step, P):
         mixed = (self.mix @ P.flatten(2)).view_as(P)            # (B, H, T, S)
-        y, _ = super().forward(x, step, mixed)
-        return y, P
+        return super().forward(x, step, mixed)[0], P
 
     def extra_cost(self, T, S):
         return self.H**2, 2 * self.H**2 * S * T
@@ -60,20 +58,18 @@ def plain_reuse_layers(model, flag):
     return attns
 
 def rebuild(model, heads):
-    """Make all reuse layers Matched or Mixed, in place; each head starts with its anchor's own.
-
-    heads: "match" or "mix". Raises ValueError for anything else, or if there are no such layers.
-    """
+    """Make all reuse layers Matched ("match") or Mixed ("mix"), in place; each head starts with its
+    anchor's own. Raises ValueError if `heads` is neither, or as plain_reuse_layers()."""
     if heads not in ("match", "mix"):
         raise ValueError(f"--heads={heads}: must be match or mix")
     for attn in plain_reuse_layers(model, f"heads={heads}"):
-        H, like = attn.H, attn.out.weight
+        like = attn.out.weight
         if heads == "match":
             attn.__class__ = Matched
-            attn.register_buffer("source", torch.arange(H, device=like.device))
+            attn.register_buffer("source", torch.arange(attn.H, device=like.device))
         else:
             attn.__class__ = Mixed
-            attn.mix = nn.Parameter(torch.eye(H, dtype=like.dtype, device=like.device))
+            attn.mix = nn.Parameter(torch.eye(attn.H, dtype=like.dtype, device=like.device))
 
 # ---- which head takes over which ----
 
@@ -98,10 +94,8 @@ def nearest_on_simplex(v):
 
 def nearest_mixture(among, between, steps=1000):
     """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimises w A wᵀ − 2 w·b,
-    where A is `among` (H, H). → (R, H).
-
-    By projected gradient descent with momentum (FISTA, Beck & Teboulle 2009).
-    """
+    where A is `among` (H, H), by projected gradient descent with momentum (FISTA, Beck & Teboulle
+    2009). → (R, H)"""
     rate = 1 / torch.linalg.matrix_norm(among, 2)
     w = ahead = torch.full_like(between, 1 / len(among))
     momentum = 1.0
@@ -112,18 +106,6 @@ def nearest_mixture(among, between, steps=1000):
         w, momentum = new, following
     return w
 
-def choose_heads(shared, products):
-    """Set what Matched or Mixed layers take, in place, by the head_products() of full attention."""
-    for a, b in shared.config.spans:
-        among = products[a, :, a]                                       # (H, H)
-        for layer in range(a + 1, b + 1):
-            attn, between = shared.blocks[layer].attn, products[layer, :, a]
-            if isinstance(attn, Matched):
-                source = (between / among.diagonal().sqrt()).argmax(1)
-                attn.source = source.to(attn.source.device)
-            if isinstance(attn, Mixed):
-                attn.mix.data = nearest_mixture(among, between).to(attn.mix)
-
 def share(model, spans, heads="same", products=None, share_kind="weights"):
     """A model → one whose spans, as "1-3,5-7", share zero-shot, in eval mode, in the same memory.
 
@@ -132,75 +114,55 @@ def share(model, spans, heads="same", products=None, share_kind="weights"):
     Raises ValueError if the model cannot share that way.
     """
     shared = checkpoint.reconfigure(model, share=spans, share_kind=share_kind)
-    if heads != "same":
-        checkpoint.change(shared, "heads", heads=heads)
-        if products is not None:
-            choose_heads(shared, products)
+    if heads == "same":
+        return shared
+    checkpoint.change(shared, "heads", heads=heads)
+    for a, b in shared.config.spans if products is not None else []:
+        among = products[a, :, a]                                       # (H, H)
+        for layer in range(a + 1, b + 1):
+            attn, between = shared.blocks[layer].attn, products[layer, :, a]
+            if heads == "match":
+                attn.source.copy_((between / among.diagonal().sqrt()).argmax(1))
+            else:
+                attn.mix.data = nearest_mixture(among, between).to(attn.mix)
     return shared
 
 # ---- refit ----
 
 def head_outputs(block, x, step, below):
-    """What a block's heads sum up, side by side, before attn.out: (B, T, n).
-
-    The arguments are what walk() yields.
-    """
+    """What a block, given what walk() yields, has its heads sum up, before attn.out: (B, T, n)."""
     out, block.attn.out = block.attn.out, nn.Identity()
     try:
         return block.attn(block.norm1(x), step, below)[0]
     finally:
         block.attn.out = out
 
-def refitted_weight(out, z, y, ridge):
-    """z (N, T, n), y (N, T, C) → the W' (C, n) for the projection `out`, with λ = ridge times the
-    mean of the diagonal of Σ z zᵀ."""
-    missing = (y - out(z)).float()
-    z = z.float()
-    zz, zm = ((z.mT @ other).cpu().double().sum(0) for other in (z, missing))
-    zz.diagonal().add_(ridge * zz.diagonal().mean())
-    return out.weight + torch.linalg.solve(zz, zm).mT.to(out.weight)
-
 @torch.no_grad()
 def refit(shared, model, windows, ridge=0.1):
     """Refit the output projections of `shared`, which was made of `model`, on windows (N, T) of a
     calibration text, in place: of its reuse layers, and of all whose keys or values are narrower.
 
-    The layers are taken in turn, each on what it sees in `shared`, refitted below it.
-    Raises ValueError if `model` shares itself, and otherwise than `shared`.
+    The layers are taken in turn, each on what it sees in `shared`, refitted below it. ridge: λ, in
+    means of the diagonal of Σ z zᵀ. Raises ValueError if `model` shares, and not as `shared` does.
     """
     have, want = ((m.config.share, m.config.share_kind) for m in (model, shared))
     if have[0] and have != want:
         raise ValueError("--refit: needs the outputs of full attention, but the model already "
                          f"shares {have[0]}")
     reuses = (SharedAttention, CrossLayerAttention)
-    for (full, *given), (block, *given_shared) in zip(walk(model, windows), walk(shared, windows)):
+    for (full, x, *rest), (block, *given) in zip(walk(model, windows), walk(shared, windows)):
+        out = block.attn.out
         if isinstance(block.attn, reuses) or block.attn.widths != full.attn.widths:
-            x, step, below = given
-            y, _ = full.attn(full.norm1(x), step, below)
-            z = head_outputs(block, *given_shared)
-            out = block.attn.out            # gets another tensor, as `model` may use this one too
-            out.weight = nn.Parameter(refitted_weight(out, z, y, ridge))
+            y, _ = full.attn(full.norm1(x), *rest)                      # (N, T, C)
+            z = head_outputs(block, *given)                             # (N, T, n)
+            missing, z = (y - out(z)).float(), z.float()
+            zz, zm = ((z.mT @ other).cpu().double().sum(0) for other in (z, missing))
+            zz.diagonal().add_(ridge * zz.diagonal().mean())
+            more = torch.linalg.solve(zz, zm).mT.to(out.weight)         # (C, n)
+            out.weight = nn.Parameter(out.weight + more)    # not in place: `model` may use it too
     return shared
 
 # ---- command ----
-
-def share_fitted(model, spans, heads, windows, refitting=False, share_kind="weights"):
-    """share(), with heads chosen on every third of the windows (N, T), and refitted on all."""
-    products = None if heads == "same" else head_products(model, windows[::3])
-    shared = share(model, spans, heads, products, share_kind)
-    return refit(shared, model, windows) if refitting else shared
-
-def check(args, model):
-    """Raises ValueError if the flags want what the model does not have."""
-    own = model.config.share
-    if not (args.share or own):
-        raise ValueError("--share: name the spans that are to share, as --share=26-28")
-    if args.share in ("", own) and (args.heads != "mix" or args.refit):
-        raise ValueError(f"--share: the model shares {own} already, with no full attention there "
-                         "to be fitted to; only --heads=mix is possible, for train.py to learn")
-    if args.heads != "same" and args.share_kind == "kv":
-        raise ValueError(f"--heads={args.heads}: only Shared Attention takes over heads; "
-                         "give --share_kind=weights")
 
 def main():
     flags = parser(__doc__, "heads")
@@ -215,16 +177,21 @@ def main():
     args = flags.parse_args()
 
     def technique(model, data):
-        check(args, model)
         own = model.config.share
         spans, kind = args.share or own, args.share_kind if args.share else model.config.share_kind
-        plain = share(model, spans, share_kind=kind)    # or refused, before the work
-        if args.heads == "same" and not args.refit:
-            return plain
-        if spans == own:                                # nothing to fit: train.py will
-            return share(model, spans, args.heads, share_kind=kind)
+        if not spans:
+            raise ValueError("--share: name the spans that are to share, as --share=26-28")
+        if spans == own and (args.heads != "mix" or args.refit):
+            raise ValueError(f"--share: the model shares {own} already, with no full attention "
+                             "there to be fitted to; only --heads=mix is possible, for train.py "
+                             "to learn")
+        shared = share(model, spans, args.heads, share_kind=kind)       # or refused, before work
+        if spans == own or (args.heads == "same" and not args.refit):
+            return shared
         windows = calibration(model, data())
-        return share_fitted(model, spans, args.heads, windows, args.refit, kind)
+        if args.heads != "same":
+            shared = share(model, spans, args.heads, head_products(model, windows[::3]), kind)
+        return refit(shared, model, windows) if args.refit else shared
 
     rewrite(args, technique)
 

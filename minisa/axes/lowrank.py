@@ -27,24 +27,20 @@ class Corrected(SharedAttention):
     """A reuse layer with a query and key of R numbers per head, and values like any other's."""
     makes = "qkv"
 
-    def narrow_rope(self, rope):
-        """cos and sin (T, D) → (T, R): every (D/R)-th of the angles."""
-        R = self.widths[0] // self.H
-        return [angles[:, ::angles.size(1) // R] for angles in rope]
-
     def forward(self, x, step, P):
         q, k, v = self.qkv(x).split(self.widths, dim=2)
-        rope = self.narrow_rope(step.rope)
-        q, k = rotate(split_heads(q, self.H), rope), rotate(split_heads(k, self.G), rope)
-        k = step.visible("k", self.layer, k)                    # (B, G, S, R)
-        v = step.visible("v", self.layer, split_heads(v, self.G))
-        product = P.float() * step.attention_weights(q, k)      # (B, H, T, S); 0 where P is
+        q, k, v = split_heads(q, self.H), split_heads(k, self.G), split_heads(v, self.G)
+        rope = [angles[:, ::angles.size(1) // q.size(3)] for angles in step.rope]   # R of D angles
+        k = step.visible("k", self.layer, rotate(k, rope))      # (B, G, S, R)
+        v = step.visible("v", self.layer, v)
+        correction = step.attention_weights(rotate(q, rope), k)
+        product = P.float() * correction                        # (B, H, T, S); 0 where P is
         total = product.sum(-1, keepdim=True).clamp(min=torch.finfo(product.dtype).tiny)
         return self.merge(step.weighted_sum((product / total).type_as(P), v)), P
 
 def rebuild(model, rank):
-    """Make all reuse layers Corrected, in place. Raises ValueError if R = rank does not fit, or if
-    there are none."""
+    """Make all reuse layers Corrected, in place. Raises ValueError if R = rank does not fit, or as
+    plain_reuse_layers()."""
     D = model.config.head_dim
     if rank < 1 or rank % 2 or D % rank:
         raise ValueError(f"--share_rank={rank}: must be even, and divide the width of a head, {D}")
@@ -55,34 +51,28 @@ def rebuild(model, rank):
         attn.qkv = nn.Linear(like.in_features, sum(attn.widths), bias=False,
                              device=like.weight.device, dtype=like.weight.dtype)
 
-def first_key_rows(attn, rank):
-    """The first R rows of each head's part of W_k, (G·R, C); None if the layer makes no keys."""
-    k = attn.qkv.weight.split(attn.widths)[1]
-    return k.view(attn.G, -1, k.size(1))[:, :rank].flatten(0, 1) if len(k) else None
-
 @torch.no_grad()
 def correct(model, spans, rank, seed=1337):
-    """A model → one whose spans share, each reuse layer with a correction that is still zero, in
-    eval mode, in the same memory where it can.
+    """A model → one whose spans share, each reuse layer with a correction of R = rank that is still
+    zero, in eval mode, in the same memory where it can.
 
-    rank: R. k̃ starts as the first R numbers of the layer's own k, or random if it has none.
+    k̃ starts as the first R numbers of the layer's own k, or random if it has none.
     Raises ValueError if the model cannot share so, or R does not fit.
     """
-    shared = checkpoint.reconfigure(model, share=spans, share_kind="weights")
-    changes, state = checkpoint.changes(model), shared.state_dict()
-    new = checkpoint.change(checkpoint.empty(shared.config, changes), "lowrank", rank=rank)
+    new = checkpoint.reconfigure(model, share=spans, share_kind="weights")
+    made = [block.attn.qkv.weight for block in new.blocks]      # in a reuse layer: v alone
+    checkpoint.change(new, "lowrank", rank=rank)
     generator = torch.Generator().manual_seed(seed)
-    for layer, block in enumerate(new.blocks):
+    for block, own, v in zip(new.blocks, model.blocks, made):
         if isinstance(block.attn, Corrected):
-            name = f"blocks.{layer}.attn.qkv.weight"
-            n_q, n_k, _ = block.attn.widths
-            v = state[name]                         # (G·D, C): plain sharing makes nothing else
-            k = first_key_rows(model.blocks[layer].attn, rank)
-            if k is None:
-                k = 0.02 * torch.randn(n_k, v.size(1), generator=generator).to(v)
-            state[name] = torch.cat((v.new_zeros(n_q, v.size(1)), k, v))
-    new.load_state_dict(state, assign=True)
-    return new.eval()
+            (n_q, n_k, _), C = block.attn.widths, v.size(1)
+            k = own.attn.qkv.weight.split(own.attn.widths)[1]   # (G·D, C), or none
+            if len(k):
+                k = k.view(own.attn.G, -1, C)[:, :rank].flatten(0, 1)
+            else:
+                k = 0.02 * torch.randn(n_k, C, generator=generator).to(v)
+            block.attn.qkv.weight = nn.Parameter(torch.cat((v.new_zeros(n_q, C), k, v)))
+    return new
 
 def main():
     flags = parser(__doc__, "lowrank")

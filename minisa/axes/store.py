@@ -26,6 +26,7 @@ numbers are used; then it is deleted, and its tokens are computed anew.
 """
 
 import hashlib
+import io
 import json
 import os
 import threading
@@ -35,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minisa.checkpoint import changes
@@ -58,82 +60,21 @@ class StoredCache(KVCache):
             self.arriving[layer].result()
         return super().write(name, layer, new)
 
-# ---- names, and what is in a file ----
-
 def raw(t):
-    """A tensor → its bytes, as a tensor."""
-    return t.detach().cpu().contiguous().flatten().view(torch.uint8)
+    """A tensor → its bytes, as an array."""
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 def root_name(model, size):
     """A hash of all that keys and values depend on but the tokens."""
-    weights = model.state_dict()
     settings = [asdict(model.config), changes(model), str(model.embed.weight.dtype), size, BLOCK]
     h = hashlib.sha256(json.dumps(settings).encode())
-    for name, t in sorted(weights.items()):
+    for name, t in sorted(model.state_dict().items()):
         h.update(name.encode())
-        h.update(raw(t).numpy())
+        h.update(raw(t))
     return h.digest()
 
 def digest(name, layer, numbers):
     return hashlib.sha256(name + layer.to_bytes(4, "little") + numbers).digest()
-
-class Layout:
-    """Where the parts of a file are. .parts: of each layer's numbers the start and the length, in
-    bytes. .shapes: of each layer's k and v, (G, 64, d). .file_bytes: of a whole file."""
-
-    def __init__(self, model):
-        self.dtype = model.embed.weight.dtype
-        block = KVCache(model, 1, BLOCK, self.dtype, "meta")
-        self.shapes = [(k.shape[1:], v.shape[1:]) for k, v in zip(block.k, block.v)]
-        self.head_bytes = DIGEST * (1 + len(self.shapes))       # the name, and a digest per layer
-        self.parts, start = [], self.head_bytes
-        for k, v in zip(block.k, block.v):
-            self.parts.append((start, k.nbytes + v.nbytes))
-            start += k.nbytes + v.nbytes
-        self.file_bytes = start
-
-    def pack(self, name, cache, slots):
-        """The keys and values in some slots of a cache → the bytes of a file."""
-        layers = [torch.cat((raw(k[0][:, slots]), raw(v[0][:, slots]))).numpy().tobytes()
-                  for k, v in zip(cache.k, cache.v)]
-        digests = [digest(name, layer, numbers) for layer, numbers in enumerate(layers)]
-        return b"".join((name, *digests, *layers))
-
-    def unpack(self, layer, numbers):
-        """The bytes of a layer → its k and v (G, 64, d)."""
-        k_shape, v_shape = self.shapes[layer]
-        if not numbers:                                         # a reuse layer of CLA has none
-            return torch.empty(k_shape, dtype=self.dtype), torch.empty(v_shape, dtype=self.dtype)
-        both = torch.frombuffer(bytearray(numbers), dtype=self.dtype)
-        k, v = both.split((k_shape.numel(), v_shape.numel()))
-        return k.view(k_shape), v.view(v_shape)
-
-# ---- the two tiers ----
-
-class Memory:
-    """The contents of blocks by name, up to `limit` bytes, the least recently used first."""
-
-    def __init__(self, limit, file_bytes):
-        self.limit, self.file_bytes = limit, file_bytes
-        self.blocks, self.lock = OrderedDict(), threading.Lock()
-
-    def put(self, name, data):
-        with self.lock:
-            self.blocks[name] = data
-
-    def forget(self, name):
-        with self.lock:
-            self.blocks.pop(name, None)
-
-    def use(self, names):
-        """Count blocks as used just now, the later ones first, so that they go first; let go of
-        what is over the limit."""
-        with self.lock:
-            for name in reversed(names):
-                if name in self.blocks:
-                    self.blocks.move_to_end(name)
-            while len(self.blocks) * self.file_bytes > self.limit:
-                self.blocks.popitem(last=False)
 
 class Disk:
     """Blocks as files of a folder that other processes may use too, up to `limit` bytes.
@@ -181,7 +122,7 @@ class Disk:
             self.trouble = f"{path}: could not be deleted ({error.strerror})"
 
     def use(self, names):
-        """As Memory.use(). A file's time is when it was used last."""
+        """As Store.use(). A file's time is when it was used last."""
         now = time.time()
         for i, name in enumerate(names):
             try:
@@ -195,74 +136,6 @@ class Disk:
                 self.delete(path)
                 over -= stat.st_size
 
-# ---- a block that is read ----
-
-class Block:
-    """A block while it is loaded, layer by layer, from memory or from its file.
-
-    Its methods raise Damaged, and have deleted it by then, if it is not as it was saved.
-    """
-
-    def __init__(self, store, name, i):
-        self.store, self.name, self.file = store, name, None
-        self.positions = torch.arange(i * BLOCK, (i + 1) * BLOCK, device=store.like.device)
-        self.slots = self.positions % store.size
-        self.data = store.memory.blocks.get(name)
-        if self.data is None:
-            self.file = self.open()
-        self.head = self.part(0, store.layout.head_bytes)
-        if self.head[:DIGEST] != name:
-            self.refuse()
-        self.layers = []                                        # what came from the file so far
-
-    def open(self):
-        if self.store.disk is None:                             # memory let go of it meanwhile
-            self.refuse()
-        try:
-            file = os.open(self.store.disk.path(self.name), os.O_RDONLY)
-        except OSError:
-            self.refuse()
-        if os.fstat(file).st_size != self.store.layout.file_bytes:
-            os.close(file)
-            self.refuse()
-        return file
-
-    def refuse(self):
-        self.store.forget(self.name)
-        raise Damaged(self.name.hex())
-
-    def part(self, start, n):
-        """n bytes of the block, from `start`."""
-        if self.data is not None:
-            return self.data[start:start + n]
-        try:
-            found = os.pread(self.file, n, start)
-        except OSError:
-            self.refuse()
-        if len(found) < n:
-            self.refuse()
-        return found
-
-    def layer(self, layer):
-        """→ k and v (G, 64, d) of a layer; the layers must be asked for in order."""
-        numbers = self.part(*self.store.layout.parts[layer])
-        if self.data is None:
-            expected = self.head[DIGEST * (layer + 1):DIGEST * (layer + 2)]
-            if digest(self.name, layer, numbers) != expected:
-                self.refuse()
-            self.layers.append(numbers)
-        return self.store.layout.unpack(layer, numbers)
-
-    def whole(self):
-        """All its bytes, after its last layer came."""
-        return b"".join((self.head, *self.layers)) if self.data is None else self.data
-
-    def __del__(self):
-        if getattr(self, "file", None) is not None:
-            os.close(self.file)
-
-# ---- the store ----
-
 class Store:
     """KV caches of a model's conversations, one sequence each: in memory, and on disk in a folder.
 
@@ -272,13 +145,18 @@ class Store:
     """
 
     def __init__(self, model, folder=None, memory=2**29, disk=2**32, size=None):
-        self.model, self.like = model, model.embed.weight
+        self.model, self.like, self.limit = model, model.embed.weight, memory
         self.size = model.config.block_size if size is None else size
         if self.size < BLOCK:
             raise ValueError(f"--context={self.size}: the store keeps blocks of {BLOCK} tokens; "
                              "take at least as many, and a model with such a block_size")
-        self.layout, self.root = Layout(model), root_name(model, self.size)
-        self.memory = Memory(memory, self.layout.file_bytes)
+        block = KVCache(model, 1, BLOCK, self.like.dtype, "meta")
+        self.shapes = [(k.shape[1:], v.shape[1:]) for k, v in zip(block.k, block.v)]
+        self.head_bytes = DIGEST * (1 + len(block.k))           # the name, and a digest per layer
+        self.layer_bytes = [k.nbytes + v.nbytes for k, v in zip(block.k, block.v)]
+        self.file_bytes = self.head_bytes + sum(self.layer_bytes)
+        self.root = root_name(model, self.size)
+        self.memory, self.lock = OrderedDict(), threading.Lock()        # name → the bytes of a file
         self.disk = Disk(folder, disk) if folder else None
         self.reader, self.background = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
@@ -290,88 +168,133 @@ class Store:
             names.append(hashlib.sha256(names[-1] + text).digest())
         return names[1:]
 
-    def has(self, name):
-        on_disk = self.disk is not None and self.disk.path(name).exists()
-        return name in self.memory.blocks or on_disk
-
-    def fresh(self):
-        """A StoredCache in which nothing is stored."""
-        return StoredCache(self.model, 1, self.size, self.like.dtype, self.like.device)
+    def on_disk(self, name):
+        return self.disk is not None and self.disk.path(name).exists()
 
     def load(self, tokens):
         """tokens: a history and a new turn → a StoredCache that holds the longest known beginning
         of it, at most all but the last token; cache.length says how many. A forward pass with it
         may raise Damaged: then load again."""
-        names = self.names(tokens[:-1])
-        while True:
+        names, blocks = self.names(tokens[:-1]), None
+        while blocks is None:
+            first, end = self.longest(names)
             try:
-                blocks = self.longest(names)
+                blocks = [self.block(name) for name in names[first:end]]
+                for block in blocks:
+                    next(block)                                 # its head
             except Damaged:
-                continue
-            return self.cache_of(blocks)
-
-    def longest(self, names):
-        """The blocks of the longest beginning that is there, those that reach into the window."""
-        have = [self.has(name) for name in names]
-        for m in range(len(names), 0, -1):
-            first = max(0, m * BLOCK - self.size) // BLOCK
-            if all(have[first:m]):
-                return [Block(self, names[i], i) for i in range(first, m)]
-        return []
-
-    def cache_of(self, blocks):
-        """A StoredCache in which the layers of some neighbouring blocks begin to arrive."""
-        cache = self.fresh()
+                blocks = None
+        cache = StoredCache(self.model, 1, self.size, self.like.dtype, self.like.device)
         if blocks:
-            for block in blocks:
-                cache.where[0, 0, block.slots] = block.positions[:, None]
-            cache.length = blocks[-1].positions[-1].item() + 1
-            cache.arriving = [self.reader.submit(self.bring, cache, layer, blocks)
-                              for layer in range(len(cache.k))]
+            positions = torch.arange(first * BLOCK, end * BLOCK, device=self.like.device)
+            slots, cache.length = positions % self.size, end * BLOCK
+            cache.where[0, 0, slots] = positions[:, None]
+            task = self.bring, cache, names[first:end], blocks, slots.split(BLOCK)
+            cache.arriving = [self.reader.submit(*task, layer) for layer in range(len(cache.k))]
         return cache
 
-    def bring(self, cache, layer, blocks):
-        """Fill one layer of a cache; after the last one, count the blocks as used."""
+    def longest(self, names):
+        """The longest beginning that is there → the first of its blocks that reaches into the
+        window, and the one after its last."""
+        have = [name in self.memory or self.on_disk(name) for name in names]
+        for end in range(len(names), 0, -1):
+            first = max(0, end * BLOCK - self.size) // BLOCK
+            if all(have[first:end]):
+                return first, end
+        return 0, 0
+
+    def block(self, name):
+        """Read a block from memory or from its file: yield None if its head is right, then k and v
+        (G, 64, d) of each layer. Raises Damaged if it is not as it was saved."""
+        data = self.memory.get(name)
+        try:
+            if data is None and self.disk is None:              # memory let go of it meanwhile
+                raise Damaged
+            with open(self.disk.path(name), "rb") if data is None else io.BytesIO(data) as file:
+                whole = file.seek(0, os.SEEK_END) == self.file_bytes
+                file.seek(0)
+                parts = [file.read(self.head_bytes)]
+                if not whole or parts[0][:DIGEST] != name:
+                    raise Damaged
+                yield
+                for layer, n in enumerate(self.layer_bytes):
+                    parts.append(file.read(n))
+                    expected = parts[0][DIGEST * (layer + 1):DIGEST * (layer + 2)]
+                    if data is None and digest(name, layer, parts[-1]) != expected:
+                        raise Damaged
+                    yield self.unpack(layer, parts[-1])
+        except (OSError, Damaged):
+            self.forget(name)
+            raise Damaged(name.hex()) from None
+        if data is None:
+            self.put(name, b"".join(parts))
+
+    def unpack(self, layer, numbers):
+        """The bytes of a layer → its k and v (G, 64, d)."""
+        k_shape, v_shape = self.shapes[layer]
+        both = torch.from_numpy(np.frombuffer(bytearray(numbers), np.uint8)).view(self.like.dtype)
+        k, v = both.split((k_shape.numel(), v_shape.numel()))
+        return k.view(k_shape), v.view(v_shape)
+
+    def bring(self, cache, names, blocks, slots, layer):
+        """Fill one layer of a cache; after the last one, keep the blocks in memory."""
         if not blocks:
             raise Damaged("in a layer below")
         try:
-            for block in blocks:
-                k, v = block.layer(layer)
-                cache.k[layer][0].index_copy_(1, block.slots, k.to(cache.k[layer]))
-                cache.v[layer][0].index_copy_(1, block.slots, v.to(cache.v[layer]))
+            for block, at in zip(blocks, slots):
+                k, v = next(block)
+                cache.k[layer][0].index_copy_(1, at, k.to(cache.k[layer]))
+                cache.v[layer][0].index_copy_(1, at, v.to(cache.v[layer]))
         except Damaged:
             blocks.clear()
             raise
         if layer == len(cache.k) - 1:
             for block in blocks:
-                self.memory.put(block.name, block.whole())
-            self.use([block.name for block in blocks])
+                next(block, None)                               # it ends
+            self.use(names)
 
     def save(self, tokens, cache):
         """Keep what a cache holds of its tokens, a list: in memory now, on disk a little later."""
         names = self.names(tokens[:cache.length])
         for i, name in enumerate(names):
-            on_disk = not self.disk or self.disk.path(name).exists()
+            kept = name in self.memory and (self.disk is None or self.on_disk(name))
             overwritten = i * BLOCK < cache.length - self.size
-            if overwritten or (on_disk and name in self.memory.blocks):
-                continue
-            positions = torch.arange(i * BLOCK, (i + 1) * BLOCK, device=cache.where.device)
-            data = self.layout.pack(name, cache, positions % self.size)
-            self.memory.put(name, data)
-            if self.disk:
-                self.background.submit(self.disk.put, name, data)
+            if not kept and not overwritten:
+                data = self.pack(name, cache, i)
+                self.put(name, data)
+                if self.disk:
+                    self.background.submit(self.disk.put, name, data)
         self.background.submit(self.use, names)
 
-    def use(self, names):
-        """Count blocks as used just now, and let go of what is over the limits."""
-        self.memory.use(names)
-        if self.disk:
-            self.disk.use(names)
+    def pack(self, name, cache, i):
+        """The keys and values of block i of a cache → the bytes of its file."""
+        slots = torch.arange(i * BLOCK, (i + 1) * BLOCK, device=self.like.device) % self.size
+        layers = [b"".join((raw(k[0][:, slots]), raw(v[0][:, slots])))
+                  for k, v in zip(cache.k, cache.v)]
+        digests = [digest(name, layer, numbers) for layer, numbers in enumerate(layers)]
+        return b"".join((name, *digests, *layers))
+
+    def put(self, name, data):
+        with self.lock:
+            self.memory[name] = data
 
     def forget(self, name):
-        self.memory.forget(name)
+        with self.lock:
+            self.memory.pop(name, None)
         if self.disk:
             self.disk.delete(self.disk.path(name))
+
+    def use(self, names):
+        """Count blocks as used just now, the later ones first, so that they go first; let go of
+        what is over the limits."""
+        with self.lock:
+            for name in reversed(names):
+                if name in self.memory:
+                    self.memory.move_to_end(name)
+            while len(self.memory) * self.file_bytes > self.limit:
+                self.memory.popitem(last=False)
+        if self.disk:
+            self.disk.use(names)
 
     def close(self):
         """Wait until all is written."""

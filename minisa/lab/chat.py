@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from itertools import chain
 
 import torch
 
@@ -34,65 +35,12 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 HELP = "/reset begins anew, /undo takes the last turn back, /bill shows the cache, Ctrl-D ends"
 MB = 2**20
 
-# ---- the conversation as tokens ----
-
 def special(tokenizer):
     """The ids of <|im_start|> and <|im_end|>. Raises ValueError if the tokenizer has none."""
     ids = {tokenizer.decode([i]): i for i in tokenizer.description.get("special", [])}
     if "<|im_start|>" not in ids or "<|im_end|>" not in ids:
         raise ValueError("this model has no chat format with <|im_start|> and <|im_end|>; take smollm2")
     return ids["<|im_start|>"], ids["<|im_end|>"]
-
-def message(tokenizer, role, text):
-    """A message → its tokens. What looks like a special token in the text stays text."""
-    start, end = special(tokenizer)
-    return [start, *tokenizer.encode(f"{role}\n{text}"), end, *tokenizer.encode("\n")]
-
-class History:
-    """The tokens of a conversation, and where each of its turns begins; kept in a file of a folder, unless
-    that is None. Of two chats in one folder, the file holds the one that was last said something in."""
-
-    def __init__(self, folder, tokenizer):
-        self.file = folder and folder / "chat.json"
-        self.tokenizer = hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()
-        self.vocab_size = tokenizer.vocab_size
-        self.first = message(tokenizer, "system", SYSTEM)
-        self.reset()
-        try:
-            if self.file and self.file.exists():
-                self.restore(json.loads(self.file.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{self.file} cannot be continued ({error}); it is kept as {self.file}.old, and this is a "
-                  "new conversation", file=sys.stderr)
-            os.replace(self.file, f"{self.file}.old")
-
-    def restore(self, saved):
-        """Take over what save() wrote. Raises ValueError, KeyError or TypeError if it cannot be continued."""
-        tokens, turns = saved["tokens"], saved["turns"]
-        lists = type(tokens) is list and type(turns) is list
-        if not lists or not tokens or any(type(n) is not int for n in tokens + turns):
-            raise ValueError("it is damaged")
-        if saved["tokenizer"] != self.tokenizer:
-            raise ValueError("it is of a model with another tokenizer")
-        known = all(0 <= n < self.vocab_size for n in tokens)
-        if not known or not all(0 < n <= len(tokens) for n in turns):
-            raise ValueError("it is damaged")
-        self.tokens, self.turns = tokens, turns
-
-    def reset(self):
-        self.tokens, self.turns = list(self.first), []
-
-    def undo(self):
-        if self.turns:
-            del self.tokens[self.turns.pop():]
-
-    def save(self):
-        """Raises OSError."""
-        if self.file:
-            state = {"tokenizer": self.tokenizer, "tokens": self.tokens, "turns": self.turns}
-            write_file(self.file, json.dumps(state).encode())
-
-# ---- the chat ----
 
 def read_line():
     """What the user says next; None at the end."""
@@ -107,29 +55,73 @@ def read_line():
             print("not UTF-8 text", file=sys.stderr)
 
 class Chat:
-    """A conversation with a model in the terminal.
+    """A conversation with a model in the terminal: its tokens, and where each of its turns begins. They are
+    kept in a file of the store's folder; of two chats there, it holds the one that last said something.
 
-    args: its max_new_tokens, temperature, top_k and seed are those of the answers.
-    Raises ValueError if the model has no chat format.
+    args: the flags of main(). Raises ValueError if the model has no chat format.
     """
 
     def __init__(self, name, model, tokenizer, store, args):
         self.name, self.model, self.tokenizer, self.store, self.args = name, model, tokenizer, store, args
         self.start, self.stop = special(tokenizer)
-        self.history = History(store.disk and store.disk.folder, tokenizer)
-        self.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
-        self.cache = store.fresh()
+        self.generator = torch.Generator(args.device).manual_seed(args.seed)
+        self.identity = hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()
+        self.file = store.disk and store.disk.folder / "chat.json"
+        self.reset()
+        try:
+            if self.file and self.file.exists():
+                self.restore(json.loads(self.file.read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{self.file} cannot be continued ({error}); it is kept as {self.file}.old, and this is a "
+                  "new conversation", file=sys.stderr)
+            os.replace(self.file, f"{self.file}.old")
+
+    def restore(self, saved):
+        """Take over what save() wrote. Raises ValueError, KeyError or TypeError if it cannot be continued."""
+        tokens, turns = saved["tokens"], saved["turns"]
+        if saved["tokenizer"] != self.identity:
+            raise ValueError("it is of a model with another tokenizer")
+        lists = type(tokens) is type(turns) is list and all(type(n) is int for n in tokens + turns)
+        known = lists and tokens and all(0 <= n < self.tokenizer.vocab_size for n in tokens)
+        if not known or not all(0 < n <= len(tokens) for n in turns):
+            raise ValueError("it is damaged")
+        self.tokens, self.turns = tokens, turns
+
+    def save(self):
+        """Write the file; say so if that, or what the store does in the background, goes wrong."""
+        if not self.file:
+            return
+        trouble, self.store.disk.trouble = self.store.disk.trouble, None
+        state = {"tokenizer": self.identity, "tokens": self.tokens, "turns": self.turns}
+        try:
+            write_file(self.file, json.dumps(state).encode())
+        except OSError as error:
+            trouble = error
+        if trouble:
+            print(f"the store does not save: {trouble}", file=sys.stderr)
+
+    def reset(self):
+        self.tokens, self.turns, self.cache = self.message("system", SYSTEM), [], None
+
+    def undo(self):
+        if self.turns:
+            del self.tokens[self.turns.pop():]
+        self.cache = None
 
     def run(self):
         """Talk until Ctrl-D."""
-        commands = {"/reset": self.reset, "/undo": self.undo, "/bill": self.bill}
-        turns, n = len(self.history.turns), len(self.history.tokens)
+        commands = {"/reset": self.reset, "/undo": self.undo}
         print(HELP)
-        if turns:
-            print(f"going on with a conversation of {turns} turns, {n:,} tokens")
+        if self.turns:
+            print(f"going on with a conversation of {len(self.turns)} turns, {len(self.tokens):,} tokens")
         while (text := read_line()) is not None:
             if text in commands:
                 commands[text]()
+                self.save()
+                print(f"{len(self.turns)} turns, {len(self.tokens):,} tokens")
+            elif text == "/bill":                           # of the cache of the last answer
+                context = min(self.cache.length, self.cache.size) if self.cache else 1
+                bill.show([bill.row(self.name, self.model, None, None, context)[0]])
             elif text.startswith("/"):
                 print(HELP)
             elif text:
@@ -137,96 +129,62 @@ class Chat:
         print()
         self.store.close()
 
-    def reset(self):
-        self.history.reset()
-        self.begin_again()
-
-    def undo(self):
-        self.history.undo()
-        self.begin_again()
-
-    def begin_again(self):
-        self.keep()
-        self.cache = self.store.fresh()
-        print(f"{len(self.history.turns)} turns, {len(self.history.tokens):,} tokens")
-
-    def bill(self):
-        """Print what the cache of the last answer costs."""
-        context = max(1, min(self.cache.length, self.cache.size))
-        row, _ = bill.row(self.name, self.model, None, None, context)
-        bill.show([row])
-
-    def keep(self):
-        """Save the history; say so if that, or what the store does in the background, goes wrong."""
-        trouble, disk = None, self.store.disk
-        try:
-            self.history.save()
-        except OSError as error:
-            trouble = str(error)
-        if disk:
-            trouble, disk.trouble = trouble or disk.trouble, None
-        if trouble:
-            print(f"the store does not save: {trouble}", file=sys.stderr)
+    def message(self, role, text):
+        """→ its tokens. What looks like a special token in the text stays text."""
+        encode = self.tokenizer.encode
+        return [self.start, *encode(f"{role}\n{text}"), self.stop, *encode("\n")]
 
     def turn(self, text):
         """Say something, print the answer as it comes, and what it took."""
-        history, began = self.history, time.perf_counter()
-        history.turns.append(len(history.tokens))
-        history.tokens += message(self.tokenizer, "user", text)
-        history.tokens += [self.start, *self.tokenizer.encode("assistant\n")]
-        n, self.first = len(history.tokens), None
-        answer = self.answer()
+        began = time.perf_counter()
+        self.turns.append(len(self.tokens))
+        self.tokens += self.message("user", text)
+        self.tokens += [self.start, *self.tokenizer.encode("assistant\n")]
+        n, answer = len(self.tokens), self.answer()
         try:
             for piece in self.tokenizer.decode_stream(answer):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:                           # stops the answer, not the chat
             answer.close()
-        made = len(history.tokens) - n
+        made = len(self.tokens) - n
         if not made:                                        # stopped before the first token
-            history.undo()
+            self.undo()
             print("\n[stopped]")
             return
-        history.tokens += self.tokenizer.encode("\n")
+        self.tokens += self.tokenizer.encode("\n")
         speed = made / max(time.perf_counter() - self.first, 1e-9)
         cut = ", cut at --max_new_tokens" if made > self.args.max_new_tokens else ""
         print(f"\n[first token after {self.first - began:.2f} s, {self.reused:,} of {n:,} tokens reused, "
               f"{speed:.0f} tokens/s{cut}]", flush=True)
-        self.keep()
+        self.save()
 
     def answer(self):
-        """Yield the tokens of an answer, by which the history grows; then store its cache."""
-        while True:
+        """Yield the tokens of an answer, by which the conversation grows; then store its cache."""
+        args, first, made, whole = self.args, None, [], True
+        while first is None:
+            self.cache = self.store.load(self.tokens)
+            self.reused = self.cache.length
+            ids = torch.tensor([self.tokens[self.reused:]], device=args.device)
+            stream = self.model.stream(ids, args.max_new_tokens, args.temperature, args.top_k, self.generator,
+                                       self.cache)
             try:
-                yield from self.attempt()
-                return
-            except Damaged:                                 # before the first token: the next finds less
-                continue
-
-    def attempt(self):
-        """answer(), with what the store has. Raises Damaged if that turns out to be no good."""
-        args, tokens = self.args, self.history.tokens
-        self.cache = self.store.load(tokens)
-        self.reused, made, whole = self.cache.length, [], True
-        ids = torch.tensor([tokens[self.reused:]], device=self.model.embed.weight.device)
-        stream = self.model.stream(ids, args.max_new_tokens, args.temperature, args.top_k, self.generator,
-                                   self.cache)
+                first = next(stream).item()
+            except Damaged:                                 # the next finds less
+                pass
+        self.first = time.perf_counter()
         try:
-            for token in stream:
-                made.append(token.item())
-                self.first = self.first or time.perf_counter()
-                if made[-1] == self.stop:
+            for token in chain([first], map(int, stream)):
+                made.append(token)
+                if token == self.stop:
                     break
-                yield made[-1]
+                yield token
         except KeyboardInterrupt:                           # perhaps between two layers of the cache
             whole = False
             raise
         finally:
-            if made:
-                tokens += made if made[-1] == self.stop else [*made, self.stop]
-                if whole:
-                    self.store.save(tokens, self.cache)
-
-# ---- the command ----
+            self.tokens += made if made[-1:] == [self.stop] else [*made, self.stop]
+            if whole:
+                self.store.save(self.tokens, self.cache)
 
 def read_flags():
     parser = Parser(__doc__, usage="python -m minisa.lab.chat MODEL [--FLAG=VALUE ...]")

@@ -5,6 +5,7 @@
 """
 
 import csv
+import itertools
 import textwrap
 from pathlib import Path
 
@@ -30,8 +31,7 @@ def similarity_maps(maps, file):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("layer", fontsize=8)
         axis.set_ylabel("layer", fontsize=8)
-        for side in (axis.xaxis, axis.yaxis):
-            side.get_major_locator().set_params(integer=True)
+        axis.locator_params(integer=True)
         axis.tick_params(labelsize=7)
     figure.colorbar(image, ax=axes, label="mean cosine of attention weights", shrink=0.8)
     save(figure, file)
@@ -42,27 +42,24 @@ def by_layer(values, title, file):
     figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
     axis.plot(range(len(values)), values, marker="o", markersize=3, color=BLUE)
     axis.set(xlabel="layer", ylabel=title, ylim=(0, None))
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.locator_params("x", integer=True)
     save(figure, file)
 
 def span_map(percent, n_layer, title, file):
     """percent: {(a, b): loss of span a..b over full attention, in percent} → a map, anchors across,
     reuse layers up. The colour is on a log scale from 0.1 to 100; the number is in the square."""
     plt = pyplot("the picture")
-    import numpy as np
-    from matplotlib.colors import LogNorm
     most = max(b - a for a, b in percent)
-    grid = np.full((most, n_layer - 1), np.nan)
-    for (a, b), value in percent.items():
-        grid[b - a - 1, a] = max(value, 0.1)
+    grid = [[float("nan")] * (n_layer - 1) for _ in range(most)]
     shape = (max(0.42 * n_layer + 1.8, 5), max(0.3 * most + 1.4, 2.6))
     figure, axis = plt.subplots(figsize=shape, layout="constrained")
-    image = axis.imshow(grid, norm=LogNorm(0.1, 100), cmap="viridis_r", origin="lower", aspect="auto")
     for (a, b), value in percent.items():
+        grid[b - a - 1][a] = max(value, 0.1)
         text = f"{value:.1f}" if value < 10 else f"{value:.0f}" if value < 1000 else f"{value:.0e}"
         axis.text(a, b - a - 1, text.replace("e+0", "e").replace("-0.0", "0.0"), fontsize=7,
                   ha="center", va="center", color="white" if value > 3 else "black")
+    image = axis.imshow(grid, norm=plt.matplotlib.colors.LogNorm(0.1, 100), cmap="viridis_r",
+                        origin="lower", aspect="auto")
     axis.set(xlabel="anchor (first layer of the span)", ylabel="reuse layers", xticks=range(n_layer - 1),
              yticks=range(most), yticklabels=range(1, most + 1))
     axis.set_title(title, fontsize=9)
@@ -90,36 +87,20 @@ def points_of(rows):
 def place_numbers(axis, points):
     """Number the points [(x, y), ...] from 1, each beside its point where nothing is written yet."""
     axis.figure.canvas.draw()                               # from now on the layout is known
-    pixels = [axis.transData.transform(point) for point in points]
-    taken = list(pixels)
-    offsets = sorted(((x, 3 * y) for x in (-60, -45, -30, -16, 16, 30, 45, 60) for y in range(-20, 21)),
-                     key=lambda offset: (offset[0]**2 + 2 * offset[1]**2, -offset[0]))
+    pixels = [tuple(axis.transData.transform(point)) for point in points]
+    taken, sides = list(pixels), (16, -16, 30, -30, 45, -45, 60, -60)
+    offsets = sorted(itertools.product(sides, range(-60, 61, 3)), key=lambda at: at[0]**2 + 2 * at[1]**2)
     for number, (point, (x, y)) in enumerate(zip(points, pixels), start=1):
         free = (offset for offset in offsets if all(
             abs(x + offset[0] - a) > 15 or abs(y + offset[1] - b) > 11 for a, b in taken))
         right, up = next(free, offsets[0])
         taken.append((x + right, y + up))
-        axis.annotate(
-            str(number), point, xytext=(right, up), textcoords="offset pixels", fontsize=7, ha="center",
-            va="center", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 3},
-            bbox={"color": "white", "pad": 0.5})
-
-def loss_axis(axis, losses):
-    """A log axis of bits per byte with ticks that can be read, however near the losses are."""
-    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
-    margin = (max(losses) / min(losses))**0.06 * 1.02
-    low, high = min(losses) / margin, max(losses) * margin
-    axis.set_yscale("log")
-    axis.set_ylim(low, high)
-    near = high < 3 * low
-    axis.yaxis.set_major_locator(FixedLocator(MaxNLocator(8).tick_values(low, high)) if near
-                                 else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter("{x:.5g}")
+        axis.annotate(str(number), point, xytext=(right, up), textcoords="offset pixels", fontsize=7,
+                      ha="center", va="center", bbox={"color": "white", "pad": 0.5},
+                      arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 3})
 
 def loss_against_cache(rows, file):
-    """Rows of bills, dicts of text → a numbered point for each: bytes of cache per token of the context
-    across, bits per byte on a log axis up, full attention's as a line; and what the numbers mean."""
+    """Rows of bills → a numbered point for each, full attention's as a line; and what the numbers mean."""
     plt = pyplot("the picture")
     points = points_of(rows)
     reference = next(iter(points))
@@ -136,9 +117,14 @@ def loss_against_cache(rows, file):
     for name, point in points.items():
         colour = RED if name == reference else GREEN if "squeeze" in name else BLUE
         axis.plot(*point, "o", color=colour, markersize=6, zorder=4)
-    loss_axis(axis, [loss for _, loss in points.values()])
-    axis.set(xlabel="cache, bytes per token of the context", xlim=(0, 1.05 * largest),
+    axis.margins(y=0.1)
+    axis.set(xlabel="cache, bytes per token of the context", xlim=(0, 1.05 * largest), yscale="log",
              ylabel=f"loss, bits per byte (log scale); dashed: {reference}")
+    losses = [loss for _, loss in points.values()]
+    least, ratio = min(losses), max(losses) / min(losses)
+    axis.set_yticks([least * ratio**(i / 6) for i in range(7)])     # can be read however near the losses are
+    axis.yaxis.set_minor_locator(plt.NullLocator())
+    axis.yaxis.set_major_formatter("{x:.4g}")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.spines[["top", "right"]].set_visible(False)
     beside.set_axis_off()

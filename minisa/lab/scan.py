@@ -15,9 +15,7 @@ import csv
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -25,43 +23,30 @@ from torch.nn import functional as F
 from minisa import checkpoint
 from minisa.axes.common import walk
 from minisa.axes.heads import head_products, refit, share
+from minisa.bill import print_table
 from minisa.cli import at_least, command, count
 from minisa.cost import layer_flops, predict
-from minisa.files import sha256
+from minisa.files import sha256, write_csv
 from minisa.lab import plot
-from minisa.lab.similarity import open_model, parser, write_csv
+from minisa.lab.similarity import open_model, parser
 from minisa.model import SHARE_KINDS
-from minisa.picture import pyplot
 
 FULL = (-1, -1)             # the "span" of full attention in a .csv file
 
 @torch.inference_mode()
 def mean_loss(model, windows):
     """windows (N, T + 1) → mean cross-entropy of their last T tokens, in nats."""
-    losses = [model(window[None, :-1], window[None, 1:])[1].item() for window in windows]
-    return sum(losses) / len(losses)
+    return statistics.fmean(model(window[None, :-1], window[None, 1:])[1].item() for window in windows)
+
+def percent(loss, full):
+    """How much a loss is over that of full attention."""
+    return 100 * (loss / full - 1)
 
 # ---- the search ----
 
-@dataclass
-class Window:
-    """A window of text on its way through the model with full attention."""
-    below: list             # the input (1, T, C) of each layer
-    step: object            # the Step of its tokens
-    targets: torch.Tensor   # (T,)
-    log_p: torch.Tensor     # (T, V): what full attention predicts
-
-def predictions(model, x, step, first):
-    """The input x (1, T, C) of layer `first` → log probabilities (T, V)."""
-    for block in model.blocks[first:]:
-        x, _ = block(x, step)
-    return F.log_softmax(model.head(model.norm(x))[0].float(), dim=-1)
-
-def prepare(model, window):
-    """window (T + 1,) → Window"""
-    steps = list(walk(model, window[None, :-1]))            # (block, x, step, shared) of each layer
-    below, step = [x for _, x, _, _ in steps], steps[0][2]
-    return Window(below, step, window[1:], predictions(model, below[-1], step, len(below) - 1))
+def predictions(model, x):
+    """What the last block gives, x (T, C) → log probabilities (T, V)."""
+    return F.log_softmax(model.head(model.norm(x)).float(), dim=-1)
 
 @torch.inference_mode()
 def scan(model, windows, longest, share_kind="weights", heads="same", products=None, skip=()):
@@ -71,24 +56,31 @@ def scan(model, windows, longest, share_kind="weights", heads="same", products=N
     What lies below a span is computed once for all spans, and what lies inside once for all spans with the
     same anchor.
     """
-    L, texts = model.config.n_layer, [prepare(model, window) for window in windows]
+    L, layers = model.config.n_layer, list(walk(model, windows[:, :-1]))
+    below, step = [x for _, x, _, _ in layers], layers[0][2]            # the input (N, T, C) of each layer
+    log_p = [predictions(model, x) for x in model.blocks[-1](below[-1], step)[0]]
     for a in range(L - 1):
         ends = range(a + 1, min(a + longest, L))
         if all((a, b) in skip for b in ends):
             continue
         blocks = share(model, f"{a}-{ends[-1]}", heads, products, share_kind).blocks
-        inside = [blocks[a](text.below[a], text.step) for text in texts]    # (x, what the anchor hands up)
+        inside, handed = blocks[a](below[a], step)
         for b in ends:
-            inside = [blocks[b](x, text.step, handed) for (x, handed), text in zip(inside, texts)]
+            inside, handed = blocks[b](inside, step, handed)
             if (a, b) not in skip:
-                prices = [price(model, x, text, b + 1) for (x, _), text in zip(inside, texts)]
-                yield a, b, *(sum(column) / len(texts) for column in zip(*prices))
+                x = inside
+                for block in model.blocks[b + 1:]:
+                    x, _ = block(x, step)
+                yield a, b, *price(model, x, log_p, windows)
 
-def price(model, x, text, first):
-    """A Window whose x (1, T, C) at layer `first` is another → its loss, and its divergence."""
-    log_q = predictions(model, x, text.step, first)
-    divergence = F.kl_div(log_q, text.log_p, log_target=True, reduction="batchmean")
-    return F.nll_loss(log_q, text.targets).item(), divergence.item()
+def price(model, x, log_p, windows):
+    """What the last block gives, x (N, T, C) → the loss, and the divergence from log_p, N of (T, V)."""
+    prices = []
+    for above, expected, window in zip(x, log_p, windows):
+        log_q = predictions(model, above)
+        divergence = F.kl_div(log_q, expected, log_target=True, reduction="batchmean")
+        prices.append((F.nll_loss(log_q, window[1:]).item(), divergence.item()))
+    return map(statistics.fmean, zip(*prices))
 
 def best_sets(prices, n_layer, most):
     """prices: {(a, b): price of a span alone} → {r: (sum, spans)}: for each number r ≤ most of reuse layers,
@@ -115,103 +107,77 @@ def spans_text(spans):
 
 # ---- a scan on disk ----
 
-@dataclass
-class Scan:
-    """What has been found, {(a, b): (loss, divergence)}, and the file that holds it."""
-    file: Path
-    settings: list          # model, windows and context, as text: all rows of a file have the same
-    found: dict
+def read_scan(file, origin):
+    """What an earlier scan wrote → {(a, b): (loss, divergence)}. Raises ValueError if its rows are not of
+    this origin: model, windows and context, as text."""
+    try:
+        rows = list(csv.reader(file.read_text().splitlines()))[1:] if file.exists() else []
+        if any(row[:3] != origin for row in rows):
+            raise ValueError("it is of another model, text, --windows or --context")
+        return {(int(a), int(b)): (float(loss), float(divergence))
+                for _, _, _, a, b, loss, divergence in rows}
+    except (IndexError, ValueError, OSError) as error:
+        raise ValueError(f"{file}: cannot be continued ({error}); "
+                         "delete it, or take another --out_dir") from None
 
-    @classmethod
-    def read(cls, file, settings):
-        """What an earlier scan wrote, or nothing yet. Raises ValueError if it had other settings."""
-        try:
-            rows = list(csv.reader(file.read_text().splitlines()))[1:] if file.exists() else []
-            if any(row[:3] != settings for row in rows):
-                raise ValueError("it is of another model, text, --windows or --context")
-            found = {(int(row[3]), int(row[4])): (float(row[5]), float(row[7])) for row in rows}
-        except (IndexError, ValueError, OSError) as error:
-            raise ValueError(f"{file}: cannot be continued ({error}); "
-                             "delete it, or take another --out_dir") from None
-        return cls(file, settings, found)
-
-    def write(self):
-        columns = ["model", "windows", "context", "anchor", "last", "loss", "percent", "divergence"]
-        rows = [[*self.settings, *span, loss, round(self.percent(loss), 3), divergence]
-                for span, (loss, divergence) in self.found.items()]
-        write_csv(self.file, columns, rows)
-
-    def percent(self, loss):
-        """A loss, as percent over that of full attention."""
-        return 100 * (loss / self.found[FULL][0] - 1)
-
-    def spans(self):
-        return {span: values for span, values in self.found.items() if span != FULL}
-
-def run_scan(scanned, model, windows, longest, **sharing):
-    """Find what is missing in a Scan, and print and write it span by span. sharing: as of scan()."""
-    L, T, found = model.config.n_layer, windows.size(1) - 1, scanned.found
-    layer = layer_flops(model.blocks[0], T, T)
-    head = 2 * model.config.n_embd * model.config.vocab_size * T
+def run_scan(found, file, origin, model, windows, longest, **sharing):
+    """Find what is missing in a scan, and print and write it span by span. sharing: as of scan()."""
+    L, T = model.config.n_layer, windows.size(1) - 1
+    layer, head = layer_flops(model.blocks[0], T, T), 2 * model.config.n_embd * model.config.vocab_size * T
     left = {(a, b): (L - b) * layer + head for a in range(L - 1) for b in range(a + 1, min(a + longest, L))
             if (a, b) not in found}                                     # FLOPs, nearly
     work, begun = sum(left.values()), time.perf_counter()
+    columns = ["model", "windows", "context", "anchor", "last", "loss", "divergence"]
     try:
         for a, b, loss, divergence in scan(model, windows, longest, **sharing, skip=found):
             found[a, b] = loss, divergence
-            scanned.write()
-            left.pop((a, b))
+            write_csv(file, columns, ([*origin, *span, *prices] for span, prices in found.items()))
+            del left[a, b]
             ahead = sum(left.values())
             seconds = int((time.perf_counter() - begun) / (work - ahead) * ahead)
-            print(f"span {f'{a}-{b}':>6}  loss {loss:.4f}  {scanned.percent(loss):+8.2f} %  "
+            print(f"span {f'{a}-{b}':>6}  loss {loss:.4f}  {percent(loss, found[FULL][0]):+8.2f} %  "
                   f"divergence {divergence:.4f}   {len(left)} spans, "
                   f"{seconds // 60}m{seconds % 60:02d}s left", flush=True)
     except KeyboardInterrupt:
-        raise ValueError(f"stopped; {scanned.file} holds {len(found) - 1} spans, "
+        raise ValueError(f"stopped; {file} holds {len(found) - 1} spans, "
                          "and the same command goes on from there") from None
-    scanned.write()
 
 # ---- what it shows ----
 
-def print_spans(scanned, model, sharer, T):
-    """For each number of reuse layers, the median span and the best. sharer: spans → a model."""
+def print_spans(prices, over, model, sharer, T):
+    """For each number of reuse layers, the median span and the best. prices: {(a, b): divergence}; over:
+    {(a, b): loss over full attention, in percent}; sharer: spans → a model."""
     print("\nfor each number of reuse layers, the loss over full attention in the median over all spans, and "
           "the span of least divergence")
-    print(f"reuse layers       median    best span      loss   cache saved   FLOPs saved at context {T}")
-    spans, whole = scanned.spans(), predict(model, T)
-    for r in sorted({b - a for a, b in spans}):
-        alike = [span for span in spans if span[1] - span[0] == r]
-        percent = {span: scanned.percent(spans[span][0]) for span in alike}
-        best = min(alike, key=lambda span: spans[span][1])
-        name = spans_text([best])
-        less = predict(sharer(name), T)
-        median = statistics.median(percent.values())
-        print(f"{r:>12}   {median:>+8.2f} %   {name:>10} {percent[best]:>+7.2f} %"
-              f"{1 - less.cache_bytes / whole.cache_bytes:>14.1%}"
-              f"{1 - less.decode_flops / whole.decode_flops:>14.1%}")
+    rows, whole = [["reuse layers", "median", "best span", "loss", "cache saved",
+                    f"FLOPs saved at context {T}"]], predict(model, T)
+    for r in sorted({b - a for a, b in over}):
+        alike = [(a, b) for a, b in over if b - a == r]
+        best = min(alike, key=prices.get)
+        less = predict(sharer(spans_text([best])), T)
+        rows.append([str(r), f"{statistics.median(over[span] for span in alike):+.2f} %", spans_text([best]),
+                     f"{over[best]:+.2f} %", f"{1 - less.cache_bytes / whole.cache_bytes:.1%}",
+                     f"{1 - less.decode_flops / whole.decode_flops:.1%}"])
+    print_table(rows)
 
-def measure_sets(scanned, model, sharer, held_out, refit_on, most):
+def measure_sets(prices, model, sharer, held_out, refit_on, most):
     """Print the best sets, measured on held_out (N, T + 1), and if refit_on (N, T) is given, refitted on it.
-    → rows: reuse layers, spans, sum of divergences, percent (and percent refitted), part of the cache saved.
-    """
-    refits = refit_on is not None
+    → rows: reuse layers, spans, percent (and percent refitted), part of the cache saved."""
     print("\nthe best sets of spans, if their divergences add up; loss over full attention, on "
           f"{len(held_out)} windows of the validation part")
+    refits = refit_on is not None
     print("reuse layers       measured" + "     refitted" * refits + "   cache saved   spans")
     T, full, rows = held_out.size(1) - 1, mean_loss(model, held_out), []
-    whole = predict(model, T).cache_bytes
-    prices = {span: divergence for span, (_, divergence) in scanned.spans().items()}
-    for r, (total, spans) in best_sets(prices, model.config.n_layer, most).items():
-        shared = sharer(spans_text(spans))
-        losses = [mean_loss(shared, held_out)]
+    for r, (_, spans) in best_sets(prices, model.config.n_layer, most).items():
+        name = spans_text(spans)
+        shared = sharer(name)
+        over = [percent(mean_loss(shared, held_out), full)]
         if refits:
-            refit(shared, model, refit_on)
-            losses.append(mean_loss(shared, held_out))
-        percent = [100 * (loss / full - 1) for loss in losses]
-        saved = 1 - predict(shared, T).cache_bytes / whole
-        rows.append([r, spans_text(spans), total, *percent, saved])
-        print(f"{r:>12}   " + "".join(f"   {value:>+7.2f} %" for value in percent)
-              + f"   {saved:>11.1%}   {spans_text(spans)}", flush=True)
+            over.append(percent(mean_loss(refit(shared, model, refit_on), held_out), full))
+        saved = 1 - predict(shared, T).cache_bytes / predict(model, T).cache_bytes
+        rows.append([r, name, *over, saved])
+        percents = "".join(f"   {value:>+7.2f} %" for value in over)
+        print(f"{r:>12}   {percents}   {saved:>11.1%}   {name}", flush=True)
     return rows
 
 # ---- the command ----
@@ -230,46 +196,46 @@ def read_args():
                "twice as many for the sets")
     return flags.parse_args()
 
-def find(args, model, data, out):
+def find(args, model, data, out, T):
     """Scan all spans, then look for the best sets of them; print, draw and write both."""
-    T = min(args.context, model.config.block_size)
     windows = data.windows("train", 2 * args.windows, T).to(args.device)
     fit, search = windows[::2, :-1], windows[1::2]
     name = args.share_kind if args.heads == "same" else f"{args.share_kind}-{args.heads}"
+    file = out / f"scan-{name}.csv"
     version = sha256(checkpoint.source_file(args.model))[:8]            # trained anew, it is another model
-    settings = [f"{args.model} {version}", f"{args.windows} of {data.name}", str(T)]
-    scanned = Scan.read(out / f"scan-{name}.csv", settings)
+    origin = [f"{args.model} {version}", f"{args.windows} of {data.name}", str(T)]
+    found = read_scan(file, origin)
     sharing = {"share_kind": args.share_kind, "heads": args.heads, "products": None}
     if args.heads != "same":
         print(f"comparing heads on {args.windows} windows", file=sys.stderr, flush=True)
         sharing["products"] = head_products(model, fit)
 
     full = mean_loss(model, search)
-    scanned.found[FULL] = full, 0.0
-    run_scan(scanned, model, search, args.longest, **sharing)
-    percent = {span: scanned.percent(loss) for span, (loss, _) in scanned.spans().items()}
+    found[FULL] = full, 0.0
+    run_scan(found, file, origin, model, search, args.longest, **sharing)
+    del found[FULL]
+    over = {span: percent(loss, full) for span, (loss, _) in found.items()}
+    prices = {span: divergence for span, (_, divergence) in found.items()}
     title = f"loss of each span, zero-shot, {name.replace('-', ', heads ')}"
-    plot.span_map(percent, model.config.n_layer, title, out / f"scan-{name}.png")
-    print(f"wrote {scanned.file} and scan-{name}.png; full attention: {full:.4f} nats per token")
+    plot.span_map(over, model.config.n_layer, title, out / f"scan-{name}.png")
+    print(f"wrote {file} and scan-{name}.png; full attention: {full:.4f} nats per token")
 
     sharer = partial(share, model, **sharing)
-    print_spans(scanned, model, sharer, T)
+    print_spans(prices, over, model, sharer, T)
     held_out = data.windows("val", 2 * args.windows, T).to(args.device)
     refit_on = data.windows("train", 12, T).to(args.device)[:, :-1] if args.refit else None
-    rows = measure_sets(scanned, model, sharer, held_out, refit_on, args.most)
-    columns = ["reuse_layers", "spans", "divergence_sum", "percent_measured",
-               *["percent_refitted"] * args.refit, "cache_saved"]
+    rows = measure_sets(prices, model, sharer, held_out, refit_on, args.most)
+    columns = ["reuse_layers", "spans", "percent_measured", *["percent_refitted"] * args.refit, "cache_saved"]
     write_csv(out / f"sets-{name}.csv", columns, rows)
 
 def main():
     args = read_args()
-    pyplot("minisa.lab.scan")
-    model, data, out = open_model(args)
+    model, data, out, T = open_model(args)
     if model.config.share:
         raise ValueError(f"{args.model}: already shares {model.config.share}; scan a model that was trained "
                          "with full attention")
     share(model, "0-1", args.heads, share_kind=args.share_kind)         # raises if its layers cannot
-    find(args, model, data, out)
+    find(args, model, data, out, T)
 
 if __name__ == "__main__":
     command(main)

@@ -13,19 +13,17 @@ t ≥ 1 of the variance of the t+1 weights that the row gives to the tokens it c
 at all tokens alike; the largest that row t can have, all weight on one token, is t / (t+1)².
 """
 
-import csv
-import io
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from minisa import checkpoint
+from minisa.bill import print_table
 from minisa.cli import Parser, at_least, command, count, device
 from minisa.data import data_of
-from minisa.files import write_file
+from minisa.files import write_csv
 from minisa.lab import plot
 from minisa.picture import pyplot
 
@@ -42,66 +40,43 @@ def spread(model, idx):
     variances = [P.pow(2).sum(-1) / n - 1 / n**2 for P in every_P]  # (B, H, T) each; the mean of a row is 1/n
     return torch.stack([variance[..., 1:].mean() for variance in variances])
 
-def mean_over(windows, measure):
-    """windows (N, T) → the mean of measure(window (1, T)), on the CPU. Takes the memory of one window."""
-    total = 0
-    for i, window in enumerate(windows, start=1):
-        print(f"\rattention weights of window {i} of {len(windows)}", end="", file=sys.stderr, flush=True)
-        total = total + measure(window[None]).cpu() / len(windows)
-    print(file=sys.stderr)
-    return total
-
-def write_csv(file, columns, rows):
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(rows)
-    write_file(file, text.getvalue().encode())
+def mean_over(windows, measure, model):
+    """windows (N, T) → the mean of measure(model, window (1, T)). Takes the memory of one window."""
+    print(f"looking at the attention weights of {len(windows)} windows", file=sys.stderr, flush=True)
+    return sum(measure(model, window[None]).cpu() / len(windows) for window in windows)
 
 # ---- the command ----
 
-def print_maps(alike, variance):
-    """alike (L, L), variance (L,)"""
-    L = len(alike)
-    print("mean cosine of the attention weights of two layers, in hundredths:")
-    print("layer " + "".join(f"{layer:>4}" for layer in range(L)))
-    for layer, row in enumerate(alike.tolist()):
-        print(f"{layer:>5} " + "".join(f"{round(100 * value):>4}" for value in row))
-    print("\nlayer   like the next   spread (variance of the weights)")
-    for layer in range(L):
-        following = f"{alike[layer, layer + 1]:.3f}" if layer + 1 < L else ""
-        print(f"{layer:>5}   {following:>13}   {variance[layer]:.6f}")
-
 def maps(model, windows, out):
     """Print and draw how alike the layers attend, and how spread. out: the folder of the pictures."""
-    L = model.config.n_layer
-    both = mean_over(windows, lambda idx: torch.cat((layer_similarity(model, idx), spread(model, idx)[None])))
-    alike, variance = both[:L], both[L]
-    print_maps(alike, variance)
+    layers = range(model.config.n_layer)
+    alike, variance = (mean_over(windows, measure, model) for measure in (layer_similarity, spread))
+    print("mean cosine of the attention weights of two layers, in hundredths:")
+    print("layer " + "".join(f"{layer:>4}" for layer in layers))
+    for layer in layers:
+        print(f"{layer:>5} " + "".join(f"{100 * value:>4.0f}" for value in alike[layer].tolist()))
+    following = [f"{value:.3f}" for value in alike.diagonal(1).tolist()] + [""]
+    print()
+    print_table([("layer", "like the next", "spread (variance of the weights)"),
+                 *((str(layer), following[layer], f"{variance[layer]:.6f}") for layer in layers)])
     rows = [[layer, *row] for layer, row in enumerate(alike.tolist())]
-    write_csv(out / "similarity.csv", ["layer", *range(L)], rows)
+    write_csv(out / "similarity.csv", ["layer", *layers], rows)
     write_csv(out / "spread.csv", ["layer", "variance"], enumerate(variance.tolist()))
     plot.similarity_maps({"how alike the layers attend": alike}, out / "similarity.png")
     plot.by_layer(variance.tolist(), "variance of attention weights", out / "spread.png")
     print(f"wrote {out}/similarity.csv, similarity.png, spread.csv, spread.png")
 
-def kept_steps(run):
-    """The folders that train.py --keep_every wrote, as [(step, folder), ...] in order."""
-    folders = [path.parent for path in Path(run).glob("steps/*/model.pt") if path.parent.name.isdecimal()]
-    return sorted((int(folder.name), folder) for folder in folders)
-
 def history(steps, windows, out):
-    """Draw how alike the layers attend at each of kept_steps(). windows (N, T)"""
-    alike = {}
-    for step, folder in steps:
-        print(f"step {step}", file=sys.stderr)
+    """Draw how alike the layers attend in each of some models: folders, whose names are steps."""
+    maps, rows = {}, []
+    for folder in steps:
+        step = int(folder.name)
         model, _, _ = checkpoint.load(folder, device=windows.device)
-        alike[step] = mean_over(windows, partial(layer_similarity, model))
-    rows = [[step, layer, *row] for step, values in alike.items()
-            for layer, row in enumerate(values.tolist())]
-    write_csv(out / "history.csv", ["step", "layer", *range(model.config.n_layer)], rows)
-    plot.similarity_maps({f"step {step}": values for step, values in alike.items()}, out / "history.png")
-    print(f"wrote {out}/history.csv and history.png: {len(alike)} maps")
+        maps[f"step {step}"] = alike = mean_over(windows, layer_similarity, model)
+        rows += [[step, layer, *row] for layer, row in enumerate(alike.tolist())]
+    write_csv(out / "history.csv", ["step", "layer", *range(len(alike))], rows)
+    plot.similarity_maps(maps, out / "history.png")
+    print(f"wrote {out}/history.csv and history.png: {len(maps)} maps")
 
 def parser(doc, name):
     """A Parser with the flags of a command that looks into one model."""
@@ -117,26 +92,26 @@ def parser(doc, name):
     return parser
 
 def open_model(args):
-    """What the flags of parser() name → model, its Data, and the folder to write to. Raises ValueError."""
+    """What the flags of parser() name → model, its Data, the folder to write to, and the length of a window.
+    Raises ValueError."""
     out = Path(args.model if Path(args.model).is_dir() else f"out/similarity-{Path(args.model).stem}")
     out = Path(args.out_dir or out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out_dir={out}: is a file; name a folder")
+    pyplot("this command")                              # refused before the work if it is missing
     model, tokenizer, info = checkpoint.load(args.model, device=args.device)
-    return model, data_of(info, tokenizer, args.text), out
+    return model, data_of(info, tokenizer, args.text), out, min(args.context, model.config.block_size)
 
 def main():
     flags = parser(__doc__, "similarity")
     flags.flag("windows", count, 4, "windows of text that the maps are the mean over")
     flags.switch("history", "draw a map for each step that train.py --keep_every=N kept of this run")
     args = flags.parse_args()
-    pyplot("minisa.lab.similarity")
-    steps = kept_steps(args.model)
+    steps = sorted(path.parent for path in Path(args.model).glob("steps/[0-9]*/model.pt"))
     if args.history and not steps:
         raise ValueError(f"{args.model}/steps: no weights of past steps; train with: "
                          "python train.py --keep_every=200")
-    model, data, out = open_model(args)
-    T = min(args.context, model.config.block_size)
+    model, data, out, T = open_model(args)
     windows = data.windows("train", 2 * args.windows, T)[::2, :-1].to(args.device)      # scan.py: the others
     if args.history:
         history(steps, windows, out)

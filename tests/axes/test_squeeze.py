@@ -146,7 +146,7 @@ def one_by_one(model, cache, idx):
 def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy):
     model = MODELS[kind]()
     cache = squeeze.squeeze(*read(model, IDX[:, :25]), 12, policy, 0.5)
-    rooms = [kept.room for kept in cache.units]
+    rooms = [kept.where.size(1) for kept in cache.units]
     got = one_by_one(model, cache, IDX[:, 25:])
     for row, tokens in zip(got, IDX):
         expected = Plain(model, 25, policy, rooms).logits(tokens)[25:]
@@ -174,11 +174,11 @@ def test_it_goes_on_with_narrow_keys_that_are_rotated_when_read(policy, mode):
 def test_narrow_keys_keep_their_positions_when_others_go(policy):
     full = make(share="2-4", n_kv_head=2)
     exact = eigen.compress(full, IDX, rank=8)                   # all of a head: the same model
-    expected, got = (one_by_one(model, Squeezing(12, policy).cache_of(model)(IDX[:, :25]), IDX[:, 25:])
+    expected, got = (one_by_one(model, Squeezing(12, policy).cache_of(model, IDX[:, :25]), IDX[:, 25:])
                      for model in (full, exact))
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
     narrow = eigen.compress(full, IDX, rank=7)
-    rooms = Squeezing(12, policy).cache_of(narrow)(IDX[:, :25]).rooms
+    rooms = Squeezing(12, policy).cache_of(narrow, IDX[:, :25]).rooms
     assert min(rooms) == 6 and len(set(rooms)) == 2
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def test_a_prompt_may_be_shorter_than_the_budget(n):
 @pytest.mark.parametrize("policy, forms_P", [("window", False), ("sinks", False), ("heavy", True)])
 def test_attention_weights_are_formed_only_for_the_policy_that_needs_them(policy, forms_P, monkeypatch):
     model = make()
-    cache = Squeezing(12, policy).cache_of(model)(IDX)
+    cache = Squeezing(12, policy).cache_of(model, IDX)
     fused, formed = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: formed.append(1) or fused(*a, **k))
     model(IDX[:, :1], cache=cache)
@@ -256,14 +256,14 @@ def test_the_bill_of_a_squeezed_cache_is_predicted(kind, policy):
     model, caches = MODELS[kind](), []
 
     def cache_of(idx):
-        caches.append(Squeezing(20, policy).cache_of(model)(idx))
+        caches.append(Squeezing(20, policy).cache_of(model, idx))
         return caches[-1]
     measured = cost.measure(model, 50, batch_size=2, cache_of=cache_of)
     assert cost.predict(model, 50, batch_size=2, kept=caches[0].rooms) == measured
 
 def test_the_bill_of_a_squeezed_cache_with_narrow_keys_is_predicted():
     model = eigen.compress(make(share="2-4"), IDX, rank=5)
-    cache = Squeezing(20).cache_of(model)(torch.zeros(1, 49, dtype=torch.long))
+    cache = Squeezing(20).cache_of(model, torch.zeros(1, 49, dtype=torch.long))
     measured = cost.measure(model, 50, cache_of=lambda _: cache)
     assert cost.predict(model, 50, kept=cache.rooms) == measured
 
@@ -304,8 +304,9 @@ def test_loss_is_that_of_the_tokens_after_the_prompt():
     expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 31:].flatten()).item()
     assert loss_after(model, windows, 30) == pytest.approx(expected, abs=1e-4)
     reading = read(model, windows[:, :30])
-    assert loss_after(model, windows, 30, reading, budget=40, cut=None) == pytest.approx(expected, abs=1e-3)
-    assert loss_after(model, windows, 30, reading, budget=10) != pytest.approx(expected, abs=1e-3)
+    wide, narrow = squeeze.squeeze(*reading, 40, cut=None), squeeze.squeeze(*reading, 10)
+    assert loss_after(model, windows, 30, wide) == pytest.approx(expected, abs=1e-3)
+    assert loss_after(model, windows, 30, narrow) != pytest.approx(expected, abs=1e-3)
 
 BYTES = Tokenizer.from_tokens([bytes([b]) for b in range(256)])
 
@@ -317,8 +318,9 @@ def test_bits_per_byte_are_those_of_the_last_quarters_of_windows(data):
     model = make(vocab_size=256)
     windows = data.windows("val", 4, 64)
     nats = model(windows[:, :-1], windows[:, 1:].where(torch.arange(64) >= 48, -100))[1].item()
-    assert squeeze.bits_per_byte(model, data, 1000, 64) == pytest.approx(nats / math.log(2), abs=1e-4)
-    wide, narrow = (squeeze.bits_per_byte(model, data, 64, 64, Squeezing(n, cut=1)) for n in (64, 8))
+    full, = squeeze.bits_per_byte(model, data, 1000, 64, [None])
+    assert full == pytest.approx(nats / math.log(2), abs=1e-4)
+    wide, narrow = squeeze.bits_per_byte(model, data, 64, 64, [Squeezing(n, cut=1) for n in (64, 8)])
     assert wide == pytest.approx(nats / math.log(2), abs=1e-3) and narrow != pytest.approx(wide, abs=1e-3)
 
 def test_a_prompt_is_read_once_for_all_settings(data, monkeypatch):
@@ -326,8 +328,7 @@ def test_a_prompt_is_read_once_for_all_settings(data, monkeypatch):
     args = SimpleNamespace(squeeze=20, squeeze_policy=["sinks", "window"], squeeze_cut=[1.0, 0.5], context=64)
     ways = squeeze.settings(args, model)
     monkeypatch.setattr(squeeze, "read", lambda *args: calls.append(1) or read(*args))
-    for way in ways:
-        squeeze.bits_per_byte(model, data, 64, 64, way)
+    assert len(list(squeeze.bits_per_byte(model, data, 64, 64, ways))) == 4
     assert len(calls) == 1 and [str(way) for way in ways] == [
         "squeeze 20 sinks equal", "squeeze 20 sinks 0.5", "squeeze 20 window equal", "squeeze 20 window 0.5"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minisa.axes import eigen, heads, lowrank
-from minisa.axes.store import BLOCK, Block, Damaged, Store, StoredCache
+from minisa.axes.store import BLOCK, Damaged, Store, StoredCache
 from minisa.checkpoint import changes
 from minisa.model import GPT, GPTConfig, KVCache
 
@@ -71,7 +71,7 @@ def remember(model, folder, history, **limits):
     store.close()
 
 def held(store):
-    return list(store.memory.blocks)
+    return list(store.memory)
 
 # ---- what comes back ----
 
@@ -157,7 +157,7 @@ def test_conversations_share_what_they_have_in_common(tmp_path):
 
 def test_both_tiers_keep_their_limits_and_let_the_least_recently_used_go(tmp_path):
     model = make()
-    size = Store(model).layout.file_bytes
+    size = Store(model).file_bytes
     limits = dict(memory=3 * size, disk=5 * size)
     store = Store(model, tmp_path, **limits)
     for seed in (1, 2, 3, 1, 4):                            # 3 blocks each; 1 is used once more
@@ -175,18 +175,18 @@ def test_both_tiers_keep_their_limits_and_let_the_least_recently_used_go(tmp_pat
 def test_layers_arrive_while_earlier_ones_compute(tmp_path, monkeypatch):
     model, history = make(), tokens(200)
     remember(model, tmp_path, history)
-    events, layer_of, write = [], Block.layer, StoredCache.write
+    events, unpack, write = [], Store.unpack, StoredCache.write
 
-    def slow(self, layer):
+    def slow(self, layer, numbers):
         time.sleep(0.01)
         events.append(("arrived", layer))
-        return layer_of(self, layer)
+        return unpack(self, layer, numbers)
 
     def attend(self, name, layer, new):
         out = write(self, name, layer, new)
         events.append(("computed", layer))
         return out
-    monkeypatch.setattr(Block, "layer", slow)
+    monkeypatch.setattr(Store, "unpack", slow)
     monkeypatch.setattr(StoredCache, "write", attend)
     logits, reused, _ = read(model, Store(model, tmp_path), history)
     assert reused == 192 and same(logits, fresh(model, history))
@@ -235,7 +235,7 @@ def test_a_damaged_layer_reaches_neither_tier(tmp_path):
     remember(model, tmp_path, history)
     store = Store(model, tmp_path)
     names = store.names(history)
-    alter(store.disk.path(names[1]), store.layout.parts[1][0] + 5)      # layer 1 of 3 of the second block
+    alter(store.disk.path(names[1]), store.head_bytes + store.layer_bytes[0] + 5)     # layer 1 of block 1
     logits, reused, cache = read(model, store, history)
     assert reused == 64 and same(logits, fresh(model, history))
     store.reader.submit(int).result()
@@ -305,7 +305,7 @@ def test_two_hundred_kills_while_saving_leave_whole_files_or_none(tmp_path):
 
 def test_two_stores_may_use_one_folder(tmp_path):
     model = make()
-    stores = [Store(model, tmp_path, disk=4 * Store(model).layout.file_bytes, memory=1) for _ in range(2)]
+    stores = [Store(model, tmp_path, disk=4 * Store(model).file_bytes, memory=1) for _ in range(2)]
     for turn in range(12):                                  # each lets go of what the other has just written
         for i, store in enumerate(stores):
             history = tokens(200, 10 * (turn % 3) + i)

@@ -1,5 +1,6 @@
 """The benchmark measures what it says, on tiny models and with a clock that always says the same."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +22,9 @@ CPU = torch.device("cpu")
 def half_a_second(monkeypatch):
     """Whatever is timed is done once, and took half a second."""
     monkeypatch.setattr(bench, "timed", lambda f, where, at_least=0.05: (f(), 0.5)[1])
-    monkeypatch.setattr(bench, "streamed", lambda stream: (list(stream), 0.5)[1])
-    monkeypatch.setattr(bench, "first_token", lambda model, idx: (model.generate(idx, 1), 0.5)[1])
+    token_times = bench.token_times
+    monkeypatch.setattr(bench, "token_times", lambda model, idx, n: [
+        i / 2 for i, _ in enumerate(token_times(model, idx, n))])
 
 def save_model(folder, **fields):
     torch.manual_seed(0)
@@ -48,16 +50,29 @@ def test_a_median_leaves_out_the_first_round_and_all_take_turns():
     work = {name: lambda name=name: (turns.append(name), next(clock))[1] for name in ("a", "b")}
     assert bench.medians(work, 3, "title") == {"a": 2.0, "b": 4.0} and turns == ["a", "b"] * 4
 
-def test_the_first_token_is_not_counted(monkeypatch):
-    seconds = iter(range(10))
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(seconds))
-    begun = []
+class Streamed:
+    """A GPT to bench, that gives tokens without a model."""
 
-    def stream():
-        for token in range(5):
-            begun.append(token)
-            yield token
-    assert bench.streamed(stream()) == 1 / 4 and begun == [0, 1, 2, 3, 4]
+    def stream(self, idx, n, temperature):
+        yield from range(n)
+
+class Generated:
+    """As Streamed, but a model of transformers."""
+
+    def generate(self, idx, max_new_tokens, min_new_tokens, do_sample, streamer, pad_token_id):
+        assert max_new_tokens == min_new_tokens and not do_sample
+        for token in range(max_new_tokens + 1):             # the first is the prompt
+            streamer.put(token)
+        streamer.end()
+
+@pytest.mark.parametrize("model", [Streamed(), Generated()])
+def test_the_prompt_and_the_first_token_are_not_counted_as_decoding(monkeypatch, model):
+    def perf_counter(times):
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
+    perf_counter(iter((0.0, 10.0, 11.0, 12.0, 13.0)))       # the prompt, then 4 tokens
+    assert bench.per_token(model, None, 3) == 1.0
+    perf_counter(iter((0.0, 10.0)))
+    assert bench.first_token(model, None) == 10.0
 
 @pytest.mark.parametrize("share", ["", "0-2"])
 def test_a_decode_step_sees_a_full_cache(share):
@@ -80,8 +95,8 @@ def test_it_prints_a_row_for_each_mode(run, monkeypatch, half_a_second):
     monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, 2, 2, 32)})
     status, out, err = run(bench.main, "--shapes=tiny", "--rounds=2", "--plain")
     rows = rows_of(out, "full", "weights", "kv", "plain")
-    assert status == 0 and "round 2 of 2" in err and out.count("÷ full") == 3
-    assert rows["full"][:5] == ["128", "1.00", "64", "1.00", "4"]           # 2 · 32 tokens in half a second
+    assert status == 0 and "round 2 of 2" in err and out.count("÷ first") == 3
+    assert rows["full"][:5] == ["128.0", "1.00", "64.0", "1.00", "4.0"]   # 2 · 32 tokens in half a second
     assert set(rows) == {"full", "weights", "kv", "plain"} and all(row[5] == "1.00" for row in rows.values())
     full = measure(GPT(GPTConfig(**TINY)), 32, 2)
     assert rows["full"][-1] == rows["plain"][-1] == f"{(4 * full.params + full.cache_bytes) / 1e6:.1f}"
@@ -90,7 +105,7 @@ def test_it_prints_a_row_for_each_mode(run, monkeypatch, half_a_second):
 def test_a_shape_that_is_not_trained_has_no_figure_for_it(run, monkeypatch, half_a_second):
     monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, None, 1, 32)})
     status, out, _ = run(bench.main, "--shapes=tiny", "--rounds=1")
-    assert status == 0 and rows_of(out, "kv")["kv"][:5] == ["-", "-", "64", "1.00", "2"]
+    assert status == 0 and rows_of(out, "kv")["kv"][:5] == ["-", "-", "64.0", "1.00", "2.0"]
 
 # ---- models ----
 
@@ -101,8 +116,8 @@ def test_models_are_timed_beside_each_other_as_they_are_and_shared(run, tmp_path
     rows = rows_of(out, "one, float32", "one, bfloat16", "one, float32, plain", "share 1-2, float32",
                    "share 1-2, bfloat16", "two, float32", "two, bfloat16", "two, float32, plain")
     assert status == 0 and len(rows) == 8 and "decoding after a prompt of 16 tokens, prefill of 32" in out
-    assert rows["two, float32"][:2] == ["2.0", "1.00"] and rows["two, float32"][3:] == ["64", "1.00"]
-    assert rows["two, bfloat16"][3:] == ["-", "-"]
+    assert rows["two, float32"][:4] == ["2.0", "1.00", "64.0", "1.00"]
+    assert rows["two, bfloat16"][2:4] == ["-", "-"]
     assert [line.split()[0] for line in out.splitlines() if line.startswith("from the file")] == ["from"]
 
 def test_variants_decode_what_the_model_does(tmp_path):
@@ -124,9 +139,8 @@ class FakeTransformers:
 
     def __init__(self, model):
         self.model = model
-        self.AutoModelForCausalLM = SimpleNamespace(from_pretrained=self.load)
 
-    def load(self, folder, gguf_file, dtype):
+    def from_pretrained(self, folder, gguf_file, dtype):
         assert (folder / gguf_file).is_file() and dtype == torch.float32
         return self
 
@@ -136,8 +150,8 @@ class FakeTransformers:
     def to(self, where):
         return self
 
-    def __call__(self, idx, use_cache=False, logits_to_keep=0):
-        return SimpleNamespace(logits=self.model(idx)[0][:, -logits_to_keep:])
+    def __call__(self, idx):
+        return SimpleNamespace(logits=self.model(idx)[0])
 
     def generate(self, idx, max_new_tokens, min_new_tokens, do_sample, streamer, pad_token_id):
         assert max_new_tokens == min_new_tokens and not do_sample
@@ -147,20 +161,15 @@ class FakeTransformers:
         streamer.end()
 
 def test_transformers_are_timed_beside_and_their_loss_is_compared(run, tmp_path, monkeypatch, half_a_second):
-    fake = FakeTransformers(save_model(tmp_path / "one").eval())
-    monkeypatch.setattr(bench, "import_transformers", lambda source: fake)
-    status, out, _ = run(bench.main, "one/model.pt", "--beside_transformers", "--rounds=1")
-    assert status == 0 and "to the first token: one/model.pt 0." in out and ", transformers 0." in out
+    fake = SimpleNamespace(AutoModelForCausalLM=FakeTransformers(save_model(tmp_path / "one").eval()))
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    monkeypatch.setitem(sys.modules, "accelerate", fake)
+    monkeypatch.setattr(bench.pretrained, "fetch", lambda: tmp_path / "one" / "model.pt")
+    status, out, _ = run(bench.main, "smollm2", "--beside_transformers", "--rounds=1")
+    assert status == 0 and "to the first token: transformers 0." in out and ", smollm2 0." in out
     words = next(line for line in out.splitlines() if line.startswith("loss on 63 random")).split()
     assert float(words[5]) == pytest.approx(float(words[-1]), abs=1e-4)
-    assert rows_of(out, "transformers")["transformers"][2] == "-"
-
-def test_tokens_of_transformers_are_counted_from_the_first():
-    clock = bench.Clock()
-    clock.times = []
-    theirs = SimpleNamespace(model=SimpleNamespace(generate=lambda idx, streamer, **flags: [
-        streamer.times.append(t) for t in (0.0, 10.0, 11.0, 12.0, 13.0)]))      # the prompt, then 4 tokens
-    assert bench.Transformers.decode(theirs, None, 3) == 1.0
+    assert rows_of(out, "transformers")["transformers"] == ["2.0", "1.00", "64.0", "1.00", "-", "-"]
 
 # ---- squeezed caches ----
 
@@ -196,10 +205,10 @@ def test_wrong_use_gets_one_line_and_status_2(run, tmp_path, flags, message):
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err and out == ""
 
 def test_missing_transformers_are_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ValueError, match="pip install transformers accelerate"):
-        bench.import_transformers("smollm2")
+        bench.transformers_model("smollm2", CPU)
 
 def test_a_model_stored_for_decoding_can_share(tmp_path):
     model = for_decoding(save_model(tmp_path / "one").eval())

@@ -1,0 +1,34 @@
+"""The pages say what is so: lines of files, numbers of tables, commands, links."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted(ROOT.glob("minisa/*/README.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+
+def length(name):
+    return len((ROOT / name).read_text(encoding="utf-8").splitlines())
+
+def test_the_reading_order_gives_the_lines_of_each_file():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) >= 10
+    for name, lines in rows:
+        assert int(lines) == length(name), name
+
+def test_the_table_of_results_has_the_numbers_of_its_file():
+    for row in csv.DictReader((ROOT / "assets" / "results" / "sharing.csv").open()):
+        assert f"| {row['val bpb']} |" in README, row["model"]
+        assert f"| {int(row['cache B/token']):,} | {int(row['FLOPs/token']):,} |" in README, row["model"]
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere_and_commands_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)|src=\"([^\"]+)\"", text):
+        assert (page.parent / (link[0] or link[1])).exists(), link
+    for module in re.findall(r"python -m (minisa[\w.]+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    assert "@@" not in text and "<!-- measure" not in text
