@@ -168,7 +168,8 @@ def read_tensors(gguf, tensors, config, dtype):
             if ours == "attn.qkv":
                 parts[0] = unpermute(parts[0], config.n_head)
                 parts[1] = unpermute(parts[1], config.n_kv_head)
-            state[f"blocks.{layer}.{ours}.weight"] = torch.cat(parts)
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            state[f"blocks.{layer}.{ours}.weight"] = whole
     if numbers:
         left = ", ".join(sorted(numbers)[:3])
         raise Refused(f"has tensors that this GPT has no place for: {left}")
