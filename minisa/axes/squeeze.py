@@ -165,7 +165,7 @@ def read(model, idx, weights=True):
     def watch(P):                                               # (B, H, T, S)
         of_layer[layer][:, :P.size(3)] += P.sum((1, 2))
 
-    def attended(norm2, given):                                 # which is x + attention(x)
+    def attended(norm2, given):                                 # given x + attention(x)
         cosine = F.cosine_similarity(before.float(), given[0].float(), dim=2)       # (B, T)
         cosines[layer] += cosine.sum().item() / idx.numel()
 
