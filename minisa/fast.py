@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+LARGE = 2**18      # numbers, 1 MB: a smaller matrix comes from the processor's own cache anyway
+
 def multiply(weight, x):
     """x (..., in), weight (out, in) → x weightᵀ (..., out); one token on a CPU goes in parts."""
     n_out, n_in = weight.shape
@@ -30,23 +32,21 @@ def multiply(weight, x):
 
 @torch.no_grad()
 def for_decoding(model):
-    """Store and multiply the matrices of a GPT, in place, in the way that decodes fastest. → the
-    model
+    """Store and multiply the large matrices of a GPT, in place, as decodes fastest. → the model
 
     Changes no result but by rounding. Does nothing on a GPU, or in another format than float32.
     """
     if model.embed.weight.device.type != "cpu" or model.embed.weight.dtype != torch.float32:
         return model
     for part in model.modules():
-        if not isinstance(part, (nn.Linear, nn.Embedding)):
-            continue
-        n_out, n_in = part.weight.shape
-        if n_out > 2 * n_in:
+        large = isinstance(part, (nn.Linear, nn.Embedding)) and part.weight.numel() >= LARGE
+        if large and part.weight.size(0) > 2 * part.weight.size(1):
             part.weight.data = part.weight.data.mT.contiguous().mT
-        if isinstance(part, nn.Linear):
+        if large and isinstance(part, nn.Linear):
             part.forward = partial(multiply, part.weight)
     top = model.embed if model.config.tied else model.unembed
-    model.head = partial(multiply, top.weight)
+    if top.weight.numel() >= LARGE:
+        model.head = partial(multiply, top.weight)
     return model
 
 def keep_memory():

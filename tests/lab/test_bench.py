@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisa import checkpoint
+from minisa import checkpoint, fast
 from minisa.cost import measure
 from minisa.fast import for_decoding
 from minisa.lab import bench
@@ -120,7 +120,8 @@ def test_models_are_timed_beside_each_other_as_they_are_and_shared(run, tmp_path
     assert rows["two, bfloat16"][2:4] == ["-", "-"]
     assert [line.split()[0] for line in out.splitlines() if line.startswith("from the file")] == ["from"]
 
-def test_variants_decode_what_the_model_does(tmp_path):
+def test_variants_decode_what_the_model_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(fast, "LARGE", 0)
     model = save_model(tmp_path / "one").eval()
     models, seconds = bench.variants(str(tmp_path / "one"), "1-2", True, CPU)
     idx = torch.randint(256, (1, 9), generator=torch.Generator().manual_seed(1))
