@@ -24,6 +24,13 @@ def test_the_table_of_results_has_the_numbers_of_its_file():
         assert f"| {row['val bpb']} |" in README, row["model"]
         assert f"| {int(row['cache B/token']):,} | {int(row['FLOPs/token']):,} |" in README, row["model"]
 
+@pytest.mark.parametrize("file", ["squeeze.csv", "eigen.csv"])
+def test_the_page_of_the_axes_has_the_losses_of_its_files(file):
+    page = (ROOT / "minisa" / "axes" / "README.md").read_text(encoding="utf-8")
+    for row in csv.DictReader((ROOT / "assets" / "results" / file).open()):
+        if row["model"] != "smollm2, squeeze 614 heavy 0.5":        # a row of the picture only
+            assert row["val bpb"] in page, row["model"]
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere_and_commands_exist(page):
     text = page.read_text(encoding="utf-8")
