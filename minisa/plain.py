@@ -15,7 +15,7 @@ def rms_norm(x, gain, eps):
 
 def rope(x, base):
     """x (T, D) → (T, D): the numbers i and i + D/2 of row t are a point in a plane; turn it by the
-    angle t · base^(-2i/D). Of t, products then keep the distance only (arXiv:2104.09864)."""
+    angle t · base^(-2i/D). How two rows match then depends on their distance (arXiv:2104.09864)."""
     T, D = x.shape
     angle = torch.outer(torch.arange(T).double(), base ** (-torch.arange(0, D, 2).double() / D))
     a, b = x.chunk(2, dim=-1)                               # (T, D/2) each
