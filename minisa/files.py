@@ -23,9 +23,10 @@ def write_file(path, data):
     if path.exists() and not path.is_file():            # a pipe or a device, such as /dev/stdout
         path.write_bytes(data)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -33,7 +34,8 @@ def write_file(path, data):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        if temporary:
+            os.unlink(temporary)
         if isinstance(error, OSError):
             raise OSError(f"{path}: could not be written ({error.strerror}); free some space or "
                           "choose another folder, nothing there was changed") from None

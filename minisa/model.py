@@ -294,7 +294,7 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
                cache=None):
         """Continue idx (B, T ≥ 1), past block_size by forgetting the oldest: yield each next token
-        (B, 1), drawn from softmax(logits / temperature) of the top_k likeliest, or at 0 that."""
+        (B, 1), drawn from softmax(logits / temperature) among the top_k; at 0 the likeliest."""
         if cache is None:
             like = self.embed.weight
             cache = KVCache(self, len(idx), self.config.block_size, like.dtype, like.device)

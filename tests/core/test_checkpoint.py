@@ -140,3 +140,9 @@ def test_the_package_works_outside_the_checkout(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     found = [f"{tmp_path}/site/minisa/__init__.py", f"{tmp_path}/cache/minisa"]
     assert done.stdout.split() == found, done.stderr
+
+def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(OSError, match="taken/run/model.pt: could not be written .*choose another folder"):
+        checkpoint.save(tmp_path / "taken" / "run" / "model.pt", make(), TOKENIZER, INFO)
+    assert (tmp_path / "taken").read_text() == "a file"

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from random_model import random_model
 from torch.nn import functional as F
 
 from minisa import checkpoint
@@ -12,16 +13,7 @@ from minisa.axes.heads import head_products, refit, share
 from minisa.data import Data, tokenize
 from minisa.lab import scan as scanning
 from minisa.lab.scan import best_sets, mean_loss, scan, spans_text
-from minisa.model import GPT, GPTConfig
-
-def random_model(**fields):
-    torch.manual_seed(3)
-    config = GPTConfig(**{"block_size": 32, "vocab_size": 50, "n_layer": 4, "n_head": 4, "n_kv_head": 2,
-                          "n_embd": 32, **fields})
-    model = GPT(config).eval()
-    for p in model.parameters():
-        p.data *= 6 if p.dim() == 2 else 1                  # so that heads attend differently
-    return model
+from minisa.model import GPTConfig
 
 def plain_loss(model, windows):
     logits = model(windows[:, :-1])[0]

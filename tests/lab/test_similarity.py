@@ -5,22 +5,13 @@ import itertools
 
 import pytest
 import torch
+from random_model import random_model
 from torch.nn import functional as F
 
 from minisa import checkpoint
 from minisa.data import Data, tokenize
 from minisa.lab import similarity
 from minisa.lab.similarity import layer_similarity, spread
-from minisa.model import GPT, GPTConfig
-
-def random_model(seed=3, **fields):
-    torch.manual_seed(seed)
-    config = GPTConfig(**{"block_size": 32, "vocab_size": 50, "n_layer": 4, "n_head": 4, "n_kv_head": 2,
-                          "n_embd": 32, **fields})
-    model = GPT(config).eval()
-    for p in model.parameters():
-        p.data *= 6 if p.dim() == 2 else 1                  # so that heads attend differently
-    return model
 
 @pytest.fixture
 def model():
