@@ -85,7 +85,7 @@ class Run:
         self.processes, self.begun = processes, time.perf_counter()
         self.model, self.data, self.optimizer, self.settings = model, data, optimizer, settings
         if processes.rank == 0 and not self.saved:
-            write_file(self.folder / "log.jsonl", b"")          # refused now if it cannot be written
+            write_file(self.folder / "log.jsonl", b"")         # refused now if it cannot be written
             for old in (*self.folder.glob("steps/*/model.pt"), self.folder / "train.pt",
                         self.folder / "model.pt"):
                 old.unlink(missing_ok=True)
