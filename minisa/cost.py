@@ -11,10 +11,10 @@ for k and G·D·b for v. What a layer does not make falls away: q, k and scores 
 Shared Attention, k and v in one of Cross-Layer Attention.
 """
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minisa.model import GPT, PREFILL_CHUNK, KVCache
@@ -28,10 +28,10 @@ class Cost:
     prefill_flops: int          # for reading a prompt of `context` tokens, and the token after it
 
 def layer_params(block):
-    """Parameters of a block: two norms, attention, MLP."""
+    """Parameters of a block: attention, MLP."""
     C, M = block.attn.qkv.in_features, block.mlp.down.in_features
     attention = C * (sum(block.attn.widths) + block.attn.out.in_features)
-    return 2 * C + attention + 3 * C * M + extra(block.attn, 0, 0)[0]
+    return attention + 3 * C * M + extra(block.attn, 0, 0)[0]
 
 def layer_flops(block, T, S):
     """FLOPs of a block for T tokens of one sequence, each against S keys."""
@@ -77,14 +77,14 @@ def measure(model, context, batch_size=1, cache_of=None):
 
     cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured.
     """
-    weight = model.embed.weight
+    weight, explicit = model.embed.weight, copy(model)
+    explicit.fuse = False                           # the counter can't see into fused kernels
 
     def run(cache, tokens):
         """FLOPs of what GPT.stream() does before it draws a token."""
-        explicit = sdpa_kernel(SDPBackend.MATH)     # the counter can't see into fused kernels
-        with FlopCounterMode(display=False) as counter, explicit:
+        with FlopCounterMode(display=False) as counter:
             for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-                x = model.hidden(chunk, cache)
+                x = explicit.hidden(chunk, cache)
             model.head(x[:, -1])
         return counter.get_total_flops()
 

@@ -41,10 +41,9 @@ class GPTConfig:
         self.spans = [(int(a), int(b)) for a, b in re.findall(r"(\d+)-(\d+)", self.share)]
         layers = [layer for span in self.spans for layer in span]
         read, rising = ",".join(f"{a}-{b}" for a, b in self.spans), layers == sorted(set(layers))
-        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden",
-                 "rope_base", "norm_eps")
+        sizes = "block_size vocab_size n_layer n_head n_kv_head n_embd n_hidden rope_base norm_eps"
         for name, holds, rule in (      # checks only: skip them when you read this first
-            *((name, getattr(self, name) > 0, "must be above 0") for name in sizes),
+            *((name, getattr(self, name) > 0, "must be above 0") for name in sizes.split()),
             ("n_embd", H and self.n_embd % (2 * H) == 0, f"must be a multiple of 2 · {H} (n_head)"),
             ("n_kv_head", self.n_kv_head and H % self.n_kv_head == 0, f"must divide {H} (n_head)"),
             ("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1"),
@@ -57,18 +56,17 @@ class GPTConfig:
         self.head_dim = self.n_embd // H
 
 def rope_angles(config, positions):
-    """positions (...) → cos and sin (..., D) of RoPE's angles, as rotate() needs them."""
+    """positions (...) → RoPE's rotations (..., D/2): complex numbers of length 1, for rotate()."""
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64      # MPS has no 64
     i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
     angle = positions.to(dtype)[..., None] * config.rope_base**-(i / config.head_dim)
-    cos, sin = angle.cos().float(), angle.sin().float()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return torch.complex(angle.cos().float(), angle.sin().float())
 
 def rotate(x, rope):
-    """RoPE (arXiv:2104.09864): turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by an angle
+    """RoPE (arXiv:2104.09864): turn each pair (x[2i], x[2i+1]) of x (B, heads, T, D) by an angle
     that grows with the position. Of two positions, q · k then depends on their distance alone."""
-    cos, sin = rope                                             # (T, D); half of sin is negated
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, heads, T, D/2)
+    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
 def split_heads(x, n):
     return x.view(*x.shape[:2], n, -1).transpose(1, 2)          # (B, T, n·D) → (B, n, T, D)
@@ -76,10 +74,11 @@ def split_heads(x, n):
 @dataclass
 class Step:
     """What all layers must know of the T tokens that are being processed, and how they attend."""
-    rope: tuple                     # cos and sin (T, D) of their positions
+    rope: torch.Tensor              # (T, D/2), the rotations of their positions
     mask: torch.Tensor | None       # (T, S): 0 where a token may look, else -inf; None: everywhere
     causal: bool                    # the mask is the usual one, which fused kernels know
     cache: "KVCache | None" = None
+    fuse: bool = True               # False: all layers form P, also those that need not
     watch: object = None            # a function that is shown every P, layer after layer
 
     def visible(self, name, layer, new):
@@ -89,10 +88,11 @@ class Step:
     def attention_weights(self, q, k):
         """q (B, H, T, D), k (B, G, S, D) → P (B, H, T, S)."""
         B, H, T, D = q.shape
-        stacked = q.reshape(B, k.size(1), -1, D)                # (B, G, H/G·T, D): heads by their k
-        scores = (stacked @ k.transpose(2, 3)).view(B, H, T, -1) * D**-0.5
-        scores = scores if self.mask is None else scores + self.mask
-        return scores.softmax(-1, dtype=torch.float32).type_as(q)
+        stacked = (q * D**-0.5).reshape(B, k.size(1), -1, D)    # (B, G, H/G·T, D): heads by their k
+        scores = (stacked @ k.transpose(2, 3)).view(B, H, T, -1)
+        if self.mask is not None:
+            scores += self.mask.type_as(scores)                 # in place: saves memory
+        return scores.softmax(-1).type_as(q)
 
     def weighted_sum(self, P, v):
         """P (B, H, T, S), v (B, G, S, D) → P v (B, H, T, D)."""
@@ -103,7 +103,7 @@ class Step:
 
     def fused(self, q, k, v):
         """weighted_sum(attention_weights(q, k), v), by a kernel that never forms P."""
-        if self.watch:
+        if self.watch or not self.fuse:
             return self.weighted_sum(self.attention_weights(q, k), v)
         mask, gqa = None if self.causal else self.mask, k.size(1) < q.size(1)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, enable_gqa=gqa)
@@ -210,19 +210,19 @@ class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
     def __init__(self, config):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
-        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        C, M = config.n_embd, config.n_hidden
+        self.gate, self.up = nn.Linear(C, M, bias=False), nn.Linear(C, M, bias=False)
+        self.down = nn.Linear(M, C, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)             # (B, T, M) each
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))     # (B, T, M) inside
 
 class Block(nn.Module):
     def __init__(self, config, layer, kind):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=False)
         self.attn = kind(config, layer)
-        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=False)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
@@ -234,7 +234,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.fuse = config, True                   # fuse: see Step
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.tied:
             self.unembed = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -262,7 +262,7 @@ class GPT(nn.Module):
             distance = positions[:, None] - keys                # (T, S)
             mask = torch.where((distance >= 0) & (distance < size), 0.0, -torch.inf).to(x.dtype)
         rope, watch = rope_angles(self.config, positions), watch or (cache and cache.watch)
-        return x, Step(rope, mask, causal=1 < T == len(keys), cache=cache, watch=watch)
+        return x, Step(rope, mask, 1 < T == len(keys), cache, self.fuse, watch)
 
     def hidden(self, idx, cache=None, watch=None):
         """idx (B, T) → the last hidden states (B, T, C), which head() turns into logits."""
@@ -291,8 +291,7 @@ class GPT(nn.Module):
         return seen
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
-               cache=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
         """Continue idx (B, T ≥ 1), past block_size by forgetting the oldest: yield each next token
         (B, 1), drawn from softmax(logits / temperature) among the top_k; at 0 the likeliest."""
         if cache is None:
@@ -317,4 +316,5 @@ def draw(logits, temperature, top_k, generator):
     if top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    p = (logits / temperature).softmax(-1)                      # of clocks at rates p, the first
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)

@@ -9,18 +9,18 @@ import math
 
 import torch
 
-def rms_norm(x, gain, eps):
+def rms_norm(x, eps):
     """x (T, C) → (T, C): each row divided by its root mean square (arXiv:1910.07467)."""
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * gain
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 def rope(x, base):
-    """x (T, D) → (T, D): the numbers i and i + D/2 of row t are a point in a plane; turn it by the
+    """x (T, D) → (T, D): the numbers 2i and 2i + 1 of row t are a point in a plane; turn it by the
     angle t · base^(-2i/D). How two rows match then depends on their distance (arXiv:2104.09864)."""
     T, D = x.shape
     angle = torch.outer(torch.arange(T).double(), base ** (-torch.arange(0, D, 2).double() / D))
-    a, b = x.chunk(2, dim=-1)                               # (T, D/2) each
+    a, b = x[:, 0::2], x[:, 1::2]                           # (T, D/2) each
     turned = (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos())
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    return torch.stack(turned, dim=-1).flatten(1).to(x.dtype)
 
 def attention_weights(q, k, visible):
     """q: H heads (T, D), k: G heads (T, D) → P: H matrices (T, T). Row t says where token t looks,
@@ -44,7 +44,7 @@ def gpt(w, config, idx, window=None):
     q = k = v = P = ()                                      # lists of heads; stay until replaced
     for layer in range(config.n_layer):
         name, reuse = f"blocks.{layer}.", any(a < layer <= b for a, b in config.spans)
-        h = rms_norm(x, w[name + "norm1.weight"], config.norm_eps)
+        h = rms_norm(x, config.norm_eps)
         made = (h @ w[name + "attn.qkv.weight"].T).split(D, dim=-1)     # (T, D) each
 
         if reuse and config.share_kind == "weights":        # Shared Attention: values of its own,
@@ -61,8 +61,8 @@ def gpt(w, config, idx, window=None):
         every_P.append(torch.stack(P))
         y = torch.cat([P[i] @ v[i * G // H] for i in range(H)], dim=-1)         # (T, C)
         x = x + y @ w[name + "attn.out.weight"].T
-        h = rms_norm(x, w[name + "norm2.weight"], config.norm_eps)
-        gate, up = (h @ w[name + "mlp.gate_up.weight"].T).chunk(2, dim=-1)      # (T, M) each
+        h = rms_norm(x, config.norm_eps)
+        gate, up = (h @ w[name + f"mlp.{part}.weight"].T for part in ("gate", "up"))    # (T, M)
         x = x + (gate * gate.sigmoid() * up) @ w[name + "mlp.down.weight"].T    # SwiGLU
-    h = rms_norm(x, w["norm.weight"], config.norm_eps)
+    h = rms_norm(x, config.norm_eps) * w["norm.weight"]
     return h @ w["embed.weight" if config.tied else "unembed.weight"].T, every_P

@@ -3,10 +3,10 @@ SmolLM2-135M.
 
 A .gguf file holds named numbers and text (the configuration, the tokenizer) and named tensors,
 mostly quantised: in blocks of 32 numbers, for instance, 4 bits each and a scale per block. The gguf
-package reads all that; here its names become ours. Two things are not just names. Llama converters
-reorder the rows of W_q and W_k, as llama.cpp rotates the neighbours (x[2i], x[2i+1]) of a head,
-where our rotate() turns the pairs (x[i], x[i + D/2]): unpermute() undoes it. And tokens are written
-in GPT-2's alphabet, in which each byte is a visible character (a space is Ġ): BYTES undoes that.
+package reads all that; here its names become ours. Two things are not just names. A norm of Llama
+multiplies its output by a gain, ours does not, but for the last: the gain goes into the columns of
+the matrices that read the output. And tokens are written in GPT-2's alphabet, in which each byte is
+a visible character (a space is Ġ): BYTES undoes that.
 """
 
 import zipfile
@@ -29,10 +29,10 @@ VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = sorted({*range(256)} - {*VISIBLE})
 BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
 
-# name in the model → names in the file of what goes together there
-NAMES = {"norm1": ["attn_norm"], "attn.qkv": ["attn_q", "attn_k", "attn_v"],
-         "attn.out": ["attn_output"], "norm2": ["ffn_norm"],
-         "mlp.gate_up": ["ffn_gate", "ffn_up"], "mlp.down": ["ffn_down"]}
+# name in the model → the norm before it, and its matrices in the file
+NAMES = {"attn.qkv": ("attn_norm", "attn_q", "attn_k", "attn_v"), "attn.out": (None, "attn_output"),
+         "mlp.gate": ("ffn_norm", "ffn_gate"), "mlp.up": ("ffn_norm", "ffn_up"),
+         "mlp.down": (None, "ffn_down")}
 
 class Refused(Exception):
     """Why a file is not read; load_gguf() adds which file."""
@@ -131,8 +131,8 @@ def read_tokenizer(fields):
               for name, kind in zip(names, types)]
     return Tokenizer.from_tokens(tokens, special, words)
 
-def dequantise(gguf, stored, dtype):
-    """A tensor of a .gguf file → its numbers."""
+def dequantise(gguf, stored):
+    """A tensor of a .gguf file → its numbers, in float32."""
     rows = stored.data.shape[0]
     while rows % 2 == 0 and rows > 64:              # gguf goes 16 rows at a time: fewer are faster
         rows //= 2
@@ -142,16 +142,12 @@ def dequantise(gguf, stored, dtype):
         raise Refused(f"the tensor {stored.name} is of the type {stored.tensor_type.name}, "
                       "which the gguf package cannot dequantise") from None
     numbers = torch.from_numpy(np.require(numbers, requirements="W"))
-    return numbers.view(stored.shape[::-1].tolist()).to(dtype)
-
-def unpermute(weight, n_head):
-    """Rows (x0, x1), (x2, x3), … of each head → x0, x2, …, x1, x3, …"""
-    return weight.view(n_head, -1, 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
+    return numbers.view(stored.shape[::-1].tolist()).float()
 
 def read_tensors(gguf, tensors, config, dtype):
     """→ a state_dict of GPT, unless a tensor is missing, or one is left over."""
     with ThreadPoolExecutor() as pool:
-        numbers = pool.map(lambda stored: dequantise(gguf, stored, dtype), tensors.values())
+        numbers = pool.map(lambda stored: dequantise(gguf, stored), tensors.values())
         numbers = dict(zip(tensors, numbers))
 
     def take(name):
@@ -163,13 +159,12 @@ def read_tensors(gguf, tensors, config, dtype):
     if not config.tied:
         state["unembed.weight"] = take("output.weight")
     for layer in range(config.n_layer):
-        for ours, names in NAMES.items():
-            parts = [take(f"blk.{layer}.{name}.weight") for name in names]
-            if ours == "attn.qkv":
-                parts[0] = unpermute(parts[0], config.n_head)
-                parts[1] = unpermute(parts[1], config.n_kv_head)
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        gains = {norm: take(f"blk.{layer}.{norm}.weight") for norm in ("attn_norm", "ffn_norm")}
+        for ours, (norm, *names) in NAMES.items():
+            whole = torch.cat([take(f"blk.{layer}.{name}.weight") for name in names])
+            whole = whole * gains[norm] if norm else whole      # each column by its gain
             state[f"blocks.{layer}.{ours}.weight"] = whole
+    state = {name: t.to(dtype) for name, t in state.items()}
     if numbers:
         left = ", ".join(sorted(numbers)[:3])
         raise Refused(f"has tensors that this GPT has no place for: {left}")

@@ -63,7 +63,7 @@ class Narrow:
         return q, rotate(k, self.rope_of_keys(step)), v
 
     def rope_of_keys(self, step):
-        """cos and sin (S, D), or (B, 1, S, D), of the positions of the visible keys."""
+        """RoPE's (S, D/2), or (B, 1, S, D/2), of the positions of the visible keys."""
         if step.cache is None:
             return step.rope
         if hasattr(step.cache, "key_positions"):                # each layer has tokens of its own

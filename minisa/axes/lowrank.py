@@ -30,7 +30,7 @@ class Corrected(SharedAttention):
     def forward(self, x, step, P):
         q, k, v = self.qkv(x).split(self.widths, dim=2)
         q, k, v = split_heads(q, self.H), split_heads(k, self.G), split_heads(v, self.G)
-        rope = [angles[:, ::angles.size(1) // q.size(3)] for angles in step.rope]   # R of D angles
+        rope = step.rope[:, ::step.rope.size(1) * 2 // q.size(3)]           # R/2 of D/2 angles
         k = step.visible("k", self.layer, rotate(k, rope))      # (B, G, S, R)
         v = step.visible("v", self.layer, v)
         correction = step.attention_weights(rotate(q, rope), k)

@@ -40,7 +40,7 @@ def sequence(model, idx, window=None):
     for layer, block in enumerate(model.blocks):
         name, reuses = f"blocks.{layer}.", any(a < layer <= b for a, b in config.spans)
         attn = {key: w[f"{name}attn.{key}"] for key in block.attn.state_dict()}
-        made = (rms_norm(x, w[name + "norm1.weight"], config.norm_eps) @ attn["qkv.weight"].T)
+        made = (rms_norm(x, config.norm_eps) @ attn["qkv.weight"].T)
         made = made.split(block.attn.widths, dim=-1)
         q, k, own_v = (part.chunk(n, dim=-1) if part.size(1) else () for part, n in zip(made, (H, G, G)))
         v = own_v or v                                          # CLA: those of the anchor
@@ -55,10 +55,10 @@ def sequence(model, idx, window=None):
         every_P.append(torch.stack(list(P)))
         y = torch.cat([P[h] @ v[h * G // H] for h in range(H)], dim=-1)
         x = x + y @ attn["out.weight"].T
-        h = rms_norm(x, w[name + "norm2.weight"], config.norm_eps)
-        gate, up = (h @ w[name + "mlp.gate_up.weight"].T).chunk(2, dim=-1)
+        h = rms_norm(x, config.norm_eps)
+        gate, up = h @ w[name + "mlp.gate.weight"].T, h @ w[name + "mlp.up.weight"].T
         x = x + (gate * gate.sigmoid() * up) @ w[name + "mlp.down.weight"].T
-    return rms_norm(x, w["norm.weight"], config.norm_eps) @ w["embed.weight"].T, every_P
+    return (rms_norm(x, config.norm_eps) * w["norm.weight"]) @ w["embed.weight"].T, every_P
 
 def logits(model, idx, window=None):
     """idx (B, T) → (B, T, V)."""

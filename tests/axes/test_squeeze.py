@@ -76,8 +76,8 @@ class Plain:
     def rotated(self, x, n, t):
         """x (n·d,) of position t → (n, d), turned by every (D/d)-th of RoPE's angles."""
         stride = self.config.head_dim * n // len(x)
-        angles = [a[::stride] for a in rope_angles(self.config, torch.tensor(t))]
-        return rotate(x.view(1, n, 1, -1), angles).view(n, -1)
+        rope = rope_angles(self.config, torch.tensor(t))[::stride]
+        return rotate(x.view(1, n, 1, -1), rope).view(n, -1)
 
     def scores(self, q, layer, places):
         """q (H, d) against the keys of a layer → (H, S)."""
@@ -201,7 +201,7 @@ def test_generation_goes_on_past_the_prompt_and_the_budget():
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_a_prompt_may_be_shorter_than_the_budget(n):
     model = make(share="1-3")
-    cache = squeeze.squeeze(*read(model, IDX[:, :n]), 12)
+    cache = squeeze.squeeze(*read(model, IDX[:, :n]), 24)       # at least 12 in each layer
     got = model.generate(IDX[:, n:n + 1], 4, temperature=0, cache=cache)
     assert torch.equal(got, model.generate(IDX[:, :n + 1], 4, temperature=0)[:, n:])
 

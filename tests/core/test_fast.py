@@ -34,6 +34,6 @@ def test_no_output_changes(tied, monkeypatch):
     logits, tokens, names = model(idx)[0], model.generate(idx, 40, 0), list(model.state_dict())
     for_decoding(model)
     top = model.embed if tied else model.unembed
-    assert top.weight.stride(0) == model.blocks[0].mlp.gate_up.weight.stride(0) == 1
+    assert top.weight.stride(0) == model.blocks[0].mlp.gate.weight.stride(0) == 1
     torch.testing.assert_close(model(idx)[0], logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.generate(idx, 40, 0), tokens) and list(model.state_dict()) == names
