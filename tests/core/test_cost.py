@@ -50,7 +50,8 @@ def test_measuring_counts_what_is_really_multiplied():
         def hidden(self, idx, cache):
             return super().hidden(idx, cache) @ torch.eye(32)
 
-    assert measure(OneProductMore(config).eval(), 64).decode_flops == predict(config, 64).decode_flops + 2 * 32 * 32
+    measured = measure(OneProductMore(config).eval(), 64)
+    assert measured.decode_flops == predict(config, 64).decode_flops + 2 * 32 * 32
 
 @pytest.mark.parametrize("context", [0, 257])
 def test_a_context_outside_the_model_is_refused(context):
