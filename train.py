@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minisa import checkpoint
 from minisa.cli import command
 from minisa.data import Data, tokenize
-from minisa.fast import keep_memory
+from minisa.fast import compiled, keep_memory
 from minisa.model import GPT, GPTConfig
 from minisa.run import Meter, Processes, Run, clock
 from minisa.settings import read_flags, saved_settings, settle
@@ -100,9 +100,9 @@ def learning_rate(step, args):
 
 # ---- loop ----
 
-def evaluate(args, run, autocast):
+def evaluate(args, run):
     """Measure the validation loss, log it, and save the run; as model.pt too if it is the best."""
-    loss, bpb = run.data.evaluate(run.model, autocast, args.eval_tokens)
+    loss, bpb = run.data.evaluate(run.model, args.eval_tokens)
     run.refuse_nan(loss)
     run.processes.say(f"step {run.step:5d}/{args.max_iters}  validation loss {loss:.4f} nats per token, "
                       f"{bpb:.4f} bits per byte")
@@ -143,7 +143,7 @@ def train(args, run, forward, autocast):
         last = run.step == args.max_iters
         due = last or (run.step > 0 and run.step % args.eval_interval == 0)
         if due and run.evaluated != run.step:
-            meter.pause(evaluate, args, run, autocast)
+            meter.pause(evaluate, args, run)
         if args.keep_every and (last or run.step % args.keep_every == 0):
             meter.pause(run.save, f"steps/{run.step:08d}/model.pt")
         if last:
@@ -166,15 +166,23 @@ def main():
     keep_memory()
     model, data = make_model(args, given, run, processes)
     optimizer = make_optimizer(args, model, run)
-    forward = torch.compile(model) if args.compile else model
-    forward = DistributedDataParallel(forward) if processes.world > 1 else forward
     bfloat16 = args.dtype == "bfloat16"
     autocast = torch.autocast(processes.device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    model.fuse = not (bfloat16 and processes.device.type == "cpu")      # there, forming P is faster
+    torch.set_float32_matmul_precision("high")                          # TF32, on GPUs that have it
+    forward = model
+    if args.compile:
+        batch = data.batch(0, args.seed, args.batch_size // parts, model.config.block_size)
+        forward, seconds = compiled(model, *(part.to(processes.device) for part in batch), autocast)
+        processes.say(f"compiled in {clock(seconds)}")
+    forward = DistributedDataParallel(forward) if processes.world > 1 else forward
     config, n_params = model.config, sum(p.numel() for p in model.parameters())
     shared = f"{config.share_kind} {config.share}" if config.share else "nothing"
     processes.say(f"{run.folder}: {config.n_layer} layers, {config.n_embd} wide, "
                   f"context {config.block_size}, sharing {shared}; {n_params:,} parameters; "
                   f"{len(data.train):,} training tokens; {processes.device.type}, {args.dtype}")
+    if args.no_gpu:
+        processes.say(f"on the CPU, as no GPU can be used: {args.no_gpu}")
 
     run.begin(processes, model, data, optimizer, saved_settings(args))
     status = train(args, run, forward, autocast)

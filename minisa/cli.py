@@ -39,12 +39,15 @@ def at_least(kind, lowest):
 count, amount = at_least(int, 1), at_least(float, 0.0)
 
 def device(name):
-    """A type for a flag: a torch.device that this machine has."""
+    """A type for a flag: a torch.device that this machine has, and that can compute."""
     import torch
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"{name} is not on this machine") from None
+        x = torch.ones(2, device=name)
+        (x + x).sum().item()                            # a card may be too old for this torch
+        return x.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{name} cannot be used on this machine: {why}") from None
 
 def picture(name):
     """A type for a flag: the name of a picture to write."""

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +124,7 @@ class Data:
         return self.cut(ids, np.linspace(0, len(ids) - T - 1, n).astype(int), T)
 
     def cut(self, ids, starts, T):
-        rows = np.stack([ids[start:start + T + 1] for start in starts])
+        rows = ids[starts[:, None] + np.arange(T + 1)]
         return torch.from_numpy(rows.astype(np.int64))
 
     def in_windows(self, T):
@@ -143,7 +142,7 @@ class Data:
         return x, y, sum(len(self.tokenizer.decode_bytes(row)) for row in y.tolist())
 
     @torch.inference_mode()
-    def evaluate(self, model, autocast=None, tokens=None):
+    def evaluate(self, model, tokens=None):
         """The loss on the validation split → nats per token, and bits per byte.
 
         The whole split is read in windows of block_size tokens, and each token but the first
@@ -160,8 +159,7 @@ class Data:
         nats, training = 0.0, model.training
         model.eval()
         for x_part, y_part in zip(x.split(batch_size), y.split(batch_size)):
-            with autocast or nullcontext():
-                logits, _ = model(x_part.to(device))
+            logits, _ = model(x_part.to(device))
             targets = y_part.to(device).flatten()
             nats += F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").item()
         model.train(training)

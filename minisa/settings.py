@@ -1,8 +1,12 @@
 """The settings of a training run: the flags of train.py, and a preset for each kind of machine."""
 
+import argparse
+import warnings
+
 import torch
 
 from minisa.cli import Parser, amount, at_least, count, device
+from minisa.fast import faster_dtype
 from minisa.model import SHARE_KINDS
 
 # ---- presets: a flag given on the command line wins ----
@@ -26,8 +30,8 @@ GPU = {                         # one GPU: the shape of nanoGPT's Shakespeare re
     "n_embd": 384,
     "block_size": 256,
     "batch_size": 64,
-    "max_iters": 5000,
-    "dropout": 0.2,             # each token is seen two hundred times
+    "max_iters": 1500,
+    "dropout": 0.2,             # each token is seen sixty times
     "learning_rate": 1e-3,
     "warmup_iters": 100,
     "beta2": 0.99,
@@ -65,7 +69,7 @@ FLAGS = [                       # name, type or choices, default, what it is
     ("beta2", amount, PRESET, "AdamW's decay of its mean square, per step"),
     ("grad_clip", amount, 1.0, "largest norm of the gradient, 0 for any"),
     ("seed", WHOLE, 1337, "of weights, batches and dropout"),
-    ("dtype", ["float32", "bfloat16"], None, "None for bfloat16 on CUDA and float32 elsewhere"),
+    ("dtype", ["float32", "bfloat16"], None, "to multiply in, None for the faster one here"),
     ("device", device, None, "cpu, cuda, cuda:1 or mps, None for the fastest there is"),
     ("out_dir", str, None, "folder of the run, None for out/MODE"),
     ("data_dir", str, None, "folder of the token files, None for data/"),
@@ -88,17 +92,38 @@ def read_flags(doc):
     parser.switch("overwrite", "replace a run that is in out_dir")
     return parser.parse_args()
 
+def choose_device():
+    """→ the fastest device that works here, and what is wrong with the others."""
+    wrong = []
+    with warnings.catch_warnings(record=True) as told:          # of a driver that is too old, say
+        warnings.simplefilter("always")
+        for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+            try:
+                if backend.is_available():
+                    return device(name), ""
+            except argparse.ArgumentTypeError as error:
+                wrong.append(str(error))
+    wrong += [str(warning.message).partition("\n")[0] for warning in told]
+    return torch.device("cpu"), "; ".join(wrong)
+
+def choose_dtype(device, init_from):
+    """→ the number format that trains faster. A model to go on from is left in its own, on a CPU."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if fast else "float32"
+    return faster_dtype() if device.type == "cpu" and not init_from else "float32"
+
 def settle(args):
     """Fill in what was not given. → the names of the flags that were."""
     given = {name for name, *_ in FLAGS if getattr(args, name) is not None}
+    args.no_gpu = ""
     if args.device is None:
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        args.device = torch.device("cuda" if torch.cuda.is_available() else mps)
+        args.device, args.no_gpu = choose_device()
     preset = CPU if args.device.type == "cpu" else GPU
     for name, _, default, _ in FLAGS:
         if getattr(args, name) is None:
             setattr(args, name, preset[name] if default is PRESET else default)
-    args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    args.dtype = args.dtype or choose_dtype(args.device, args.init_from)
     for name in ("beta1", "beta2"):
         if getattr(args, name) >= 1:
             raise ValueError(f"--{name}={getattr(args, name)}: must be below 1")
