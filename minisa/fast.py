@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-LARGE = 2**17      # numbers, half a MB: a smaller matrix comes from the processor's own cache anyway
+LARGE = 2**17      # numbers, 0.5 MB: a smaller matrix comes from the processor's own cache anyway
 
 def faster_dtype():
     """"bfloat16" if this machine's CPU multiplies it 1.4 times as fast as float32, else "float32".

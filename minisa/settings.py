@@ -107,7 +107,7 @@ def choose_device():
     return torch.device("cpu"), "; ".join(wrong)
 
 def choose_dtype(device, init_from):
-    """→ the number format that trains faster. A model to go on from is left in its own, on a CPU."""
+    """→ the number format that trains faster; on a CPU, float32 for a model to go on from."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float32"

@@ -1,5 +1,8 @@
 """Decoding faster gives the same."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,3 +40,28 @@ def test_no_output_changes(tied, monkeypatch):
     assert top.weight.stride(0) == model.blocks[0].mlp.gate.weight.stride(0) == 1
     torch.testing.assert_close(model(idx)[0], logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.generate(idx, 40, 0), tokens) and list(model.state_dict()) == names
+
+@pytest.mark.parametrize("seconds, expected", [(0.4, "bfloat16"), (0.9, "float32"), (3.0, "float32")])
+def test_the_format_is_the_one_whose_product_took_less_time(seconds, expected, monkeypatch):
+    def times():                                        # when each product began and ended
+        now = 0.0
+        for took in [1.0, seconds] * 8:
+            yield now
+            now += took
+            yield now
+    monkeypatch.setattr(fast, "time", SimpleNamespace(perf_counter=partial(next, times())))
+    assert fast.faster_dtype() == expected
+
+@pytest.mark.parametrize("share", ["", "1-2"])
+def test_forming_P_in_bfloat16_gives_what_float32_gives_but_for_its_rounding(share):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=100, block_size=32, n_layer=3, n_head=2, n_embd=32, share=share))
+    idx = torch.randint(100, (4, 33))
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    exact = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.fuse = False
+    with torch.autocast("cpu", torch.bfloat16):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad - exact[name]).norm() < 0.03 * exact[name].norm(), name

@@ -19,7 +19,7 @@ from minisa import checkpoint, settings
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
         "--vocab_size=300", "--max_iters=12", "--eval_interval=5", "--log_interval=3", "--warmup_iters=2",
-        "--device=cpu", "--data_dir=data"]
+        "--device=cpu", "--dtype=float32", "--data_dir=data"]
 
 def log(folder, key):
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
@@ -180,8 +180,8 @@ WRONG = {
     "--text=none.txt": "--text=none.txt: No such file",
     "--text=.": "--text=.: Is a directory",
     "--tokenizer=words": "--tokenizer: invalid choice: 'words'",
-    "--device=tpu": "--device: tpu is not on this machine",
-    "--device=cuda:9": "--device: cuda:9 is not on this machine",
+    "--device=tpu": "--device: tpu cannot be used on this machine",
+    "--device=cuda:9": "--device: cuda:9 cannot be used on this machine",
     "--dtype=int8": "--dtype: invalid choice: 'int8'",
     "--block_size=100000": "--block_size=100000: the training text has only",
     "--nlayer=4": "unrecognized arguments: --nlayer=4",
