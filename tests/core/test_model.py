@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisa import plain
 from minisa.model import GPT, GPTConfig, KVCache, Step, rope_angles, rotate
@@ -15,7 +16,7 @@ modes = pytest.mark.parametrize("mode", MODES, ids=NAMES)
 def make(block_size=12, **mode):
     torch.manual_seed(0)
     shape = dict(vocab_size=50, n_layer=5, n_head=4, n_embd=32, n_hidden=48)
-    model = GPT(GPTConfig(block_size=block_size, **shape, **mode)).eval()
+    model = GPT(GPTConfig(block_size=block_size, **shape | mode)).eval()
     with torch.no_grad():
         for p in model.parameters():            # far from its small initial values: P far from uniform
             p.add_(torch.randn_like(p) * 0.25)
@@ -158,6 +159,34 @@ def test_the_weighted_sum_takes_the_values_of_each_heads_group():
     P, v = torch.rand(2, 6, 3, 5), torch.randn(2, 2, 5, 4)
     expected = torch.stack([P[:, h] @ v[:, h // 3] for h in range(6)], 1)
     assert close(Step(rope=(), mask=None, causal=False).weighted_sum(P, v), expected)
+
+class Computed(TorchDispatchMode):
+    """Counts the operations that compute, and not those that only look at a tensor in another way."""
+    LOOKS = ("view", "transpose", "split", "slice", "flatten", "unflatten", "to.dtype", "type_as", "dropout")
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not any(look in str(operation) for look in self.LOOKS)
+        return operation(*args, **(kwargs or {}))
+
+@torch.inference_mode()
+def operations_of_a_token(**mode):
+    model = make(block_size=16, **mode)
+    cache = KVCache(model, 1, 16)
+    model.hidden(tokens(1, 9), cache)
+    with Computed() as computed:
+        model.hidden(tokens(1, 1), cache)
+    return computed.count
+
+def test_a_decoded_token_costs_no_more_operations_per_layer_than_it_must():
+    # two norms; q, k, v; rotate; write k, write v; attend; out; add; gate, up, silu, times, down; add
+    full = operations_of_a_token(n_layer=6) - operations_of_a_token(n_layer=5)
+    assert full == 15
+    reuse = operations_of_a_token(n_layer=6, share="1-5") - operations_of_a_token(n_layer=5, share="1-4")
+    assert reuse == full - 2                    # rotates nothing, and writes v only
+    borrows = dict(share_kind="kv")
+    cla = operations_of_a_token(n_layer=6, share="1-5", **borrows)
+    assert cla - operations_of_a_token(n_layer=5, share="1-4", **borrows) == full - 2       # writes nothing
 
 WRONG = [
     dict(share="3-1"), dict(share="2-2"), dict(share="1-5"), dict(share="1"), dict(share="1-2,2-4"),
