@@ -46,8 +46,9 @@ def device(name):
         (x + x).sum().item()                            # a card may be too old for this torch
         return x.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).partition("\n")[0]
-        raise argparse.ArgumentTypeError(f"{name} cannot be used on this machine: {why}") from None
+        why = str(error).partition("\n")[0][:80]
+        raise argparse.ArgumentTypeError(f"{name} is not on this machine, or cannot compute ({why}); "
+                                         "take another, such as cpu") from None
 
 def picture(name):
     """A type for a flag: the name of a picture to write."""
