@@ -220,16 +220,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer, kind):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=False)
-        self.attn = kind(config, layer)
-        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=False)
-        self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.attn, self.mlp = kind(config, layer), MLP(config)
+        self.eps, self.dropout = config.norm_eps, config.dropout
+
+    def norm(self, x):
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)        # no gain: the next matrix can
 
     def forward(self, x, step, shared=None):
-        y, shared = self.attn(self.norm1(x), step, shared)
-        x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.norm2(x))), shared
+        y, shared = self.attn(self.norm(x), step, shared)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.mlp(self.norm(x))
+        return x + F.dropout(y, self.dropout, self.training), shared
 
 class GPT(nn.Module):
     def __init__(self, config):

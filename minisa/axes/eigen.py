@@ -142,7 +142,7 @@ def layer_moments(config, block, x, step, below, generator):
     values = S_v, M_v * G / H
     if type(attn) not in NARROW:
         return None, values
-    parts = attn.qkv(block.norm1(x)).float().split(attn.widths, dim=2)
+    parts = attn.qkv(block.norm(x)).float().split(attn.widths, dim=2)
     q, k, v = (split_heads(part, n) for part, n in zip(parts, (H, G, G)))
     out_z = z @ W.mT                                                            # (N, H, T, C)
     out_v = v.repeat_interleave(H // G, 1) @ W.mT                               # (N, H, S, C)

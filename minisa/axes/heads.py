@@ -133,7 +133,7 @@ def head_outputs(block, x, step, below):
     """What a block, given what walk() yields, has its heads sum up, before attn.out: (B, T, n)."""
     out, block.attn.out = block.attn.out, nn.Identity()
     try:
-        return block.attn(block.norm1(x), step, below)[0]
+        return block.attn(block.norm(x), step, below)[0]
     finally:
         block.attn.out = out
 
@@ -153,7 +153,7 @@ def refit(shared, model, windows, ridge=0.1):
     for (full, x, *rest), (block, *given) in zip(walk(model, windows), walk(shared, windows)):
         out = block.attn.out
         if isinstance(block.attn, reuses) or block.attn.widths != full.attn.widths:
-            y, _ = full.attn(full.norm1(x), *rest)                      # (N, T, C)
+            y, _ = full.attn(full.norm(x), *rest)                      # (N, T, C)
             z = head_outputs(block, *given)                             # (N, T, n)
             missing, z = (y - out(z)).float(), z.float()
             zz, zm = ((z.mT @ other).cpu().double().sum(0) for other in (z, missing))

@@ -104,8 +104,8 @@ class Kept:
         else:
             places = priority(policy, self.where, self.received, length, room).argmin(1)
         self.newest = torch.arange(B, device=self.where.device), places
-        self.where[self.newest] = positions
-        self.received[self.newest] = 0.0
+        self.where.scatter_(1, places[:, None], positions.expand(B, 1))
+        self.received.scatter_(1, places[:, None], 0.0)
 
 class SqueezedCache(KVCache):
     """A KVCache in which each layer has its own budget of tokens. Made by squeeze()."""
@@ -165,16 +165,16 @@ def read(model, idx, weights=True):
     def watch(P):                                               # (B, H, T, S)
         of_layer[layer][:, :P.size(3)] += P.sum((1, 2))
 
-    def attended(norm2, given):                                 # given x + attention(x)
-        cosine = F.cosine_similarity(before.float(), given[0].float(), dim=2)       # (B, T)
+    def attended(attn, given, gave):                            # gave y (B, T, C), and more
+        cosine = F.cosine_similarity(x.float(), (x + gave[0]).float(), dim=2)       # (B, T)
         cosines[layer] += cosine.sum().item() / idx.numel()
 
     with ExitStack() as hooks:
         for block in model.blocks:
-            hooks.enter_context(block.norm2.register_forward_pre_hook(attended))
+            hooks.enter_context(block.attn.register_forward_hook(attended))
         for chunk in idx.split(PREFILL_CHUNK, dim=1) if T else ():
             for block, x, _, _ in walk(model, chunk, cache, watch if weights else None):
-                layer, before = block.attn.layer, x             # it runs next, and the two look
+                layer = block.attn.layer                        # it runs next, and the two look
     return cache, cosines, received
 
 def pick(t, best, room):

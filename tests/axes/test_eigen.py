@@ -198,8 +198,8 @@ def test_moments_are_the_sums_that_they_stand_for():
     attn, (N, T), H, G, D = block.attn, (2, 48), 4, 2, 16
     with torch.no_grad():
         (S_k, M_k), (S_v, M_v) = eigen.moments(model, WINDOWS[:2])[0]
-        y, P = attn(block.norm1(x), step)[0].double(), model.attention_weights(WINDOWS[:2])[0].double()
-        q, k, v = (part.view(N, T, -1, D).double() for part in attn.qkv(block.norm1(x)).split(attn.widths, 2))
+        y, P = attn(block.norm(x), step)[0].double(), model.attention_weights(WINDOWS[:2])[0].double()
+        q, k, v = (part.view(N, T, -1, D).double() for part in attn.qkv(block.norm(x)).split(attn.widths, 2))
     W, u = attn.out.weight.detach().double().view(64, H, D), 1 / (x + y).square().sum(-1)
     plain = torch.zeros(4, G, D, D, dtype=torch.float64)
     total = torch.zeros(G, dtype=torch.float64)
@@ -225,10 +225,10 @@ def test_the_error_of_the_first_layer_is_about_what_was_allowed():
     model = make(n_layer=1)
     block, x, step, below = next(walk(model, WINDOWS))
     with torch.no_grad():
-        y = block.attn(block.norm1(x), step)[0]
+        y = block.attn(block.norm(x), step)[0]
         for allowed in (0.05, 0.1, 0.2):
             small = eigen.compress(model, WINDOWS, error=allowed)
-            off = small.blocks[0].attn(block.norm1(x), step)[0] - y
+            off = small.blocks[0].attn(block.norm(x), step)[0] - y
             error = (off.square().sum(-1) / (x + y).square().sum(-1)).mean().sqrt().item()
             assert 0.4 * allowed < error < 1.5 * allowed, (allowed, changes(small))
 

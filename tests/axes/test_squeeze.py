@@ -103,7 +103,7 @@ class Plain:
         """x (C,) → the stream after a layer."""
         H, G = self.config.n_head, self.config.n_kv_head
         block, anchor = self.model.blocks[layer], self.units[u][0]
-        q, k, v = (block.attn.qkv.weight @ block.norm1(x)).split(block.attn.widths)
+        q, k, v = (block.attn.qkv.weight @ block.norm(x)).split(block.attn.widths)
         if len(k):
             self.k[layer][t] = self.rotated(k, G, t)
         if len(v):
@@ -115,7 +115,7 @@ class Plain:
         values = torch.stack([self.v[source][p] for p in places])           # (S, G, D)
         y = torch.cat([P[h] @ values[:, h * G // H] for h in range(H)])
         x = x + block.attn.out.weight @ y
-        return x + block.mlp(block.norm2(x))
+        return x + block.mlp(block.norm(x))
 
     def logits(self, tokens):
         """→ (T, V)"""
@@ -273,21 +273,18 @@ def test_the_bill_of_a_squeezed_cache_with_narrow_keys_is_predicted():
 def test_importance_is_the_cosine_before_and_after_attention():
     model = make(block_size=300, n_kv_head=2)
     idx = torch.randint(50, (2, 290))                           # more than one chunk
-    before, after = {}, {}
-    hooks = [norm.register_forward_pre_hook(lambda _, args, layer=layer, xs=xs: xs.update({layer: args[0]}))
-             for layer, block in enumerate(model.blocks)
-             for norm, xs in ((block.norm1, before), (block.norm2, after))]
-    P = model.attention_weights(idx)
-    expected = [F.cosine_similarity(before[layer], after[layer], dim=-1).mean().item() for layer in range(5)]
-    for hook in hooks:
-        hook.remove()
+    expected, (x, step), P = [], model.start(idx), model.attention_weights(idx)
+    for block in model.blocks:
+        after = x + block.attn(block.norm(x), step)[0]
+        expected.append(F.cosine_similarity(x, after, dim=-1).mean().item())
+        x = after + block.mlp(block.norm(after))
     cache, cosines, received = read(model, idx)
     assert cosines == pytest.approx(expected, abs=1e-5) and cache.length == 290
     for layer in range(5):
         torch.testing.assert_close(received[layer,], P[layer].sum((1, 2)), atol=1e-3, rtol=1e-4)
     _, again, nothing = read(model, idx, weights=False)
     assert again == pytest.approx(expected, abs=1e-5) and not any(got.any() for got in nothing.values())
-    assert not any(block.norm2._forward_pre_hooks for block in model.blocks)
+    assert not any(block.attn._forward_hooks for block in model.blocks)
 
 def test_a_span_receives_the_weights_of_all_its_layers():
     model = make(share="1-3", share_kind="kv")
