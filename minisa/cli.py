@@ -47,8 +47,8 @@ def device(name):
         return x.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).partition("\n")[0][:80]
-        raise argparse.ArgumentTypeError(f"{name} is not on this machine, or cannot compute ({why}); "
-                                         "take another, such as cpu") from None
+        why = f"{name} is not on this machine, or cannot compute ({why}); take another, such as cpu"
+        raise argparse.ArgumentTypeError(why) from None
 
 def picture(name):
     """A type for a flag: the name of a picture to write."""

@@ -90,8 +90,7 @@ class Step:
         B, H, T, D = q.shape
         stacked = (q * D**-0.5).reshape(B, k.size(1), -1, D)    # (B, G, H/G·T, D): heads by their k
         scores = (stacked @ k.transpose(2, 3)).view(B, H, T, -1)
-        if self.mask is not None:
-            scores += self.mask.type_as(scores)                 # in place: saves memory
+        scores = scores if self.mask is None else scores + self.mask.type_as(scores)
         return scores.softmax(-1).type_as(q)
 
     def weighted_sum(self, P, v):

@@ -131,7 +131,7 @@ def test_what_is_no_number_is_refused(kind, text):
 def test_a_device_is_one_that_this_machine_has():
     assert cli.device("cpu") == torch.device("cpu")
     for name in ("cuda:99", "tpu", "", "meta"):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"^{name} is not on this machine, or cannot compute \\(.+\\); take"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{name} is not on this machine, .*; take "):
             cli.device(name)
 
 @pytest.mark.parametrize("kind", [cli.output, cli.picture])
