@@ -166,7 +166,8 @@ def read(model, idx, weights=True):
         of_layer[layer][:, :P.size(3)] += P.sum((1, 2))
 
     def attended(attn, given, gave):                            # gave y (B, T, C), and more
-        cosine = F.cosine_similarity(x.float(), (x + gave[0]).float(), dim=2)       # (B, T)
+        after = before + gave[0]
+        cosine = F.cosine_similarity(before.float(), after.float(), dim=2)          # (B, T)
         cosines[layer] += cosine.sum().item() / idx.numel()
 
     with ExitStack() as hooks:
@@ -174,7 +175,7 @@ def read(model, idx, weights=True):
             hooks.enter_context(block.attn.register_forward_hook(attended))
         for chunk in idx.split(PREFILL_CHUNK, dim=1) if T else ():
             for block, x, _, _ in walk(model, chunk, cache, watch if weights else None):
-                layer = block.attn.layer                        # it runs next, and the two look
+                layer, before = block.attn.layer, x             # it runs next, and the two look
     return cache, cosines, received
 
 def pick(t, best, room):

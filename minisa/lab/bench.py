@@ -4,7 +4,7 @@
     python -m minisa.lab.bench --shapes=long --rounds=9
     python -m minisa.lab.bench smollm2 out/mixed        models from files: load, prefill, decode
     python -m minisa.lab.bench smollm2 --share=26-28    and zero-shot sharing
-    python -m minisa.lab.bench smollm2 --squeeze=614    decoding with squeezed caches
+    python -m minisa.lab.bench --sweep=context          what a token costs at a context of 256 to 32,768
 
 Every figure is a median over rounds, in each of which all modes run in turn, so that a machine that gets
 slower or faster meanwhile is the same for all. A decode step must read all weights and the whole cache once;
@@ -23,13 +23,15 @@ import torch
 from torch.nn import functional as F
 
 from minisa import checkpoint, pretrained
-from minisa.axes.squeeze import POLICIES, read, squeeze
 from minisa.bill import print_table
-from minisa.cli import Parser, at_least, command, count, device
+from minisa.cli import Parser, command, count, device, output, picture
 from minisa.cost import predict
 from minisa.fast import for_decoding
+from minisa.files import write_csv
+from minisa.lab import plot
 from minisa.lab.scan import mean_loss
 from minisa.model import GPT, SHARE_KINDS, GPTConfig, KVCache
+from minisa.picture import pyplot
 
 #         config, batch of a training step (None: not trained), batch and context of a decode step
 SHAPES = {
@@ -37,6 +39,18 @@ SHAPES = {
     "large": ({"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}, 8, 1, 256),
     "long": ({"n_layer": 6, "n_head": 2, "n_embd": 128, "block_size": 8192}, None, 1, 8192),
 }                           # in the last, the cache is ten times the weights
+SWEEP = {"n_layer": 6, "n_head": 4, "n_embd": 256}          # 5 M parameters, heads of 64 numbers
+SWEPT = {                                                   # (context, batch size) of each point
+    "context": [(2**i, 1) for i in range(8, 16)],
+    "batch_size": [(1024, 2**i) for i in range(7)],
+}
+SWEEP_MODES = {
+    "full": {},
+    "SA": {"share": "1-5"},
+    "CLA": {"share": "1-5", "share_kind": "kv"},
+    "GQA": {"n_kv_head": 1},
+    "SA, GQA": {"share": "1-5", "n_kv_head": 1},
+}
 MACHINE = "machine", "read"
 
 # ---- measuring ----
@@ -251,31 +265,24 @@ def bench_models(sources, share, plain, beside_transformers, rounds, where):
     must_read = {name: to_read(model, prompt + n // 2) for name, model in models.items()}
     print_speeds(seconds, {"decode": 1, "prefill": T}, must_read)
 
-# ---- squeezed caches ----
+# ---- sweeps: what a token costs as context or batch grow ----
 
-def bench_squeeze(source, budget, batch, context, rounds, where):
-    """Decode with a full cache and with caches squeezed to `budget` tokens, by each policy; print a table."""
-    model, _, _ = checkpoint.load(source, device=where)
-    for_decoding(model)
-    if budget > context or context > model.config.block_size:
-        raise ValueError(f"--squeeze={budget}: must be at most --context={context}, "
-                         f"and that at most {model.config.block_size}")
-    print(f"reading {batch} prompts of {context} random tokens", file=sys.stderr, flush=True)
-    prompt = read(model, tokens_for(model, batch, context))
-    caches = {"full cache": prompt[0]}
-    for policy in POLICIES:
-        for cut, budgets in ((1, "equal budgets"), (0.5, "cut 0.5")):
-            caches[f"{policy}, {budgets}"] = squeeze(*prompt, budget, policy, cut)
-    work = {(name, "decode"): partial(timed, decode_step(model, cache, batch), where, 0.5)
-            for name, cache in caches.items()}
-    seconds = medians(work, rounds, "squeeze")
-    print(f"{source}: decoding {batch} sequences at context {context}, {budget} tokens kept")
-    rows = [["", "cache MB", "÷ full", "tokens/s", "÷ full"]]
-    for name, cache in caches.items():
-        took, size = seconds[name, "decode"], cache.nbytes
-        rows.append([name, f"{size / 1e6:.1f}", f"{size / prompt[0].nbytes:.2f}", f"{batch / took:.1f}",
-                     f"{seconds['full cache', 'decode'] / took:.2f}"])
-    print_table(rows)
+def bench_sweep(what, rounds, where):
+    """Time a decode step of each mode at each point. → the header and the rows of a table."""
+    rows = [["mode", "context", "batch size", "cache bytes", "ms per token", "ms at the limit"]]
+    for context, batch in SWEPT[what]:
+        work, models = {MACHINE: reader(where)}, {}
+        for mode, fields in SWEEP_MODES.items():
+            models[mode] = model = GPT(GPTConfig(**SWEEP, **fields, block_size=context)).to(where).eval()
+            step = decoder(for_decoding(model), batch, context)
+            work[mode, "decode"] = partial(timed, step, where)
+        seconds = medians(work, rounds, f"context {context}, batch size {batch}")
+        for mode, model in models.items():
+            limit = to_read(model, context, batch) * seconds[MACHINE]
+            times = (1e3 * t / batch for t in (seconds[mode, "decode"], limit))
+            cache = predict(model, context, batch).cache_bytes
+            rows.append([mode, *map(str, (context, batch, cache)), *(f"{ms:.4f}" for ms in times)])
+    return rows
 
 # ---- the command ----
 
@@ -288,10 +295,11 @@ def read_args():
     parser.flag("share", help="with MODEL: spans that share, zero-shot, beside the first one", shown="none")
     parser.switch("beside_transformers", "with MODEL: also Hugging Face transformers, if installed, from the "
                   "first model, a .gguf file")
-    parser.flag("squeeze", at_least(int, 8), help="with one MODEL: only decode, with a full cache and with "
-                "caches of so many tokens per layer", shown="none")
-    parser.flag("batch_size", count, 8, "with --squeeze: sequences")
-    parser.flag("context", at_least(int, 8), 2048, "with --squeeze: tokens of the full cache")
+    parser.flag("sweep", choices=list(SWEPT), help="without MODEL: time decoding while this grows",
+                shown="none")
+    parser.flag("csv", output, help="with --sweep: file to write the table to as CSV", shown="none")
+    parser.flag("plot", picture, help="with --sweep: file to draw it in, as .png, .svg or .pdf; needs "
+                "matplotlib", shown="none")
     parser.flag("rounds", count, 7, "measurements of each figure")
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
     return parser.parse_intermixed_args()
@@ -299,16 +307,23 @@ def read_args():
 def main():
     args = read_args()
     models, shapes = args.models, args.shapes.split(",")
-    if args.squeeze:
-        if len(models) != 1:
-            raise ValueError("--squeeze: goes with one model, as in: "
-                             "python -m minisa.lab.bench smollm2 --squeeze=614")
-        bench_squeeze(*models, args.squeeze, args.batch_size, args.context, args.rounds, args.device)
-    elif models:
-        bench_models(models, args.share, args.plain, args.beside_transformers, args.rounds, args.device)
-    elif args.share or args.beside_transformers:
+    if (args.share or args.beside_transformers) and not models:
         raise ValueError("--share and --beside_transformers: go with a model, as in: "
                          "python -m minisa.lab.bench smollm2 --share=26-28")
+    if (args.csv or args.plot) and not args.sweep or args.sweep and models:
+        raise ValueError("--sweep: goes without a model, and --csv and --plot go with it, as in: "
+                         "python -m minisa.lab.bench --sweep=context --plot=context.png")
+    if models:
+        bench_models(models, args.share, args.plain, args.beside_transformers, args.rounds, args.device)
+    elif args.sweep:
+        if args.plot:
+            pyplot("--plot")                            # refused before the work if it is missing
+        columns, *rows = bench_sweep(args.sweep, args.rounds, args.device)
+        print_table([columns, *rows])
+        if args.csv:
+            write_csv(args.csv, columns, rows)
+        if args.plot:
+            plot.token_times(rows, args.sweep, args.plot)
     elif unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"--shapes={args.shapes}: '{min(unknown)}' is none of {', '.join(SHAPES)}")
     else:

@@ -132,6 +132,28 @@ def loss_against_cache(rows, file):
     place_numbers(axis, [points[name] for name in names])
     save(figure, file)
 
+# ---- what a token costs ----
+
+def token_times(rows, what, file):
+    """rows of bench_sweep() → ms per token over the context or batch size, and over the cache, with the
+    machine's limit as dashed lines."""
+    plt = pyplot("the picture")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    x = 1 if what == "context" else 2
+    for colour, mode in zip((RED, BLUE, GREEN, GREY, "black"), dict.fromkeys(row[0] for row in rows)):
+        points = [[float(cell) for cell in row[1:]] for row in rows if row[0] == mode]
+        ms, limit = [point[3] for point in points], [point[4] for point in points]
+        caches = [point[2] / point[1] / 1e6 for point in points]            # MB of a sequence
+        for axis, xs in zip(axes, ([point[x - 1] for point in points], caches)):
+            axis.plot(xs, ms, marker="o", markersize=4, color=colour, label=mode)
+            axis.plot(xs, limit, linestyle="--", linewidth=0.8, color=colour)
+    for axis, title in zip(axes, (what.replace("_", " "), "cache of a sequence, MB")):
+        axis.set(xscale="log", yscale="log", xlabel=title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("ms per token; dashed: reading weights and cache once")
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, file)
+
 def read_bill(bill):
     """A file that sample.py --csv wrote → its rows. Raises ValueError if it is none."""
     try:

@@ -1,6 +1,7 @@
 """The benchmark measures what it says, on tiny models and with a clock that always says the same."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -172,18 +173,29 @@ def test_transformers_are_timed_beside_and_their_loss_is_compared(run, tmp_path,
     assert float(words[5]) == pytest.approx(float(words[-1]), abs=1e-4)
     assert rows_of(out, "transformers")["transformers"] == ["2.0", "1.00", "64.0", "1.00", "-", "-"]
 
-# ---- squeezed caches ----
+# ---- sweeps ----
 
-def test_squeezed_caches_are_timed_beside_the_full_one(run, tmp_path, half_a_second):
-    save_model(tmp_path / "run")
-    status, out, _ = run(bench.main, "run", "--squeeze=16", "--batch_size=2", "--context=64", "--rounds=1")
-    names = [f"{policy}, {cut}" for policy in ("window", "sinks", "heavy")
-             for cut in ("equal budgets", "cut 0.5")]
-    rows = rows_of(out, "full cache", *names)
-    assert status == 0 and list(rows) == ["full cache", *names]
-    assert rows["full cache"][1:] == ["1.00", "4.0", "1.00"]
-    assert rows["window, equal budgets"][1:] == ["0.25", "4.0", "1.00"]
-    assert all(float(row[1]) <= 0.25 for name, row in rows.items() if name != "full cache")
+def test_a_sweep_bills_each_mode_at_each_point(run, tmp_path, monkeypatch, half_a_second):
+    monkeypatch.setattr(bench, "SWEEP", {"n_layer": 6, "n_head": 2, "n_embd": 16, "vocab_size": 64})
+    monkeypatch.setattr(bench, "SWEPT", {"context": [(16, 1), (32, 1)], "batch_size": [(16, 1), (16, 4)]})
+    for what, last in (("context", ("32", "1")), ("batch_size", ("16", "4"))):
+        status, _, _ = run(bench.main, f"--sweep={what}", "--rounds=1", "--csv=sweep.csv", "--plot=sweep.png")
+        header, *rows = [line.rsplit(",", 5) for line in Path("sweep.csv").read_text().splitlines()]
+        modes = [row[0].strip('"') for row in rows[5:]]
+        assert status == 0 and modes == ["full", "SA", "CLA", "GQA", "SA, GQA"] and len(rows) == 10
+        full, *others = [int(row[header.index("cache bytes")]) for row in rows[5:]]
+        context, batch = map(int, last)
+        assert full == 6 * 2 * 16 * 4 * context * batch             # 6 layers, k and v of 16 numbers
+        assert [other / full for other in others] == [8 / 12, 4 / 12, 6 / 12, 4 / 12]
+        assert all(row[1:3] == [*last] and float(row[4]) == 500 / batch for row in rows[5:])
+        assert Path("sweep.png").stat().st_size > 5000
+
+def test_a_step_of_a_sweep_sees_all_of_its_context():
+    model = GPT(GPTConfig(**TINY, n_kv_head=1)).eval()
+    step = bench.decoder(model, 3, 32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    assert counter.get_total_flops() == measure(model, 32, 3).decode_flops
 
 # ---- wrong use ----
 
@@ -193,9 +205,9 @@ def test_squeezed_caches_are_timed_beside_the_full_one(run, tmp_path, half_a_sec
     (["--device=tpu"], "tpu is not on this machine"),
     (["--share=1-2"], "go with a model"),
     (["--beside_transformers"], "go with a model"),
-    (["--squeeze=16"], "--squeeze: goes with one model"),
-    (["run", "run", "--squeeze=16"], "--squeeze: goes with one model"),
-    (["run", "--squeeze=100", "--context=64"], "--squeeze=100: must be at most --context=64"),
+    (["run", "--sweep=context"], "--sweep: goes without a model"),
+    (["--csv=some.csv"], "--csv and --plot go with it"),
+    (["--sweep=context", "--plot=some.txt"], "some.txt must end in .png"),
     (["run", "--beside_transformers"], "transformers reads .gguf files; run is none"),
     (["run", "--share=5-9"], "--share=5-9"),
     (["none.gguf"], "none.gguf: no such model"),
