@@ -51,13 +51,16 @@ class Damaged(Exception):
     """A block could not be used. It is deleted by then, so that the next try does without it."""
 
 class StoredCache(KVCache):
-    """A KVCache whose layers are still arriving."""
-    arriving = ()                                       # a future for each layer
+    """A KVCache whose layers are still arriving, at `places`, the slots of each block."""
+    arriving, places = {}, ()                           # layer → a future of its blocks
 
     def write(self, name, layer, new):
         """As KVCache.write(), once the layer is there. Raises Damaged if it did not come whole."""
-        if self.arriving:
-            self.arriving[layer].result()
+        if layer in self.arriving:
+            blocks = self.arriving.pop(layer).result()          # threads do not touch the device
+            for slots, (k, v) in zip(self.places, blocks):
+                self.k[layer][0].index_copy_(1, slots, k.to(self.k[layer]))
+                self.v[layer][0].index_copy_(1, slots, v.to(self.v[layer]))
         return super().write(name, layer, new)
 
 def raw(t):
@@ -189,8 +192,9 @@ class Store:
             positions = torch.arange(first * BLOCK, end * BLOCK, device=self.like.device)
             slots, cache.length = positions % self.size, end * BLOCK
             cache.where[0, 0, slots] = positions[:, None]
-            task = self.bring, cache, names[first:end], blocks, slots.split(BLOCK)
-            cache.arriving = [self.reader.submit(*task, layer) for layer in range(len(cache.k))]
+            task, cache.places = (self.bring, names[first:end], blocks), slots.split(BLOCK)
+            cache.arriving = {layer: self.reader.submit(*task, layer)
+                              for layer in range(len(cache.k))}
         return cache
 
     def longest(self, names):
@@ -236,22 +240,20 @@ class Store:
         k, v = both.split((k_shape.numel(), v_shape.numel()))
         return k.view(k_shape), v.view(v_shape)
 
-    def bring(self, cache, names, blocks, slots, layer):
-        """Fill one layer of a cache; after the last one, keep the blocks in memory."""
+    def bring(self, names, blocks, layer):
+        """Read one layer: k and v of each block. After the last, keep the blocks in memory."""
         if not blocks:
             raise Damaged("in a layer below")
         try:
-            for block, at in zip(blocks, slots):
-                k, v = next(block)
-                cache.k[layer][0].index_copy_(1, at, k.to(cache.k[layer]))
-                cache.v[layer][0].index_copy_(1, at, v.to(cache.v[layer]))
+            read = [next(block) for block in blocks]
         except Damaged:
             blocks.clear()
             raise
-        if layer == len(cache.k) - 1:
+        if layer == len(self.shapes) - 1:
             for block in blocks:
                 next(block, None)                               # it ends
             self.use(names)
+        return read
 
     def save(self, tokens, cache):
         """Keep what a cache holds of its tokens, a list: in memory now, on disk a little later."""
