@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minisa import checkpoint
 from minisa.cli import command
 from minisa.data import Data, tokenize
-from minisa.fast import compiled, keep_memory
+from minisa.fast import compiled, keep_memory, number_format
 from minisa.model import GPT, GPTConfig
 from minisa.run import Meter, Processes, Run, clock
 from minisa.settings import read_flags, saved_settings, settle
@@ -166,11 +166,7 @@ def main():
     keep_memory()
     model, data = make_model(args, given, run, processes)
     optimizer = make_optimizer(args, model, run)
-    bfloat16 = args.dtype == "bfloat16"
-    autocast = torch.autocast(processes.device.type, torch.bfloat16) if bfloat16 else nullcontext()
-    model.fuse = not (bfloat16 and processes.device.type == "cpu")      # there, forming P is faster
-    torch.set_float32_matmul_precision("high")                          # TF32, on GPUs that have it
-    forward = model
+    autocast, forward = number_format(model, args.dtype), model
     if args.compile:
         batch = data.batch(0, args.seed, args.batch_size // parts, model.config.block_size)
         forward, seconds = compiled(model, *(part.to(processes.device) for part in batch), autocast)

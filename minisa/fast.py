@@ -29,6 +29,14 @@ def faster_dtype():
         seconds[name].append(time.perf_counter() - begun)
     return "bfloat16" if 1.4 * min(seconds["bfloat16"]) < min(seconds["float32"]) else "float32"
 
+def number_format(model, dtype):
+    """Make a model ready to train in "float32" or "bfloat16" → the context to run it in."""
+    device = model.embed.weight.device.type
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32, where the card has it
+    model.fuse = dtype == "float32" or device != "cpu"  # a CPU's fused bfloat16 kernel is slow
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
 def compiled(model, idx, targets, autocast):
     """→ the model compiled, by a first step on a batch, and the seconds which that took. Raises
     ValueError if torch.compile lacks what it needs."""
@@ -38,7 +46,7 @@ def compiled(model, idx, targets, autocast):
         with autocast:
             forward(idx, targets)[1].backward()
     except RuntimeError as error:
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:80]
         raise ValueError("--compile: torch.compile needs a C++ compiler, such as g++, and Python's "
                          f"headers; install them, or drop the flag ({why})") from None
     model.zero_grad(set_to_none=True)

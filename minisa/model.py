@@ -76,7 +76,7 @@ class Step:
     """What all layers must know of the T tokens that are being processed, and how they attend."""
     rope: torch.Tensor              # (T, D/2), the rotations of their positions
     mask: torch.Tensor | None       # (T, S): 0 where a token may look, else -inf; None: everywhere
-    causal: bool                    # the mask is the usual one, which fused kernels know
+    causal: bool                    # it is the usual mask, which fused kernels (but MPS's) know
     cache: "KVCache | None" = None
     fuse: bool = True               # False: all layers form P, also those that need not
     watch: object = None            # a function that is shown every P, layer after layer
@@ -262,7 +262,7 @@ class GPT(nn.Module):
             distance = positions[:, None] - keys                # (T, S)
             mask = torch.where((distance >= 0) & (distance < size), 0.0, -torch.inf).to(x.dtype)
         rope, watch = rope_angles(self.config, positions), watch or (cache and cache.watch)
-        return x, Step(rope, mask, 1 < T == len(keys), cache, self.fuse, watch)
+        return x, Step(rope, mask, 1 < T == len(keys) and not idx.is_mps, cache, self.fuse, watch)
 
     def hidden(self, idx, cache=None, watch=None):
         """idx (B, T) → the last hidden states (B, T, C), which head() turns into logits."""

@@ -26,12 +26,13 @@ from minisa import checkpoint, pretrained
 from minisa.bill import print_table
 from minisa.cli import Parser, command, count, device, output, picture
 from minisa.cost import predict
-from minisa.fast import for_decoding
+from minisa.fast import for_decoding, number_format
 from minisa.files import write_csv
 from minisa.lab import plot
 from minisa.lab.scan import mean_loss
 from minisa.model import GPT, SHARE_KINDS, GPTConfig, KVCache
 from minisa.picture import pyplot
+from minisa.settings import choose_dtype
 
 #         config, batch of a training step (None: not trained), batch and context of a decode step
 SHAPES = {
@@ -105,12 +106,15 @@ def tokens_for(model, *shape):
     return torch.randint(model.config.vocab_size, shape, device=model.embed.weight.device)
 
 def trainer(model, batch_size, T):
-    """→ a function that does one training step."""
+    """→ a function that does one training step, in the number format that train.py would choose."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     idx = tokens_for(model, batch_size, T + 1)
+    autocast = number_format(model, choose_dtype(idx.device, None))
 
     def step():
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        with autocast:
+            loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step

@@ -180,8 +180,8 @@ WRONG = {
     "--text=none.txt": "--text=none.txt: No such file",
     "--text=.": "--text=.: Is a directory",
     "--tokenizer=words": "--tokenizer: invalid choice: 'words'",
-    "--device=tpu": "--device: tpu cannot be used on this machine",
-    "--device=cuda:9": "--device: cuda:9 cannot be used on this machine",
+    "--device=tpu": "--device: tpu is not on this machine",
+    "--device=cuda:9": "--device: cuda:9 is not on this machine",
     "--dtype=int8": "--dtype: invalid choice: 'int8'",
     "--block_size=100000": "--block_size=100000: the training text has only",
     "--nlayer=4": "unrecognized arguments: --nlayer=4",
@@ -260,3 +260,12 @@ def test_help_names_every_flag_with_its_default(run):
     status, out, _ = run(train.main, "--help")
     assert status == 0 and all(f"--{name} " in out for name, *_ in settings.FLAGS)
     assert len(re.findall(r"\(default\s", out)) == len(settings.FLAGS) + 3
+
+def test_to_compile_without_a_compiler_is_refused_in_one_line(run, text, monkeypatch, tmp_path):
+    from torch._inductor import config
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/no/such/compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    status, _, err = run(train.main, *TINY, f"--text={text}", "--compile")
+    assert status == 2 and "--compile: torch.compile needs a C++ compiler" in err and err.count("\n") == 1
+    assert not Path("out").exists()
