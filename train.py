@@ -37,6 +37,7 @@ def open_run(args, given):
     mode = f"{args.share_kind}-{args.share}" if args.share else "full"
     mode += f"-kv{args.n_kv_head}" if args.n_kv_head else ""
     mode += f"-from-{Path(args.init_from).stem}" if args.init_from else ""
+    mode += f"-{args.preset}" if "preset" in given else ""
     run = Run(args.out_dir or f"out/{mode}", args.resume, args.overwrite)
     for name, value in run.saved["settings"].items() if run.saved else []:
         if name in given - ALWAYS_FREE and getattr(args, name) != value:

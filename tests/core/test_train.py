@@ -182,6 +182,7 @@ WRONG = {
     "--tokenizer=words": "--tokenizer: invalid choice: 'words'",
     "--device=tpu": "--device: tpu is not on this machine",
     "--device=cuda:9": "--device: cuda:9 is not on this machine",
+    "--preset=tpu": "--preset: invalid choice: 'tpu'",
     "--dtype=int8": "--dtype: invalid choice: 'int8'",
     "--block_size=100000": "--block_size=100000: the training text has only",
     "--nlayer=4": "unrecognized arguments: --nlayer=4",
@@ -260,6 +261,13 @@ def test_help_names_every_flag_with_its_default(run):
     status, out, _ = run(train.main, "--help")
     assert status == 0 and all(f"--{name} " in out for name, *_ in settings.FLAGS)
     assert len(re.findall(r"\(default\s", out)) == len(settings.FLAGS) + 3
+
+@pytest.mark.parametrize("flags, share", [([], "1-3"), (["--share="], ""), (["--share=2-3"], "2-3")])
+def test_a_preset_sets_what_was_not_given(run, text, flags, share):
+    small = [f"--text={text}", "--vocab_size=300", "--max_iters=0", "--n_hidden=32", "--data_dir=data"]
+    status, _, _ = run(train.main, "--preset=tinyshakespeare", *small, "--out_dir=run", *flags)
+    config = checkpoint.load("run")[0].config
+    assert status == 0 and (config.n_embd, config.n_hidden, config.share) == (160, 32, share)
 
 def test_to_compile_without_a_compiler_is_refused_in_one_line(run, text, monkeypatch, tmp_path):
     from torch._inductor import config
