@@ -31,7 +31,7 @@ def faster_dtype():
 
 def number_format(model, dtype):
     """Make a model ready to train in "float32" or "bfloat16" → the context to run it in."""
-    device = model.embed.weight.device.type
+    device = next(model.parameters()).device.type
     if device == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32, where the card has it
     model.fuse = dtype == "float32" or device != "cpu"  # a CPU's fused bfloat16 kernel is slow

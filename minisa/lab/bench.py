@@ -2,6 +2,7 @@
 
     python -m minisa.lab.bench                          full attention and both kinds of sharing, three shapes
     python -m minisa.lab.bench --shapes=long --rounds=9
+    PYTHONPATH=../nanoGPT python -m minisa.lab.bench --shapes=small,recipe,large --beside_nanogpt
     python -m minisa.lab.bench smollm2 out/mixed        models from files: load, prefill, decode
     python -m minisa.lab.bench smollm2 --share=26-28    and zero-shot sharing
     python -m minisa.lab.bench --sweep=context          what a token costs at a context of 256 to 32,768
@@ -26,7 +27,7 @@ from minisa import checkpoint, pretrained
 from minisa.bill import print_table
 from minisa.cli import Parser, command, count, device, output, picture
 from minisa.cost import predict
-from minisa.fast import for_decoding, number_format
+from minisa.fast import for_decoding, keep_memory, number_format
 from minisa.files import write_csv
 from minisa.lab import plot
 from minisa.lab.scan import mean_loss
@@ -36,10 +37,11 @@ from minisa.settings import choose_dtype
 
 #         config, batch of a training step (None: not trained), batch and context of a decode step
 SHAPES = {
-    "small": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128}, 16, 1, 128),
+    "small": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128}, 8, 1, 256),
     "large": ({"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}, 8, 1, 256),
     "long": ({"n_layer": 6, "n_head": 2, "n_embd": 128, "block_size": 8192}, None, 1, 8192),
-}                           # in the last, the cache is ten times the weights
+    "recipe": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65}, 12, 1, 256),
+}                           # long: the cache is ten times the weights; recipe: nanoGPT's for a CPU
 SWEEP = {"n_layer": 6, "n_head": 4, "n_embd": 256}          # 5 M parameters, heads of 64 numbers
 SWEPT = {                                                   # (context, batch size) of each point
     "context": [(2**i, 1) for i in range(8, 16)],
@@ -92,8 +94,8 @@ def print_speeds(seconds, tokens, must_read):
     for name in names:
         row, limit = [name], ["-", "-"]
         for what, n in tokens.items():
-            took = seconds.get((name, what))
-            row += [f"{n / took:,.1f}", f"{seconds[names[0], what] / took:.2f}"] if took else ["-", "-"]
+            first, took = (seconds.get((other, what)) for other in (names[0], name))
+            row += [f"{n / took:,.1f}" if took else "-", f"{first / took:.2f}" if first and took else "-"]
         if name in must_read:
             share = must_read[name] * seconds[MACHINE] / seconds[name, "decode"]
             limit = [f"{share:.2f}", f"{must_read[name] / 1e6:.1f}"]
@@ -103,18 +105,19 @@ def print_speeds(seconds, tokens, must_read):
 # ---- what is measured ----
 
 def tokens_for(model, *shape):
-    return torch.randint(model.config.vocab_size, shape, device=model.embed.weight.device)
+    return torch.randint(model.config.vocab_size, shape, device=next(model.parameters()).device)
 
-def trainer(model, batch_size, T):
-    """→ a function that does one training step, in the number format that train.py would choose."""
+def trainer(model, batch_size, T, dtype):
+    """→ a function that does one training step, in a number format."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     idx = tokens_for(model, batch_size, T + 1)
-    autocast = number_format(model, choose_dtype(idx.device, None))
+    autocast = number_format(model, dtype)
 
     def step():
         with autocast:
             loss = model(idx[:, :-1], idx[:, 1:])[1]
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step
@@ -172,10 +175,33 @@ def to_read(model, context, batch_size=1):
 
 # ---- shapes: models without training ----
 
-def bench_shape(shape, rounds, where, plain=False):
+def nanogpt(config, context):
+    """→ nanoGPT's model in the shape of a config, reading so many tokens. ValueError if it is not there."""
+    try:
+        import model as peer                                # its file has this name
+        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        return peer.GPT(peer.GPTConfig(**shape, block_size=context, dropout=0.0, bias=False))
+    except (ImportError, AttributeError):
+        raise ValueError("--beside_nanogpt: where is nanoGPT? Say it as in: "
+                         "PYTHONPATH=../nanoGPT python -m minisa.lab.bench --beside_nanogpt") from None
+
+def nanogpt_work(config, train_batch, context, where):
+    """→ what to time of nanoGPT: {(name, what): a function → seconds}."""
+    work, model = {}, nanogpt(config, context).to(where).eval()
+    if train_batch:                                         # its train.py uses float32 on a CPU
+        dtype = "float32" if where.type == "cpu" else choose_dtype(where, None)
+        step = trainer(nanogpt(config, context).to(where), train_batch, config.block_size, dtype)
+        work["nanoGPT", "train"] = partial(timed, step, where)
+    one_token = partial(model.generate, tokens_for(model, 1, context), 1)
+    work["nanoGPT", "decode"] = partial(timed, one_token, where)
+    return work
+
+def bench_shape(shape, rounds, where, dtype, plain=False, beside_nanogpt=False):
     """Measure one shape and print its table; with `plain`, full attention a second time."""
     fields, train_batch, batch, context = SHAPES[shape]
     T, work, models = min(context, 2048), {MACHINE: reader(where)}, {}
+    if beside_nanogpt:
+        work |= nanogpt_work(GPTConfig(**fields), train_batch, context, where)
     for mode in ("full", *SHARE_KINDS, *["plain"] * plain):
         sharing = {"share": f"1-{fields['n_layer'] - 1}", "share_kind": mode} if mode in SHARE_KINDS else {}
         config = GPTConfig(**fields, **sharing)
@@ -183,23 +209,18 @@ def bench_shape(shape, rounds, where, plain=False):
         if mode != "plain":
             for_decoding(model)
         if train_batch:
-            step = trainer(GPT(config).to(where), train_batch, config.block_size)
+            step = trainer(GPT(config).to(where), train_batch, config.block_size, dtype)
             work[mode, "train"] = partial(timed, step, where)
         prefill = partial(first_token, model, tokens_for(model, 1, T))
         work[mode, "prefill"] = partial(timed, prefill, where)
         work[mode, "decode"] = partial(timed, decoder(model, batch, context), where)
     seconds = medians(work, rounds, shape)
-    costs = {mode: predict(model, context, batch) for mode, model in models.items()}
-    print(f"{shape}: {config.n_layer} layers, {config.n_embd} wide, {costs['full'].params / 1e6:.1f} M "
-          f"parameters; training batch {train_batch or '-'} × {config.block_size}; decoding batch {batch} "
+    n_params = predict(models["full"], context).params
+    print(f"{shape}: {config.n_layer} layers, {config.n_embd} wide, {n_params / 1e6:.1f} M parameters; "
+          f"training batch {train_batch or '-'} × {config.block_size}, {dtype}; decoding batch {batch} "
           f"at context {context}")
     tokens = {"train": (train_batch or 0) * config.block_size, "prefill": T, "decode": batch}
     print_speeds(seconds, tokens, {mode: to_read(model, context, batch) for mode, model in models.items()})
-    for mode in SHARE_KINDS:
-        saved = 1 - costs[mode].cache_bytes / costs["full"].cache_bytes
-        faster = 1 - seconds[mode, "decode"] / seconds["full", "decode"]
-        print(f"{mode}: a decode step takes {faster:.0%} less time, for {saved:.0%} fewer cache bytes "
-              f"({faster / saved:.2f})")
     print(flush=True)
 
 # ---- models from files ----
@@ -296,6 +317,9 @@ def read_args():
                         "or smollm2, beside each other (default none: shapes)")
     parser.flag("shapes", default=",".join(SHAPES), help="without MODEL: which shapes to measure")
     parser.switch("plain", "also without what minisa/fast.py does")
+    parser.flag("dtype", choices=["float32", "bfloat16"], help="without MODEL: to train in",
+                shown="the faster one")
+    parser.switch("beside_nanogpt", "without MODEL: also nanoGPT, whose model.py is on PYTHONPATH, first")
     parser.flag("share", help="with MODEL: spans that share, zero-shot, beside the first one", shown="none")
     parser.switch("beside_transformers", "with MODEL: also Hugging Face transformers, if installed, from the "
                   "first model, a .gguf file")
@@ -310,6 +334,7 @@ def read_args():
 
 def main():
     args = read_args()
+    keep_memory()
     models, shapes = args.models, args.shapes.split(",")
     if (args.share or args.beside_transformers) and not models:
         raise ValueError("--share and --beside_transformers: go with a model, as in: "
@@ -332,7 +357,8 @@ def main():
         raise ValueError(f"--shapes={args.shapes}: '{min(unknown)}' is none of {', '.join(SHAPES)}")
     else:
         for shape in shapes:
-            bench_shape(shape, args.rounds, args.device, args.plain)
+            dtype = args.dtype or choose_dtype(args.device, None)
+            bench_shape(shape, args.rounds, args.device, dtype, args.plain, args.beside_nanogpt)
 
 if __name__ == "__main__":
     command(main)
