@@ -16,6 +16,7 @@ the same rounds.
 import statistics
 import sys
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,12 +36,12 @@ from minisa.model import GPT, SHARE_KINDS, GPTConfig, KVCache
 from minisa.picture import pyplot
 from minisa.settings import choose_dtype
 
-#         config, batch of a training step (None: not trained), batch and context of a decode step
+#         config, batch and tokens of a training step (None: not trained), batch of a decode step
 SHAPES = {
-    "small": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128}, 8, 1, 256),
-    "large": ({"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}, 8, 1, 256),
-    "long": ({"n_layer": 6, "n_head": 2, "n_embd": 128, "block_size": 8192}, None, 1, 8192),
-    "recipe": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65}, 12, 1, 256),
+    "small": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}, (8, 128), 1),
+    "large": ({"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}, (8, 256), 1),
+    "long": ({"n_layer": 6, "n_head": 2, "n_embd": 128, "block_size": 8192}, None, 1),
+    "recipe": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256, "vocab_size": 65}, (12, 64), 1),
 }                           # long: the cache is ten times the weights; recipe: nanoGPT's for a CPU
 SWEEP = {"n_layer": 6, "n_head": 4, "n_embd": 256}          # 5 M parameters, heads of 64 numbers
 SWEPT = {                                                   # (context, batch size) of each point
@@ -108,14 +109,18 @@ def tokens_for(model, *shape):
     return torch.randint(model.config.vocab_size, shape, device=next(model.parameters()).device)
 
 def trainer(model, batch_size, T, dtype):
-    """→ a function that does one training step, in a number format."""
+    """→ a function that does one training step, in a number format. model: a GPT, or nanoGPT's."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if hasattr(model, "configure_optimizers"):              # nanoGPT's own
+        where = next(model.parameters()).device
+        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), where.type)
     idx = tokens_for(model, batch_size, T + 1)
+    x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
     autocast = number_format(model, dtype)
 
     def step():
         with autocast:
-            loss = model(idx[:, :-1], idx[:, 1:])[1]
+            loss = model(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -175,51 +180,54 @@ def to_read(model, context, batch_size=1):
 
 # ---- shapes: models without training ----
 
-def nanogpt(config, context):
-    """→ nanoGPT's model in the shape of a config, reading so many tokens. ValueError if it is not there."""
+def nanogpt(config):
+    """→ nanoGPT's model in the shape of a config. Raises ValueError if Python does not find it."""
     try:
-        import model as peer                                # its file has this name
-        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        return peer.GPT(peer.GPTConfig(**shape, block_size=context, dropout=0.0, bias=False))
+        import model as peer  # its file has this name
+        names = "n_layer", "n_head", "n_embd", "block_size", "vocab_size"
+        shape = {name: getattr(config, name) for name in names}
+        return peer.GPT(peer.GPTConfig(**shape, dropout=0.0, bias=False))
     except (ImportError, AttributeError):
         raise ValueError("--beside_nanogpt: where is nanoGPT? Say it as in: "
                          "PYTHONPATH=../nanoGPT python -m minisa.lab.bench --beside_nanogpt") from None
 
-def nanogpt_work(config, train_batch, context, where):
+def nanogpt_work(config, training, where):
     """→ what to time of nanoGPT: {(name, what): a function → seconds}."""
-    work, model = {}, nanogpt(config, context).to(where).eval()
-    if train_batch:                                         # its train.py uses float32 on a CPU
+    work, model = {}, nanogpt(config).to(where).eval()
+    if training:                                            # its train.py uses float32 on a CPU
         dtype = "float32" if where.type == "cpu" else choose_dtype(where, None)
-        step = trainer(nanogpt(config, context).to(where), train_batch, config.block_size, dtype)
+        step = trainer(nanogpt(config).to(where), *training, dtype)
         work["nanoGPT", "train"] = partial(timed, step, where)
-    one_token = partial(model.generate, tokens_for(model, 1, context), 1)
+    one_token = partial(model.generate, tokens_for(model, 1, config.block_size), 1)
     work["nanoGPT", "decode"] = partial(timed, one_token, where)
     return work
 
 def bench_shape(shape, rounds, where, dtype, plain=False, beside_nanogpt=False):
     """Measure one shape and print its table; with `plain`, full attention a second time."""
-    fields, train_batch, batch, context = SHAPES[shape]
+    fields, training, batch = SHAPES[shape]
+    context, (train_batch, length) = fields["block_size"], training or (0, 0)
     T, work, models = min(context, 2048), {MACHINE: reader(where)}, {}
     if beside_nanogpt:
-        work |= nanogpt_work(GPTConfig(**fields), train_batch, context, where)
+        with redirect_stdout(sys.stderr):                   # it prints how large it is
+            work |= nanogpt_work(GPTConfig(**fields), training, where)
     for mode in ("full", *SHARE_KINDS, *["plain"] * plain):
         sharing = {"share": f"1-{fields['n_layer'] - 1}", "share_kind": mode} if mode in SHARE_KINDS else {}
         config = GPTConfig(**fields, **sharing)
         models[mode] = model = GPT(config).to(where).eval()
         if mode != "plain":
             for_decoding(model)
-        if train_batch:
-            step = trainer(GPT(config).to(where), train_batch, config.block_size, dtype)
+        if training:
+            step = trainer(GPT(config).to(where), train_batch, length, dtype)
             work[mode, "train"] = partial(timed, step, where)
         prefill = partial(first_token, model, tokens_for(model, 1, T))
         work[mode, "prefill"] = partial(timed, prefill, where)
         work[mode, "decode"] = partial(timed, decoder(model, batch, context), where)
     seconds = medians(work, rounds, shape)
-    n_params = predict(models["full"], context).params
-    print(f"{shape}: {config.n_layer} layers, {config.n_embd} wide, {n_params / 1e6:.1f} M parameters; "
-          f"training batch {train_batch or '-'} × {config.block_size}, {dtype}; decoding batch {batch} "
-          f"at context {context}")
-    tokens = {"train": (train_batch or 0) * config.block_size, "prefill": T, "decode": batch}
+    trained = f"training on {train_batch} × {length} tokens in {dtype}; " if training else ""
+    print(f"{shape}: {config.n_layer} layers, {config.n_embd} wide, "
+          f"{predict(models['full'], context).params / 1e6:.1f} M parameters; {trained}"
+          f"decoding batch {batch} at context {context}")
+    tokens = {"train": train_batch * length, "prefill": T, "decode": batch}
     print_speeds(seconds, tokens, {mode: to_read(model, context, batch) for mode, model in models.items()})
     print(flush=True)
 

@@ -93,7 +93,7 @@ def test_a_training_step_trains():
 # ---- shapes ----
 
 def test_it_prints_a_row_for_each_mode(run, monkeypatch, half_a_second):
-    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, 2, 2, 32)})
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, (2, 32), 2)})
     status, out, err = run(bench.main, "--shapes=tiny", "--rounds=2", "--plain")
     rows = rows_of(out, "full", "weights", "kv", "plain")
     assert status == 0 and "round 2 of 2" in err and out.count("÷ first") == 3
@@ -103,17 +103,20 @@ def test_it_prints_a_row_for_each_mode(run, monkeypatch, half_a_second):
     assert rows["full"][-1] == rows["plain"][-1] == f"{(4 * full.params + full.cache_bytes) / 1e6:.1f}"
 
 def test_a_shape_that_is_not_trained_has_no_figure_for_it(run, monkeypatch, half_a_second):
-    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, None, 1, 32)})
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, None, 1)})
     status, out, _ = run(bench.main, "--shapes=tiny", "--rounds=1")
     assert status == 0 and rows_of(out, "kv")["kv"][:5] == ["-", "-", "64.0", "1.00", "2.0"]
 
 def test_nanogpt_comes_first_and_speeds_are_over_its(run, monkeypatch, half_a_second):
-    peer = SimpleNamespace(GPT=GPT, GPTConfig=lambda bias, **shape: GPTConfig(**shape))
+    class Peer(GPT):
+        def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+            return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+    peer = SimpleNamespace(GPT=Peer, GPTConfig=lambda bias, **shape: GPTConfig(**shape))
     monkeypatch.setitem(sys.modules, "model", peer)                 # what bench uses of nanoGPT
-    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, 2, 1, 32)})
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, (2, 32), 1)})
     status, out, _ = run(bench.main, "--shapes=tiny", "--rounds=1", "--beside_nanogpt", "--dtype=float32")
     rows = rows_of(out, "nanoGPT", "full")
-    assert status == 0 and "× 32, float32; decoding" in out
+    assert status == 0 and "training on 2 × 32 tokens in float32; decoding" in out
     assert rows["nanoGPT"] == ["128.0", "1.00", "-", "-", "2.0", "1.00", "-", "-"]
     assert rows["full"][:6] == ["128.0", "1.00", "64.0", "-", "2.0", "1.00"]
 
