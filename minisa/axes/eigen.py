@@ -55,6 +55,7 @@ class Narrow:
     def project(self, x, step):
         """x (B, T, C) → q (B, H, T, D), and the visible k (B, G, S, D) and v (B, G, S, v_rank)."""
         q, k, v = self.qkv(x).split(self.widths, dim=2)
+        q, k = q.contiguous(), k.contiguous()                   # rotate() needs rows of even length
         q, k = rotate(split_heads(q, self.H), step.rope), split_heads(k, self.G)
         v = step.visible("v", self.layer, split_heads(v, self.G))
         if self.restore is None:

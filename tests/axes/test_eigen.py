@@ -80,6 +80,14 @@ def test_gradients_are_those_of_the_plain_formulation(mode):
                   (small(idx)[0], plain_reuse.logits(small, idx)))
     assert all(close(got[name], plain[name], 1e-3) for name in got)
 
+@pytest.mark.parametrize("ranks", [[5, 16], [16, 5], [5, 4]], ids=str)
+def test_what_a_layer_makes_may_be_an_odd_number_of_numbers(ranks):
+    small = change(make(n_kv_head=1), "eigen", ranks=[ranks] * 4)
+    with torch.no_grad():
+        for p in small.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        assert close(small(WINDOWS[:2])[0], plain_reuse.logits(small, WINDOWS[:2]))
+
 def test_a_reuse_layer_has_only_values_to_compress():
     small = compress(make(share="1-3"), 6)
     cache = KVCache(small, 1, 10)
