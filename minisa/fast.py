@@ -2,8 +2,8 @@
 
 One token's time is that of reading the weights, and BLAS reads a matrix for one token with one
 thread. Cut into as many parts as there are threads, all of them read. A matrix with many more rows
-than columns is read fastest when it is stored by columns. `python -m minisa.lab.bench --plain`
-shows the gain.
+than columns is read fastest when it is stored by columns. `python -m minisa.lab.bench smollm2
+--plain` shows the gain: 1.44 times the tokens/s on two cores of a Zen 3, none on a Sapphire Rapids.
 """
 
 import ctypes
