@@ -340,33 +340,47 @@ def read_args():
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
     return parser.parse_intermixed_args()
 
+def refuse(args):
+    """Raises ValueError for flags that do not go together."""
+    for wrong, rule in (
+        ((args.share or args.beside_transformers) and not args.models,
+         "--share and --beside_transformers: go with a model, as in: "
+         "python -m minisa.lab.bench smollm2 --share=26-28"),
+        ((args.csv or args.plot) and not args.sweep or args.sweep and args.models,
+         "--sweep: goes without a model, and --csv and --plot go with it, as in: "
+         "python -m minisa.lab.bench --sweep=context --plot=context.png"),
+        ((args.dtype or args.beside_nanogpt) and (args.models or args.sweep),
+         "--dtype and --beside_nanogpt: go with shapes, without a model and without --sweep, as in: "
+         "python -m minisa.lab.bench --dtype=float32"),
+    ):
+        if wrong:
+            raise ValueError(rule)
+
+def sweep(args):
+    if args.plot:
+        pyplot("--plot")                                    # refused before the work if it is missing
+    columns, *rows = bench_sweep(args.sweep, args.rounds, args.device)
+    print_table([columns, *rows])
+    if args.csv:
+        write_csv(args.csv, columns, rows)
+    if args.plot:
+        plot.token_times(rows, args.sweep, args.plot)
+
 def main():
     args = read_args()
+    refuse(args)
     keep_memory()
-    models, shapes = args.models, args.shapes.split(",")
-    if (args.share or args.beside_transformers) and not models:
-        raise ValueError("--share and --beside_transformers: go with a model, as in: "
-                         "python -m minisa.lab.bench smollm2 --share=26-28")
-    if (args.csv or args.plot) and not args.sweep or args.sweep and models:
-        raise ValueError("--sweep: goes without a model, and --csv and --plot go with it, as in: "
-                         "python -m minisa.lab.bench --sweep=context --plot=context.png")
-    if models:
-        bench_models(models, args.share, args.plain, args.beside_transformers, args.rounds, args.device)
+    shapes, where = args.shapes.split(","), args.device
+    if args.models:
+        bench_models(args.models, args.share, args.plain, args.beside_transformers, args.rounds, where)
     elif args.sweep:
-        if args.plot:
-            pyplot("--plot")                            # refused before the work if it is missing
-        columns, *rows = bench_sweep(args.sweep, args.rounds, args.device)
-        print_table([columns, *rows])
-        if args.csv:
-            write_csv(args.csv, columns, rows)
-        if args.plot:
-            plot.token_times(rows, args.sweep, args.plot)
+        sweep(args)
     elif unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"--shapes={args.shapes}: '{min(unknown)}' is none of {', '.join(SHAPES)}")
     else:
+        dtype = args.dtype or choose_dtype(where, None)
         for shape in shapes:
-            dtype = args.dtype or choose_dtype(args.device, None)
-            bench_shape(shape, args.rounds, args.device, dtype, args.plain, args.beside_nanogpt)
+            bench_shape(shape, args.rounds, where, dtype, args.plain, args.beside_nanogpt)
 
 if __name__ == "__main__":
     command(main)

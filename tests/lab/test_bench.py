@@ -218,6 +218,8 @@ def test_a_step_of_a_sweep_sees_all_of_its_context():
     (["--share=1-2"], "go with a model"),
     (["--beside_transformers"], "go with a model"),
     (["--beside_nanogpt"], "--beside_nanogpt: where is nanoGPT?"),
+    (["run", "--beside_nanogpt"], "--dtype and --beside_nanogpt: go with shapes"),
+    (["--sweep=context", "--dtype=float32"], "--dtype and --beside_nanogpt: go with shapes"),
     (["run", "--sweep=context"], "--sweep: goes without a model"),
     (["--csv=some.csv"], "--csv and --plot go with it"),
     (["--sweep=context", "--plot=some.txt"], "some.txt must end in .png"),
