@@ -9,6 +9,7 @@ Without other flags it takes the preset of this machine (minisa/settings.py): ab
 laptop's CPU, or a larger model on a GPU.
 """
 
+from minisa.cli import command  # isort: skip (before torch, so that Ctrl-C is heard)
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -19,9 +20,9 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minisa import checkpoint
-from minisa.cli import command
 from minisa.data import Data, tokenize
 from minisa.fast import compiled, keep_memory, number_format
+from minisa.files import lock
 from minisa.model import GPT, GPTConfig
 from minisa.run import Meter, Processes, Run, clock
 from minisa.settings import read_flags, saved_settings, settle
@@ -89,7 +90,7 @@ def make_optimizer(args, model, run):
     betas = args.beta1, args.beta2
     optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=args.weight_decay, fused=True)
     if run.saved:
-        optimizer.load_state_dict(run.saved["optimizer"])
+        run.restore_optimizer(optimizer)
     return optimizer
 
 def learning_rate(step, args):
@@ -105,6 +106,7 @@ def evaluate(args, run):
     """Measure the validation loss, log it, and save the run; as model.pt too if it is the best."""
     loss, bpb = run.data.evaluate(run.model, args.eval_tokens)
     run.refuse_nan(loss)
+    run.replace_former()
     run.processes.say(f"step {run.step:5d}/{args.max_iters}  validation loss {loss:.4f} nats per token, "
                       f"{bpb:.4f} bits per byte")
     run.record(step=run.step, val_loss=loss, val_bpb=bpb, seconds=run.elapsed())
@@ -181,8 +183,9 @@ def main():
     if args.no_gpu:
         processes.say(f"on the CPU, as no GPU can be used: {args.no_gpu}")
 
-    run.begin(processes, model, data, optimizer, saved_settings(args))
-    status = train(args, run, forward, autocast)
+    with lock(run.folder) if processes.rank == 0 else nullcontext():
+        run.begin(processes, model, data, optimizer, saved_settings(args))
+        status = train(args, run, forward, autocast)
     if status == 0:
         processes.say(f"done in {clock(run.elapsed())}; {run.folder}/model.pt has the best "
                       f"validation loss, {run.best:.4f} nats per token. Next: python sample.py")

@@ -9,7 +9,8 @@ A model is a folder with a file model.pt:
     tokenizer   None in a derived model, which has its parent's
     info        what is known of it: step, val_loss, val_bpb, data, seconds
 
-Files hold tensors, numbers and text only: torch.load(weights_only=True) runs nothing of them.
+Files hold tensors, numbers and text only: torch.load(weights_only=True) runs nothing of them. What
+they hold is checked before it is used: see SHAPE, read_parts() and build().
 """
 
 import importlib
@@ -17,18 +18,27 @@ import importlib.util
 import io
 import os
 import warnings
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from minisa import pretrained
-from minisa.files import sha256, write_file
+from minisa.files import check, open_file, sha256, write_file
 from minisa.model import GPT, GPTConfig
 from minisa.tokenizer import Tokenizer
 
 UNKNOWN = dict.fromkeys(("step", "val_loss", "val_bpb", "data", "seconds"))
-PARTS = {"config", "changes", "model", "parent", "tokenizer", "info"}
+SHAPE = {                                               # of a file, as files.check() takes it
+    "config": GPTConfig.__annotations__,
+    "changes": [{"by": str, "settings": dict}],
+    "model": dict,
+    "parent": dict | None,
+    "tokenizer": dict | None,
+    "info": {"step": int | None, "val_loss": float | None, "val_bpb": float | None,
+             "data": str | None, "seconds": float | None},
+}
 
 # ---- changes that axes make ----
 
@@ -100,6 +110,7 @@ def derive(folder, model, parent, source, info):
           parent={"source": str(named), "sha256": sha256(file)})
 
 def write(path, model, tensors, info, **more):
+    tensors = {name: t.contiguous() for name, t in tensors.items()}
     tensors = {name: t.clone() if t.nbytes < t.untyped_storage().nbytes() else t
                for name, t in tensors.items()}      # a part of a tensor would be saved as the whole
     state = {"config": asdict(model.config), "changes": changes(model), "model": tensors}
@@ -120,12 +131,24 @@ def source_file(source):
                          "or give a .gguf file or smollm2")
     return path
 
-def read(path, device="cpu"):
-    """The dict in a file that save() or derive() wrote. Raises ValueError if it is not one."""
+def read(path, more=None):
+    """The dict in a file that save() or derive() wrote, on the CPU. more: the shapes of what was
+    saved besides. Raises ValueError if it is damaged, or another shape than SHAPE says."""
     try:
+        with open_file(path) as file, zipfile.ZipFile(file) as parts:
+            damaged = parts.testzip()                   # compares the CRC-32 of each
+            if damaged or any(part.compress_type for part in parts.infolist()):
+                raise ValueError(f"{damaged} is not as it was written")
         with warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location=device, weights_only=True)
-        missing = PARTS - state.keys()
+            state = torch.load(path, "cpu", weights_only=True, mmap=True)   # stays inside the file
+        shape = {**SHAPE, **(more or {})}
+        missing = shape.keys() - state.keys()
+        for name in shape.keys() - missing:
+            check(state[name], shape[name], name)
+        for name in ("model", "optimizer"):
+            state[name] = copies(state.get(name, {}), os.path.getsize(path))
+    except OSError:
+        raise
     except Exception as error:                          # torch raises many kinds for a damaged file
         raise ValueError(f"{path}: damaged, or no checkpoint of minisa ({type(error).__name__}); "
                          "make it again") from None
@@ -133,30 +156,66 @@ def read(path, device="cpu"):
         raise ValueError(f"{path}: no checkpoint of minisa, it lacks {', '.join(sorted(missing))}")
     return state
 
+def copies(tensors, most):
+    """Tensors that lie in a file of `most` bytes → the same in memory, if all are plain ones."""
+    if not all(isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type == "cpu"
+               and t.is_contiguous() for t in tensors.values()):
+        raise ValueError("not plain tensors")
+    if sum(t.nbytes for t in tensors.values()) > most:
+        raise ValueError("tensors that overlap")
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+def check_tensors(found, expected):
+    """Raises ValueError unless tensors have the names, shapes and types of those that are expected,
+    and finite numbers."""
+    if found.keys() != expected.keys():
+        raise ValueError("its tensors are not those of its config")
+    for name, like in expected.items():
+        t = found[name]
+        if (t.shape, t.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"its tensor {name} does not fit its config")
+        if not t.sum().isfinite():
+            raise ValueError(f"its tensor {name} has numbers that are not finite")
+
 def build(path, state, device="cpu", dtype=torch.float32):
-    """What read() gave → model in eval mode, tokenizer, info."""
-    tensors = {name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
-               for name, t in state["model"].items()}
-    if state["parent"]:
-        source, expected = state["parent"]["source"], state["parent"]["sha256"]
+    """What read() gave → model in eval mode, tokenizer, info. Raises ValueError if it is not what
+    its config says, or its parent is missing or another."""
+    inherited, parent = {}, state["parent"]
+    if parent:
+        check(parent, {"source": str, "sha256": str}, f"{path}: its parent")
+        source = parent["source"]
         source = source if source == "smollm2" else Path(path).parent / source
         if source != "smollm2" and not Path(source).is_file():
             raise ValueError(f"{path}: was derived from {source}, which is missing; bring it back")
-        if sha256(source_file(source)) != expected:
+        if sha256(source_file(source)) != parent["sha256"]:
             raise ValueError(f"{path}: was derived from {source}, which has changed since; "
                              "derive it again")
-        parent, tokenizer, _ = load(source, device=device, dtype=dtype)
+        above, tokenizer, _ = load(source, device=device, dtype=dtype)
+        inherited = above.state_dict()
     try:
-        model = empty(GPTConfig(**state["config"]), state["changes"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if state["parent"]:
-        inherited = parent.state_dict()
-        tensors = {name: tensors.get(name, inherited.get(name)) for name in model.state_dict()}
-    else:
-        tokenizer = Tokenizer.load(state["tokenizer"])
-    model.load_state_dict(tensors, assign=True)
-    return model.eval(), tokenizer, state["info"]
+        config = GPTConfig(**state["config"])
+        tokenizer = tokenizer if parent else Tokenizer.load(state["tokenizer"])
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens")
+        model = fill(empty(config, state["changes"]), state["model"], inherited, device, dtype)
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: damaged, or of another version of minisa ({reason}); "
+                         "make it again") from None
+    return model, tokenizer, state["info"]
+
+def fill(model, tensors, inherited, device, dtype):
+    """Give a model of empty() its numbers: tensors from a file, and those that are inherited."""
+    whole = {name: t for name, t in inherited.items() if name not in tensors}
+    expected = model.state_dict()
+    check_tensors(tensors, {name: t for name, t in expected.items() if name not in whole})
+    for name, t in tensors.items():
+        whole[name] = t.to(device, dtype if t.is_floating_point() else None)
+    model.load_state_dict({name: whole[name] for name in expected}, assign=True)
+    for block in model.blocks:
+        if hasattr(block.attn, "check"):                # an axis knows what its numbers must be
+            block.attn.check()
+    return model.eval()
 
 def load(source, share=None, share_kind="weights", device="cpu", dtype=torch.float32):
     """A model → model in eval mode, tokenizer, info (a dict; its values are None where not known).
@@ -167,18 +226,14 @@ def load(source, share=None, share_kind="weights", device="cpu", dtype=torch.flo
     source cannot be read, or cannot share that way.
     """
     path = source_file(source)
-    try:
-        if path.suffix == ".gguf":
-            state, config, tokenizer = pretrained.load_gguf(path, dtype)
-            model, info = empty(config), dict(UNKNOWN)
-            model.load_state_dict(state, assign=True)
-            model.to(device).eval()
-        else:
-            model, tokenizer, info = build(path, read(path, device), device, dtype)
-    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: damaged, or of another version of minisa "
-                         f"({type(error).__name__}: {reason}); make it again") from None
+    if path.suffix == ".gguf":
+        tensors, config, tokenizer = pretrained.load_gguf(path)
+        try:
+            model, info = fill(empty(config), tensors, {}, device, dtype), dict(UNKNOWN)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; download it again") from None
+    else:
+        model, tokenizer, info = build(path, read(path), device, dtype)
     if share:
         model = reconfigure(model, share=share, share_kind=share_kind)
         info = {**info, "val_loss": None, "val_bpb": None}      # these were without sharing

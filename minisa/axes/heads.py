@@ -35,6 +35,10 @@ class Matched(SharedAttention):
     def forward(self, x, step, P):
         return super().forward(x, step, P[:, self.source])[0], P
 
+    def check(self):
+        if not 0 <= self.source.min() <= self.source.max() < self.H:
+            raise ValueError(f"a head takes over one that is not among 0 to {self.H - 1}")
+
 class Mixed(SharedAttention):
     """A reuse layer in which head h takes Σ_g mix[h, g] · P of the anchor's head g."""
     def forward(self, x, step, P):
