@@ -24,7 +24,7 @@ from minisa.data import Data, tokenize
 from minisa.fast import compiled, keep_memory, number_format
 from minisa.files import lock
 from minisa.model import GPT, GPTConfig
-from minisa.run import Meter, Processes, Run, clock
+from minisa.run import Meter, Processes, Run, clock, refuse_too_large
 from minisa.settings import read_flags, saved_settings, settle
 
 SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]
@@ -74,7 +74,9 @@ def make_model(args, given, run, processes):
     data = Data(folder)
     if model is None:
         shape = {name: getattr(args, name) for name in SHAPE}
-        model = GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape)).to(processes.device)
+        config = GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape)
+        refuse_too_large(args, config)
+        model = GPT(config).to(processes.device)
     if len(data.train) <= model.config.block_size:
         raise ValueError(f"--block_size={model.config.block_size}: the training text has only "
                          f"{len(data.train)} tokens; take a smaller one, or more text")

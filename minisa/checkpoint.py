@@ -59,7 +59,9 @@ def changes(model):
     return getattr(model, "changes", [])
 
 def empty(config, changed=()):
-    """A model on the meta device, without numbers."""
+    """A model on the meta device, without numbers. Raises ValueError if it would never end."""
+    if config.n_layer > 1000:
+        raise ValueError(f"n_layer={config.n_layer}: more than 1000")
     with torch.device("meta"):
         model = GPT(config)
         for step in changed:

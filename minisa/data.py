@@ -6,11 +6,12 @@ is that of the text, so a changed text is another folder.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from minisa import shakespeare
-from minisa.files import data_folder
+from minisa.files import check, data_folder, read_file, write_file
 from minisa.tokenizer import Tokenizer, learn
 
 def read_text(file):
     """A UTF-8 file → str. Raises ValueError if it cannot be read, is not UTF-8, or is too short."""
     try:
-        text = Path(file).read_bytes().decode("utf-8")
+        text = read_file(file).decode("utf-8")
     except OSError as error:
         raise ValueError(f"--text={file}: {error.strerror}; name a readable file") from None
     except UnicodeDecodeError as error:
@@ -64,18 +65,28 @@ def write_tokens(target, tokenizer, train, val):
     ids = {"train": tokenizer.encode(train), "val": tokenizer.encode(val)}
     val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))       # of all tokens that are predicted
     meta = {"tokenizer": tokenizer.description, "val_bytes": val_bytes}
+    files = {part: io.BytesIO() for part in ids}
+    for part, file in files.items():
+        np.save(file, np.array(ids[part], dtype))
+    files = {part: file.getvalue() for part, file in files.items()}
+    meta["digest"] = digest(meta, files)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+    temporary = target.with_name(f".making-{secrets.token_hex(4)}")
     try:
-        for part, numbers in ids.items():
-            np.save(temporary / f"{part}.npy", np.array(numbers, dtype))
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        temporary.chmod(0o755)
+        for part, data in files.items():
+            write_file(temporary / f"{part}.npy", data)
+        write_file(temporary / "meta.json", json.dumps(meta).encode())
         os.rename(temporary, target)
-    except OSError:
-        shutil.rmtree(temporary)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         if not target.exists():                                       # else another process made it
-            raise
+            raise OSError(f"{target}: could not be written ({error.strerror or error}); free some "
+                          "space, or take another --data_dir") from None
+
+def digest(meta, files):
+    """A hash of all that is in a folder of token files, as they were made. files: {part: bytes}."""
+    known = json.dumps([meta["tokenizer"], meta["val_bytes"]]).encode()
+    return hashlib.sha256(known + files["train"] + files["val"]).hexdigest()
 
 def data_of(info, tokenizer, text=None):
     """The Data of a model that load() gave: of the text it was trained on, or of `text`, a file;
@@ -94,14 +105,21 @@ class Data:
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name
         try:
-            meta = json.loads((self.folder / "meta.json").read_text())
+            files = {part: read_file(self.folder / f"{part}.npy") for part in ("train", "val")}
+            meta = json.loads(read_file(self.folder / "meta.json"))
+            check(meta, {"tokenizer": dict, "val_bytes": int, "digest": str}, "meta.json")
+            if meta["digest"] != digest(meta, files):
+                raise ValueError("they are not as they were made")
             self.tokenizer, self.val_bytes = Tokenizer.load(meta["tokenizer"]), meta["val_bytes"]
-            self.train = np.load(self.folder / "train.npy", mmap_mode="r")
-            self.val = np.load(self.folder / "val.npy", mmap_mode="r")
-            if max(self.train.max(), self.val.max()) >= self.tokenizer.vocab_size:
-                raise ValueError("a token id is out of range")
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"{folder}: the token files are damaged or missing ({error}); "
+            self.train, self.val = (np.load(io.BytesIO(data)) for data in files.values())
+            for ids in (self.train, self.val):
+                if ids.dtype.kind != "u" or ids.ndim != 1 or len(ids) < 2:
+                    raise ValueError("one is no list of at least two token ids")
+                if ids.max() >= self.tokenizer.vocab_size:
+                    raise ValueError("a token id is out of range")
+        except (OSError, ValueError, RecursionError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"{folder}: the token files are damaged or missing ({why}); "
                              "delete that folder, and they are made again") from None
 
     def batch(self, step, seed, batch_size, block_size, rows=slice(None)):
@@ -118,9 +136,9 @@ class Data:
         Raises ValueError if the part is shorter than a window.
         """
         ids = getattr(self, part)
-        if len(ids) <= T:
+        if len(ids) < T + n:                                          # no two may be the same
             raise ValueError(f"the text has only {len(ids)} tokens in its {part} part; "
-                             f"windows of {T} need more text")
+                             f"{n} windows of {T} need more text")
         return self.cut(ids, np.linspace(0, len(ids) - T - 1, n).astype(int), T)
 
     def cut(self, ids, starts, T):

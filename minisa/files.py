@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, checked before they are used; downloads, and where they go."""
+"""Files: read with a check, written whole or not at all; downloads, and where they are kept."""
 
 import csv
 import hashlib
@@ -97,15 +97,25 @@ def write_file(path, data, private=False):
 
 def refuse_unwritable(path):
     """Raises OSError, before any work, if a file or folder of this name could not be written."""
-    path = Path(path)
+    path, why = Path(path), ""
     try:
         above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-        why = "" if above.is_dir() else f"{above} is no folder"
-        why = why or ("" if os.access(path if path.exists() else above, os.W_OK) else "no permission")
+        if not above.is_dir():
+            why = f"{above} is no folder"
+        elif not os.access(path if path.exists() else above, os.W_OK):
+            why = "Permission denied"
     except OSError as error:                            # such as too long a name
         why = error.strerror
     if why:
         raise OSError(f"{path}: could not be written ({why}); choose another name or folder")
+
+def refuse_too_much(n_bytes, what):
+    """Raises ValueError, before any work, if something takes more memory than this machine has."""
+    if hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if n_bytes > has:
+            raise ValueError(f"{what} takes {n_bytes / 1e9:,.0f} GB of memory, this machine has "
+                             f"{has / 1e9:,.0f} GB; take a smaller one")
 
 @contextmanager
 def lock(folder):

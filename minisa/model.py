@@ -43,7 +43,7 @@ class GPTConfig:
         read, rising = ",".join(f"{a}-{b}" for a, b in self.spans), layers == sorted(set(layers))
         sizes = "block_size vocab_size n_layer n_head n_kv_head n_embd n_hidden rope_base norm_eps"
         for name, holds, rule in (      # checks only: skip them when you read this first
-            *((name, getattr(self, name) > 0, "must be above 0") for name in sizes.split()),
+            *((n, 0 < getattr(self, n) < 2**29, "must be above 0, < 2^29") for n in sizes.split()),
             ("n_embd", H and self.n_embd % (2 * H) == 0, f"must be a multiple of 2 · {H} (n_head)"),
             ("n_kv_head", self.n_kv_head and H % self.n_kv_head == 0, f"must divide {H} (n_head)"),
             ("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1"),

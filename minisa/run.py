@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from minisa import checkpoint
 from minisa.cli import silence
-from minisa.files import refuse_unwritable, write_file
+from minisa.cost import predict
+from minisa.files import refuse_too_much, refuse_unwritable, write_file
 from minisa.settings import check_settings
 
 SAVED = {                       # in train.pt, besides what a model.pt has
@@ -117,7 +118,8 @@ class Run:
         try:
             checkpoint.check_tensors(found, expected if found else {})      # empty before step 1
         except ValueError as error:
-            raise ValueError(f"{self.folder}/train.pt: damaged ({error}); start a new run") from None
+            raise ValueError(f"{self.folder}/train.pt: damaged ({error}); "
+                             "start a new run") from None
         for name, t in found.items():
             i, _, name = name.partition(".")
             state.setdefault(int(i), {})[name] = t
@@ -203,6 +205,14 @@ class Run:
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.step}; {self.folder} keeps its "
                              "last good checkpoint. Try a lower --learning_rate, or --grad_clip=1")
+
+def refuse_too_large(args, config):
+    """Raises ValueError if what training needs at the very least is more than there is."""
+    if args.device.type == "cpu":
+        sequences = args.batch_size // args.gradient_accumulation_steps
+        logits = sequences * config.block_size * config.vocab_size
+        refuse_too_much(16 * predict(config, 1).params, "training a model of this shape")
+        refuse_too_much(8 * logits, f"--batch_size={args.batch_size}")
 
 class Meter:
     """Losses and tokens between two log lines."""

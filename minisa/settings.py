@@ -63,7 +63,7 @@ FLAGS = [                       # name, type or choices, default, what it is
     ("preset", [*PRESETS], None, "settings to start from; None: gpu where there is one, else cpu"),
     ("share", str, "", "spans of layers that share attention, as 1-3 or 1-3,5-7; '' for none"),
     ("share_kind", [*SHARE_KINDS], "weights", "weights: Shared Attention; kv: Cross-Layer"),
-    ("n_layer", count, PRESET, "number of layers"),
+    ("n_layer", at_least(int, 1, 1000), PRESET, "number of layers"),
     ("n_head", count, PRESET, "number of query heads"),
     ("n_kv_head", count, None, "number of key/value heads, None for as many as query heads"),
     ("n_embd", count, PRESET, "width of the model, in numbers per token"),
@@ -165,4 +165,5 @@ def check_settings(saved, file):
         except (ValueError, argparse.ArgumentTypeError):
             good = False
         if not good:
-            raise ValueError(f"{file}: damaged (its --{name} is {str(value)[:50]}); start a new run")
+            raise ValueError(f"{file}: damaged (its --{name} is {str(value)[:50]}); "
+                             "start a new run")

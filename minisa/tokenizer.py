@@ -14,6 +14,8 @@ import regex  # comes with tiktoken
 import tiktoken
 
 BYTES = [bytes([b]) for b in range(256)]
+LONGEST, LETTERS = 32, 2**19    # what learn() reads: letters of a word, and of all different words
+BLANKS = 10_000                 # as many blanks in a row are cut, as tiktoken fails at a million
 # A word with the space before it; digits; punctuation with the line ends after it; white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+"
 # How pretrained models cut text. SmolLM cuts out every digit, then what lies between like GPT-2.
@@ -29,47 +31,45 @@ PATTERNS = {
 def learn(text, vocab_size):
     """Learn BPE on text → the tokens as bytes, in order of their ids: 256 bytes, then one a merge.
 
-    Stops early when no pair is left to merge. Raises ValueError if vocab_size is below 256.
+    So that any text takes seconds: longer words than LONGEST are cut, and of more LETTERS than a
+    book has, only the most frequent words count. Stops early when no pair is left to merge. Raises
+    ValueError if vocab_size is below 256.
     """
     if vocab_size < 256:
         raise ValueError(f"--vocab_size={vocab_size}: must be at least 256, a token for each byte")
-    tokens, known = list(BYTES), set(BYTES)
-    counts = Counter(regex.findall(PATTERN, text))
-    words = [[list(word.encode()), n] for word, n in counts.items()]    # (its tokens, how often)
-    pairs, where = Counter(), defaultdict(set)          # how often a pair occurs, in which words
-    for w, (ids, n) in enumerate(words):
-        for pair in zip(ids, ids[1:]):
+    tokens, known, letters = list(BYTES), set(BYTES), 0
+    counts = Counter(word[i:i + LONGEST] for word in regex.findall(PATTERN, text)
+                     for i in range(0, len(word), LONGEST))
+    words, pairs, where = [], Counter(), defaultdict(set)   # how often a pair occurs, and where
+    for word, n in counts.most_common():
+        letters += len(word)
+        if letters > LETTERS:
+            break
+        ids = word.encode().decode("latin-1")               # a string of one character per token
+        for pair in map("".join, zip(ids, ids[1:])):
             pairs[pair] += n
-            where[pair].add(w)
+            where[pair].add(len(words))
+        words.append((ids, n))
     while len(tokens) < vocab_size:
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)   # ties: any rule
         if best is None or pairs[best] < 1:
             break
-        merged = tokens[best[0]] + tokens[best[1]]
+        merged, new = tokens[ord(best[0])] + tokens[ord(best[1])], chr(len(tokens))
         if merged in known:                          # the same bytes by another way: tiktoken would
             del pairs[best]                             # take the token that is there
             continue
         for w in where.pop(best):
             ids, n = words[w]
-            for pair in zip(ids, ids[1:]):
+            for pair in map("".join, zip(ids, ids[1:])):
                 pairs[pair] -= n
-            words[w][0] = ids = merge(ids, best, len(tokens))
-            for pair in zip(ids, ids[1:]):
+            ids = ids.replace(best, new)
+            for pair in map("".join, zip(ids, ids[1:])):
                 pairs[pair] += n
                 where[pair].add(w)
+            words[w] = ids, n
         tokens.append(merged)
         known.add(merged)
     return tokens
-
-def merge(ids, pair, new):
-    """Put the token `new` in the place of each such pair in a list of ids."""
-    out = []
-    for i in ids:
-        if out and (out[-1], i) == pair:
-            out[-1] = new
-        else:
-            out.append(i)
-    return out
 
 class Tokenizer:
     """encode, decode and stream over a tiktoken.Encoding."""
@@ -128,7 +128,7 @@ class Tokenizer:
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
         ids = []
-        for part in re.split("([\udc80-\udcff])", text):
+        for part in re.split(f"([\udc80-\udcff]|\\s{{{BLANKS}}})", text):
             if "\udc80" <= part <= "\udcff":            # a byte that is no UTF-8
                 odd = part.encode("utf-8", "surrogateescape")
                 ids.append(self.encoding.encode_single_token(odd))

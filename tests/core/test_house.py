@@ -50,8 +50,9 @@ def test_imports_point_from_scripts_to_lab_to_axes_to_core(file):
     assert not wrong, f"{file} is below {wrong}"
 
 @pytest.mark.parametrize("file", ["minisa/cli.py", "minisa/files.py", "minisa/plain.py"])
-def test_the_lowest_files_import_nothing_of_minisa(file):
+def test_the_lowest_files_import_nothing_of_minisa_but_files(file):
     wrong = [name for name in imports(file) if f"{name}.".startswith("minisa.")]
+    wrong = [name for name in wrong if not name.startswith("minisa.files") or file != "minisa/cli.py"]
     assert not wrong, f"{file} imports {wrong}"
 
 def test_no_modules_import_each_other_in_a_circle():

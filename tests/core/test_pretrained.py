@@ -177,7 +177,7 @@ def refusals():
         "order of merges": (dict(merges=MERGES[::-1]), "order of its merges"),
         "a tensor missing": (dict(drop="blk.1.ffn_up.weight"), "lacks the tensor blk.1.ffn_up.weight"),
         "a wrong shape": (dict(extra={"blk.1.ffn_down.weight": torch.ones(C, M + 2)}),
-                          "size mismatch for blocks.1.mlp.down.weight"),
+                          "its tensor blocks.1.mlp.down.weight does not fit"),
     }
 
 @pytest.mark.parametrize("name", refusals())
