@@ -7,6 +7,7 @@
     python sample.py smollm2 --squeeze=307    caches that keep 307 tokens a layer (minisa/axes/squeeze.py)
 """
 
+from minisa.cli import Parser, amount, at_least, command, count, device, output, picture, prompt  # isort: skip
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch
 from minisa import bill
 from minisa.axes import squeeze
 from minisa.checkpoint import load, reconfigure
-from minisa.cli import Parser, amount, at_least, command, count, device, output, picture, prompt
 from minisa.data import data_of
 from minisa.fast import for_decoding
 from minisa.model import SHARE_KINDS
@@ -47,7 +47,10 @@ def read_flags():
 
 def write(model, tokenizer, args, way=None):
     """Stream the texts to stdout. → decoded tokens per second, without the prompt; None for one token."""
-    ids = torch.tensor([tokenizer.encode(args.prompt)], device=args.device)
+    tokens = tokenizer.encode(args.prompt)
+    if not tokens:
+        raise ValueError("--prompt: this model has no token for any of it; take another text")
+    ids = torch.tensor([tokens], device=args.device)
     times = []
 
     def timed(stream):

@@ -1,5 +1,7 @@
 """The bill: what each model costs, predicted and measured, as a table of text, CSV or a picture."""
 
+import math
+
 from minisa import files
 from minisa.checkpoint import changes
 from minisa.cost import measure, predict
@@ -32,6 +34,8 @@ def row(name, model, bpb, speed, context, cache=None):
     context: tokens in the cache; at most block_size count. cache: one of another kind than KVCache
     that holds context - 1 tokens, and says in .rooms how many each layer has room for.
     """
+    if bpb is not None and not math.isfinite(bpb):
+        raise ValueError(f"{name}: its loss is {bpb}: its weights are damaged; make it again")
     context = min(context, model.config.block_size)
     rooms = cache.rooms if cache else None
     size = model.embed.weight.element_size()

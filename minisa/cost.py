@@ -76,6 +76,7 @@ def measure(model, context, batch_size=1, cache_of=None):
     """→ the same Cost, counted: parameters, the cache's storage, the matrix products of a real run.
 
     cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured.
+    Raises ValueError if what it computes is not finite.
     """
     weight, explicit = model.embed.weight, copy(model)
     explicit.fuse = False                           # the counter can't see into fused kernels
@@ -85,7 +86,10 @@ def measure(model, context, batch_size=1, cache_of=None):
         with FlopCounterMode(display=False) as counter:
             for chunk in tokens.split(PREFILL_CHUNK, dim=1):
                 x = explicit.hidden(chunk, cache)
-            model.head(x[:, -1])
+            logits = model.head(x[:, -1])
+        if not logits.isfinite().all():
+            raise ValueError("the model computes numbers that are not finite: its weights are "
+                             "damaged; make it again")
         return counter.get_total_flops()
 
     tokens = torch.zeros(batch_size, context, dtype=torch.long, device=weight.device)

@@ -71,12 +71,14 @@ def data_folder():
         return checkout / "data"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisa"
 
-def write_file(path, data, private=False):
+def write_file(path, data, private=False, named=False):
     """Write bytes to path, all or nothing; private: for the user's own eyes. Raises OSError, and
-    then leaves what was there."""
+    then leaves what was there. named: the user named it, so it may be a device or a pipe."""
     path = Path(path)
-    if path.exists() and not path.is_file():            # a pipe or a device, such as /dev/stdout
-        path.write_bytes(data)
+    if os.path.lexists(path) and not path.is_file():
+        if not named:
+            raise OSError(f"{path}: is no file; move it away, or choose another folder")
+        path.write_bytes(data)                          # such as /dev/stdout
         return
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
@@ -138,7 +140,7 @@ def lock(folder):
 def write_csv(file, columns, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    write_file(file, text.getvalue().encode())
+    write_file(file, text.getvalue().encode(errors="backslashreplace"), named=True)
 
 # ---- downloads ----
 

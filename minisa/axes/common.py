@@ -6,6 +6,7 @@ import sys
 from minisa import checkpoint
 from minisa.cli import Parser, command, device
 from minisa.data import data_of
+from minisa.files import refuse_unwritable
 
 def walk(model, idx, cache=None, watch=None):
     """Run a model on idx (B, T); before each block, yield it and what it is about to be given:
@@ -44,6 +45,7 @@ def rewrite(args, technique):
         raise ValueError("--out: name a folder to write the model to")
     if (checkpoint.Path(args.out) / "model.pt").exists():
         raise ValueError(f"--out={args.out}: holds a model already; delete it, or name another")
+    refuse_unwritable(checkpoint.Path(args.out) / "model.pt")
     parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
 
     def data():

@@ -22,13 +22,16 @@ keys before RoPE for that.
 
 A file is its name, a sha256 of (name, layer, numbers) for each layer, and the numbers. It is
 written under another name and renamed when whole. Whatever is wrong with it is found before its
-numbers are used; then it is deleted, and its tokens are computed anew.
+numbers are used; then it is deleted, and its tokens are computed anew. Files of other names, or
+that do not begin with their own, were made by somebody else: they do not count, and stay.
 """
 
 import hashlib
 import io
 import json
 import os
+import re
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -40,7 +43,7 @@ import numpy as np
 import torch
 
 from minisa.checkpoint import changes
-from minisa.files import write_file
+from minisa.files import open_file, refuse_unwritable, write_file
 from minisa.model import KVCache
 
 BLOCK = 64              # tokens
@@ -89,38 +92,47 @@ class Disk:
     def __init__(self, folder, limit):
         self.folder, self.limit, self.trouble = Path(folder), limit, None
         try:
+            refuse_unwritable(self.folder / "x")
             self.folder.mkdir(parents=True, exist_ok=True)
-            usable = os.access(self.folder, os.W_OK | os.X_OK)
         except OSError:
-            usable = False
-        if not usable:
-            raise ValueError(f"--store={folder}: is no folder that can be written; name one")
-        for path, stat in self.files("*.kv.*"):                 # of a process that was killed
-            if stat.st_mtime < time.time() - ABANDONED:
-                path.unlink(missing_ok=True)
+            raise ValueError(f"--store={folder}: is no folder that can be written; "
+                             "name one") from None
+        for path, status in self.files(r"\.[0-9a-f]{8}"):           # of a process that was killed
+            if status.st_mtime < time.time() - ABANDONED:
+                self.delete(path)
 
     def path(self, name):
         return self.folder / f"{name.hex()}.kv"
 
-    def files(self, pattern):
+    def has(self, name):
+        return self.path(name).is_file()
+
+    def files(self, ending=""):
         """Files of the folder, and their os.stat_result. Some may be deleted meanwhile."""
         found = []
-        for path in self.folder.glob(pattern):
+        for path in self.folder.iterdir():
             try:
-                found.append((path, path.stat()))
+                if re.fullmatch(rf"[0-9a-f]{{64}}\.kv{ending}", path.name):
+                    found.append((path, path.lstat()))
             except OSError:
                 pass
-        return found
+        return [(path, status) for path, status in found if stat.S_ISREG(status.st_mode)]
 
     def put(self, name, data):
         try:
-            write_file(self.path(name), data)
+            write_file(self.path(name), data, private=True)
         except OSError as error:
             self.trouble = str(error)
 
-    def delete(self, path):
+    def delete(self, path, ours=False):
+        """Delete a file, if it is `ours`: known to be a block, or it begins as one."""
         try:
-            path.unlink(missing_ok=True)
+            with open_file(path) as file:
+                ours = ours or file.read(DIGEST) == bytes.fromhex(path.name[:2 * DIGEST])
+            if ours:
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:                               # another process let go of it
+            pass
         except OSError as error:
             self.trouble = f"{path}: could not be deleted ({error.strerror})"
 
@@ -132,12 +144,12 @@ class Disk:
                 os.utime(self.path(name), (now, now - 1e-3 * i))
             except OSError:                                     # another process let go of it
                 pass
-        files = sorted(self.files("*.kv"), key=lambda file: file[1].st_mtime)
-        over = sum(stat.st_size for _, stat in files) - self.limit
-        for path, stat in files:
+        files = sorted(self.files(), key=lambda file: file[1].st_mtime)
+        over = sum(status.st_size for _, status in files) - self.limit
+        for path, status in files:
             if over > 0:
                 self.delete(path)
-                over -= stat.st_size
+                over -= status.st_size
 
 class Store:
     """KV caches of a model's conversations, one sequence each: in memory, and on disk in a folder.
@@ -159,7 +171,8 @@ class Store:
         self.layer_bytes = [k.nbytes + v.nbytes for k, v in zip(block.k, block.v)]
         self.file_bytes = self.head_bytes + sum(self.layer_bytes)
         self.root = root_name(model, self.size)
-        self.memory, self.lock = OrderedDict(), threading.Lock()        # name → the bytes of a file
+        self.memory, self.lock = OrderedDict(), threading.Lock()    # name → the bytes of a file
+        self.damaged = set()                                # names of files that stay, but are not tried again
         self.disk = Disk(folder, disk) if folder else None
         self.reader, self.background = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
@@ -172,7 +185,7 @@ class Store:
         return names[1:]
 
     def on_disk(self, name):
-        return self.disk is not None and self.disk.path(name).exists()
+        return self.disk is not None and name not in self.damaged and self.disk.has(name)
 
     def load(self, tokens):
         """tokens: a history and a new turn → a StoredCache that holds the longest known beginning
@@ -214,7 +227,7 @@ class Store:
         try:
             if data is None and self.disk is None:              # memory let go of it meanwhile
                 raise Damaged
-            with open(self.disk.path(name), "rb") if data is None else io.BytesIO(data) as file:
+            with open_file(self.disk.path(name)) if data is None else io.BytesIO(data) as file:
                 whole = file.seek(0, os.SEEK_END) == self.file_bytes
                 file.seek(0)
                 parts = [file.read(self.head_bytes)]
@@ -265,6 +278,7 @@ class Store:
                 data = self.pack(name, cache, i)
                 self.put(name, data)
                 if self.disk:
+                    self.damaged.discard(name)
                     self.background.submit(self.disk.put, name, data)
         self.background.submit(self.use, names)
 
@@ -284,7 +298,9 @@ class Store:
         with self.lock:
             self.memory.pop(name, None)
         if self.disk:
-            self.disk.delete(self.disk.path(name))
+            self.disk.delete(self.disk.path(name), ours=True)   # no other file has this hash
+            if self.disk.has(name):
+                self.damaged.add(name)                      # it could not be deleted
 
     def use(self, names):
         """Count blocks as used just now, the later ones first, so that they go first; let go of

@@ -19,7 +19,9 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from itertools import chain
+from itertools import count as count_up
 
 import torch
 
@@ -28,12 +30,15 @@ from minisa.axes.store import Damaged, Store
 from minisa.checkpoint import load
 from minisa.cli import Parser, amount, at_least, command, count, device
 from minisa.fast import for_decoding
-from minisa.files import write_file
+from minisa.files import check, lock, read_file, write_file
 from minisa.model import SHARE_KINDS
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 HELP = "/reset begins anew, /undo takes the last turn back, /bill shows the cache, Ctrl-D ends"
 MB = 2**20
+LONGEST = 2**16         # characters of a line
+MOST = 2**20            # tokens of a conversation
+SHAPE = {"tokenizer": str, "tokens": [int], "turns": [int]}     # of chat.json
 
 def special(tokenizer):
     """The ids of <|im_start|> and <|im_end|>. Raises ValueError if the tokenizer has none."""
@@ -45,20 +50,25 @@ def special(tokenizer):
 def read_line():
     """What the user says next; None at the end."""
     while True:
+        print("\n> " if sys.stdin.isatty() else "", end="", flush=True)
+        line = rest = sys.stdin.readline(LONGEST)
+        while rest and not rest.endswith("\n"):             # of a line that is too long
+            rest = sys.stdin.readline(LONGEST)
         try:
-            text = input("\n> " if sys.stdin.isatty() else "").strip()
-            text.encode()                                   # a terminal can send bytes that are no UTF-8
-            return text
-        except EOFError:
-            return None
+            line.encode()                                   # a terminal can send bytes that are no UTF-8
         except UnicodeError:
             print("not UTF-8 text", file=sys.stderr)
+        else:
+            if len(line) < LONGEST:
+                return line.strip() if line else None
+            print(f"longer than {LONGEST:,} characters: say it in parts", file=sys.stderr)
 
 class Chat:
     """A conversation with a model in the terminal: its tokens, and where each of its turns begins. They are
-    kept in a file of the store's folder; of two chats there, it holds the one that last said something.
+    kept in a file of the store's folder.
 
-    args: the flags of main(). Raises ValueError if the model has no chat format.
+    args: the flags of main(). Raises ValueError if the model has no chat format, OSError if that file
+    cannot be read.
     """
 
     def __init__(self, name, model, tokenizer, store, args):
@@ -68,22 +78,25 @@ class Chat:
         self.identity = hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()
         self.file = store.disk and store.disk.folder / "chat.json"
         self.reset()
-        try:
-            if self.file and self.file.exists():
-                self.restore(json.loads(self.file.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{self.file} cannot be continued ({error}); it is kept as {self.file}.old, and this is a "
-                  "new conversation", file=sys.stderr)
-            os.replace(self.file, f"{self.file}.old")
+        if self.file and os.path.lexists(self.file):
+            data = read_file(self.file)                     # or it raises, and stays as it is
+            try:
+                self.restore(json.loads(data))
+            except (ValueError, RecursionError) as error:
+                names = (f"{self.file}.old{n or ''}" for n in count_up())
+                old = next(name for name in names if not os.path.lexists(name))
+                print(f"{self.file} cannot be continued ({error}); it is kept as {old}, and this is a "
+                      "new conversation", file=sys.stderr)
+                os.rename(self.file, old)
 
     def restore(self, saved):
-        """Take over what save() wrote. Raises ValueError, KeyError or TypeError if it cannot be continued."""
+        """Take over what save() wrote. Raises ValueError if it cannot be continued."""
+        check(saved, SHAPE, "what it holds")
         tokens, turns = saved["tokens"], saved["turns"]
         if saved["tokenizer"] != self.identity:
             raise ValueError("it is of a model with another tokenizer")
-        lists = type(tokens) is type(turns) is list and all(type(n) is int for n in tokens + turns)
-        known = lists and tokens and all(0 <= n < self.tokenizer.vocab_size for n in tokens)
-        if not known or not all(0 < n <= len(tokens) for n in turns):
+        known = 0 < len(tokens) <= MOST and all(0 <= n < self.tokenizer.vocab_size for n in tokens)
+        if not known or not all(0 < n <= len(tokens) for n in turns) or turns != sorted(turns):
             raise ValueError("it is damaged")
         self.tokens, self.turns = tokens, turns
 
@@ -94,7 +107,7 @@ class Chat:
         trouble, self.store.disk.trouble = self.store.disk.trouble, None
         state = {"tokenizer": self.identity, "tokens": self.tokens, "turns": self.turns}
         try:
-            write_file(self.file, json.dumps(state).encode())
+            write_file(self.file, json.dumps(state).encode(), private=True)
         except OSError as error:
             trouble = error
         if trouble:
@@ -136,9 +149,13 @@ class Chat:
 
     def turn(self, text):
         """Say something, print the answer as it comes, and what it took."""
-        began = time.perf_counter()
+        began, message = time.perf_counter(), self.message("user", text)
+        if len(message) > self.store.size or len(self.tokens) + len(message) > MOST:
+            print(f"{len(message):,} tokens do not fit into the window of {self.store.size:,}, or the "
+                  f"conversation of at most {MOST:,}: say it in parts, or /reset", file=sys.stderr)
+            return
         self.turns.append(len(self.tokens))
-        self.tokens += self.message("user", text)
+        self.tokens += message
         self.tokens += [self.start, *self.tokenizer.encode("assistant\n")]
         n, answer = len(self.tokens), self.answer()
         try:
@@ -208,13 +225,16 @@ def read_flags():
 
 def main():
     args = read_flags()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")     # odd bytes cost their line, not all input
     dtype = getattr(torch, args.dtype)
     model, tokenizer, _ = load(args.model, args.share, args.share_kind, args.device, dtype)
     for_decoding(model)
     block_size = model.config.block_size
     store = Store(model, args.store, args.store_memory * MB, args.store_disk * MB,
                   min(args.context or block_size, block_size))
-    Chat(args.model, model, tokenizer, store, args).run()
+    with lock(args.store) if args.store else nullcontext():
+        Chat(args.model, model, tokenizer, store, args).run()
 
 if __name__ == "__main__":
     command(main)

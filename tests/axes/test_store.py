@@ -325,13 +325,42 @@ def test_a_disk_that_is_full_stops_the_saving_only(tmp_path, monkeypatch):
     assert "could not be written (No space left on device)" in store.disk.trouble
     assert not list(tmp_path.iterdir())
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    model = make()
-    for name, age in (("old.kv.x1", 7200), ("new.kv.x2", 0)):
-        (tmp_path / name).write_bytes(b"half")
+def test_what_a_killed_process_left_is_cleared_away_and_nothing_else(tmp_path):
+    block, stranger = "ab" * 32, "cd" * 32
+    begun = bytes.fromhex(block) + b"half"
+    files = {f"{block}.kv.0123abcd": (begun, 7200), f"{block}.kv.4567cdef": (begun, 0),     # the first goes
+             f"{stranger}.kv.0123abcd": (b"mine", 7200), f"{stranger}.kv": (b"mine", 7200),
+             "my.kv": (b"mine", 7200), "my.kv.bak": (b"mine", 7200)}
+    for name, (data, age) in files.items():
+        (tmp_path / name).write_bytes(data)
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    Store(model, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["new.kv.x2"]
+    model, history = make(), tokens(200)
+    store = Store(model, tmp_path, disk=1)                  # of its own blocks, none may stay
+    store.save(history, read(model, store, history)[2])
+    store.close()
+    assert {path.name for path in tmp_path.iterdir()} == files.keys() - {f"{block}.kv.0123abcd"}
+
+@pytest.mark.parametrize("make_it", [os.mkdir, os.mkfifo], ids=["a folder", "a pipe"])
+def test_what_is_no_file_in_the_place_of_a_block_is_left_and_done_without(tmp_path, make_it):
+    model, history = make(), tokens(200)
+    store = Store(model, tmp_path)
+    path = store.disk.path(store.names(history)[1])
+    make_it(path)
+    logits, _, cache = read(model, store, history)
+    assert same(logits, fresh(model, history))
+    store.save(history, cache)
+    store.close()
+    assert same(read(model, Store(model, tmp_path), history)[0], logits)
+
+def test_a_damaged_block_that_cannot_be_deleted_is_tried_once(tmp_path, monkeypatch):
+    model, history = make(), tokens(200)
+    remember(model, tmp_path, history)
+    store = Store(model, tmp_path)
+    alter(store.disk.path(store.names(history)[0]), store.head_bytes + 5)
+    monkeypatch.setattr(os, "unlink", lambda path: None)
+    monkeypatch.setattr(store.disk, "delete", lambda path, ours: None)
+    logits, reused, _ = read(model, store, history)
+    assert reused == 0 and same(logits, fresh(model, history))
 
 def test_what_cannot_be_a_store_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")

@@ -158,7 +158,7 @@ def test_a_damaged_history_is_left_behind_in_one_line(talk, tmp_path, content):
     assert (tmp_path / "s" / "chat.json.old").exists()
 
 def test_a_store_that_cannot_save_says_so_and_the_chat_goes_on(talk, monkeypatch):
-    def full(path, data):
+    def full(path, data, private):
         raise OSError(f"{path}: could not be written")
     monkeypatch.setattr(chat, "write_file", full)
     status, out, err = talk(["Hello", "Why?"], "--store=s")
