@@ -7,7 +7,7 @@
     python sample.py smollm2 --squeeze=307    caches that keep 307 tokens a layer (minisa/axes/squeeze.py)
 """
 
-from minisa.cli import Parser, amount, at_least, command, count, device, output, picture, prompt  # isort: skip
+from minisa.cli import command  # isort: skip (before torch, so that Ctrl-C is heard)
 import sys
 import time
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from minisa import bill
 from minisa.axes import squeeze
 from minisa.checkpoint import load, reconfigure
+from minisa.cli import Parser, amount, at_least, count, device, output, picture, prompt
 from minisa.data import data_of
 from minisa.fast import for_decoding
 from minisa.model import SHARE_KINDS

@@ -217,7 +217,10 @@ def fill(model, tensors, inherited, device, dtype):
     for block in model.blocks:
         if hasattr(block.attn, "check"):                # an axis knows what its numbers must be
             block.attn.check()
-    return model.eval()
+    logits, _ = model.eval()(torch.zeros(1, 1, dtype=torch.long, device=device))
+    if not logits.isfinite().all():
+        raise ValueError("what it computes is not finite")
+    return model
 
 def load(source, share=None, share_kind="weights", device="cpu", dtype=torch.float32):
     """A model → model in eval mode, tokenizer, info (a dict; its values are None where not known).

@@ -76,7 +76,6 @@ def measure(model, context, batch_size=1, cache_of=None):
     """→ the same Cost, counted: parameters, the cache's storage, the matrix products of a real run.
 
     cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured.
-    Raises ValueError if what it computes is not finite.
     """
     weight, explicit = model.embed.weight, copy(model)
     explicit.fuse = False                           # the counter can't see into fused kernels
@@ -86,10 +85,7 @@ def measure(model, context, batch_size=1, cache_of=None):
         with FlopCounterMode(display=False) as counter:
             for chunk in tokens.split(PREFILL_CHUNK, dim=1):
                 x = explicit.hidden(chunk, cache)
-            logits = model.head(x[:, -1])
-        if not logits.isfinite().all():
-            raise ValueError("the model computes numbers that are not finite: its weights are "
-                             "damaged; make it again")
+            model.head(x[:, -1])
         return counter.get_total_flops()
 
     tokens = torch.zeros(batch_size, context, dtype=torch.long, device=weight.device)

@@ -172,7 +172,7 @@ class Store:
         self.file_bytes = self.head_bytes + sum(self.layer_bytes)
         self.root = root_name(model, self.size)
         self.memory, self.lock = OrderedDict(), threading.Lock()    # name → the bytes of a file
-        self.damaged = set()                                # names of files that stay, but are not tried again
+        self.damaged = set()            # names of files that could not be deleted: not tried again
         self.disk = Disk(folder, disk) if folder else None
         self.reader, self.background = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
