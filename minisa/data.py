@@ -163,11 +163,11 @@ class Data:
     def evaluate(self, model, tokens=None):
         """The loss on the validation split → nats per token, and bits per byte.
 
-        The whole split is read in windows of block_size tokens, and each token but the first
-        predicted once. Or, for a large model, about so many `tokens` of it, in windows of at most
-        512.
+        The whole split is read in windows of block_size tokens, at most 4,096, and each token but
+        the first predicted once. Or, for a large model, about so many `tokens` of it, in windows of
+        at most 512.
         """
-        T, device = model.config.block_size, model.embed.weight.device
+        T, device = min(model.config.block_size, 4096), model.embed.weight.device
         if tokens and tokens < len(self.val) - 1:
             x, y, n_bytes = self.spread(min(T, 512, tokens), tokens)
         else:

@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 import regex  # comes with tiktoken
 import tiktoken
 
+from minisa.files import check
+
 BYTES = [bytes([b]) for b in range(256)]
 LONGEST, LETTERS = 32, 2**19    # what learn() reads: letters of a word, and of all different words
 BLANKS = 10_000                 # as many blanks in a row are cut, as tiktoken fails at a million
@@ -114,14 +116,18 @@ class Tokenizer:
         """The inverse of .description, a dict for JSON. Raises ValueError if it is none."""
         if description == {"kind": "gpt2"}:
             return cls.gpt2()
-        try:
-            tokens = [bytes.fromhex(token) for token in description["tokens"]]
-            special, words = description.get("special", []), description.get("words", "minisa")
-            if description["kind"] != "bpe" or len(set(tokens)) < len(tokens):
-                raise ValueError("of an unknown kind, or with a token twice")
-            return cls.from_tokens(tokens, special, words)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a tokenizer: {error!r}") from None
+        check(description, dict, "its tokenizer")
+        whole = {"special": [], "words": "minisa", **description}
+        shape = {"kind": str, "tokens": [str], "special": [int], "words": str}
+        check(whole, shape, "its tokenizer")
+        tokens, special = whole["tokens"], whole["special"]
+        known = whole["kind"] == "bpe" and whole["words"] in PATTERNS
+        hexadecimal = all(re.fullmatch("([0-9a-f]{2})+", token) for token in tokens)
+        twice = len(set(tokens)) < len(tokens)
+        if not known or not hexadecimal or twice or not set(special) <= {*range(len(tokens))}:
+            raise ValueError("its tokenizer is of an unknown kind, or damaged")
+        tokens = [bytes.fromhex(token) for token in tokens]
+        return cls.from_tokens(tokens, special, whole["words"])
 
     def encode(self, text):
         """str or bytes → list of token ids. Bytes need not be UTF-8."""

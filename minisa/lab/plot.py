@@ -6,10 +6,11 @@
 
 import csv
 import itertools
+import math
 import textwrap
-from pathlib import Path
 
 from minisa.cli import Parser, command, picture
+from minisa.files import read_file
 from minisa.picture import pyplot, save
 
 RED, GREEN, BLUE, GREY = "#c04040", "#589060", "#4878a8", "#909090"
@@ -157,11 +158,15 @@ def token_times(rows, what, file):
 def read_bill(bill):
     """A file that sample.py --csv wrote → its rows. Raises ValueError if it is none."""
     try:
-        rows = list(csv.DictReader(Path(bill).read_text().splitlines()))
+        rows = list(csv.DictReader(read_file(bill, 2**20).decode().splitlines()))
         if not rows:
             raise ValueError("it has no rows")
-        points_of(rows)
-    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        if len(rows) > 100 or max(len(row["model"] + row["sharing"]) for row in rows) > 500:
+            raise ValueError("it has more rows, or longer names, than can be drawn")
+        if not all(0 < number < math.inf for point in points_of(rows).values() for number in point):
+            raise ValueError("a number is not above 0")
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, csv.Error) as error:
+        error = getattr(error, "strerror", None) or error
         raise ValueError(f"{bill}: is no bill with losses ({error}); "
                          f"write one with: python sample.py MODEL --csv={bill}") from None
     return rows

@@ -12,6 +12,7 @@ scan-weights-mix.csv and .png (each span) and sets-weights-mix.csv (the best set
 """
 
 import csv
+import os
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from minisa.axes.heads import head_products, refit, share
 from minisa.bill import print_table
 from minisa.cli import at_least, command, count
 from minisa.cost import layer_flops, predict
-from minisa.files import sha256, write_csv
+from minisa.files import check, read_file, sha256, write_csv
 from minisa.lab import plot
 from minisa.lab.similarity import open_model, parser
 from minisa.model import SHARE_KINDS
@@ -107,16 +108,21 @@ def spans_text(spans):
 
 # ---- a scan on disk ----
 
-def read_scan(file, origin):
+def read_scan(file, origin, n_layer):
     """What an earlier scan wrote → {(a, b): (loss, divergence)}. Raises ValueError if its rows are not of
-    this origin: model, windows and context, as text."""
+    this origin: model, windows and context, as text; or of no span of n_layer layers."""
     try:
-        rows = list(csv.reader(file.read_text().splitlines()))[1:] if file.exists() else []
+        rows = list(csv.reader(read_file(file).decode().splitlines()))[1:] if os.path.lexists(file) else []
         if any(row[:3] != origin for row in rows):
             raise ValueError("it is of another model, text, --windows or --context")
-        return {(int(a), int(b)): (float(loss), float(divergence))
-                for _, _, _, a, b, loss, divergence in rows}
-    except (IndexError, ValueError, OSError) as error:
+        found = {(int(a), int(b)): (float(loss), float(divergence))
+                 for _, _, _, a, b, loss, divergence in rows}
+        check([number for pair in found.values() for number in pair], [float], "a number in it")
+        if not all(0 <= a < b < n_layer for a, b in found.keys() - {FULL}):
+            raise ValueError("it has a span that this model has not")
+        return found
+    except (IndexError, ValueError, OSError, csv.Error) as error:
+        error = getattr(error, "strerror", None) or error
         raise ValueError(f"{file}: cannot be continued ({error}); "
                          "delete it, or take another --out_dir") from None
 
@@ -204,7 +210,7 @@ def find(args, model, data, out, T):
     file = out / f"scan-{name}.csv"
     version = sha256(checkpoint.source_file(args.model))[:8]            # trained anew, it is another model
     origin = [f"{args.model} {version}", f"{args.windows} of {data.name}", str(T)]
-    found = read_scan(file, origin)
+    found = read_scan(file, origin, model.config.n_layer)
     sharing = {"share_kind": args.share_kind, "heads": args.heads, "products": None}
     if args.heads != "same":
         print(f"comparing heads on {args.windows} windows", file=sys.stderr, flush=True)

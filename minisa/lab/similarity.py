@@ -23,7 +23,7 @@ from minisa import checkpoint
 from minisa.bill import print_table
 from minisa.cli import Parser, at_least, command, count, device
 from minisa.data import data_of
-from minisa.files import write_csv
+from minisa.files import refuse_unwritable, write_csv
 from minisa.lab import plot
 from minisa.picture import pyplot
 
@@ -98,6 +98,7 @@ def open_model(args):
     out = Path(args.out_dir or out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out_dir={out}: is a file; name a folder")
+    refuse_unwritable(out / "x")
     pyplot("this command")                              # refused before the work if it is missing
     model, tokenizer, info = checkpoint.load(args.model, device=args.device)
     return model, data_of(info, tokenizer, args.text), out, min(args.context, model.config.block_size)
