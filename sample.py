@@ -51,7 +51,8 @@ def write(model, tokenizer, args, way=None):
     tokens = tokenizer.encode(args.prompt)
     if not tokens:
         raise ValueError("--prompt: this model has no token for any of it; take another text")
-    ids = torch.tensor([tokens], device=args.device)
+    most = model.config.block_size * (1 if way else len(model.blocks))  # further back no layer looks
+    ids = torch.tensor([tokens[-most:]], device=args.device)
     times = []
 
     def timed(stream):
@@ -78,9 +79,10 @@ def bits_per_byte(name, model, tokenizer, info, args, ways):
         return [info["val_bpb"]]
     try:
         data = data_of(info, tokenizer)
-    except ValueError:
+    except ValueError as error:
         if args.squeeze:
             raise
+        print(f"the loss of {name} is not known: {error}", file=sys.stderr)
         return [None]
     print(f"measuring the loss of {name} on {data.name}", file=sys.stderr, flush=True)
     if args.squeeze:

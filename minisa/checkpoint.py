@@ -152,8 +152,9 @@ def read(path, more=None):
     except OSError:
         raise
     except Exception as error:                          # torch raises many kinds for a damaged file
-        raise ValueError(f"{path}: damaged, or no checkpoint of minisa ({type(error).__name__}); "
-                         "make it again") from None
+        ours = type(error) is ValueError
+        raise ValueError(f"{path}: damaged, or no checkpoint of minisa "
+                         f"({error if ours else type(error).__name__}); make it again") from None
     if missing:
         raise ValueError(f"{path}: no checkpoint of minisa, it lacks {', '.join(sorted(missing))}")
     return state

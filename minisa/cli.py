@@ -128,5 +128,6 @@ def command(main):
             raise
         first = str(error).partition("\n")[0]
         message = f"out of memory: {first}; take a smaller --batch_size, --block_size or model"
+    message = " ".join(message.split("\n"))                # a file's name can have a line end
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,0 +1,101 @@
+"""Kills at random moments of training, replacing a run, chatting and compressing.
+
+    python tests/kill.py 200                so many kills
+
+Afterwards every file must be whole, a run must go on to the very same weights, a former run must be there or
+replaced by a whole one, and a conversation must go on.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import fuzz
+from fuzz import CHAT, TINY, checkpoint, must, run, torch
+
+LONG = [*TINY, "--max_iters=12", "--keep_every=3", "--dropout=0.2", "--share=1-2"]
+
+def weights(path):
+    return checkpoint.read(path)["model"]
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+def killed(seconds, *words, stdin=""):
+    """Run a command in a new process, and kill it after so many seconds. → whether it was still running"""
+    pid = os.fork()
+    if not pid:
+        run(*words, stdin=stdin)
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+def whole():
+    """Every model that is there can be loaded."""
+    for path in Path(".").rglob("*.pt"):
+        checkpoint.load(path)
+
+def train(rng):
+    was = killed(rng.uniform(0, 0.25), "train", *LONG, "--out_dir=out/new")
+    whole()
+    resume = ["--resume"] if Path("out/new/train.pt").exists() else [*LONG, "--overwrite"]
+    must("train", *resume, "--out_dir=out/new", "--data_dir=data")
+    assert same("out/new/train.pt", "../whole/train.pt") and same("out/new/model.pt", "../whole/model.pt")
+    return was
+
+def overwrite(rng):
+    before = fuzz.files()
+    was = killed(rng.uniform(0, 0.25), "train", *LONG, "--out_dir=out/full", "--overwrite")
+    whole()
+    after = fuzz.files()
+    if after["out/full/train.pt"] == before["out/full/train.pt"]:
+        assert all(after[path] == content for path, content in before.items() if path.startswith("out/full/"))
+    else:
+        must("train", "--resume", "--out_dir=out/full", "--data_dir=data")
+        assert same("out/full/train.pt", "../whole/train.pt")
+        assert same("out/full/model.pt", "../whole/model.pt")
+    return was
+
+def talk(rng):
+    was = killed(rng.uniform(0, 0.15), "chat", *CHAT, stdin="And now?\nWhy?\n" * 3)
+    status, out, err = run("chat", *CHAT, stdin="Go on\n")
+    assert (status, err) == (0, "") and "going on with a conversation" in out, (out, err)
+    return was
+
+def compress(rng):
+    words = rng.choice([("heads", "out/full", "--share=1-2", "--heads=mix", "--refit"),
+                        ("eigen", "out/full", "--error=0.1"), ("lowrank", "out/full", "--share=1-2")])
+    was = killed(rng.uniform(0, 0.1), *words, "--out=out/new")
+    whole()
+    if not Path("out/new/model.pt").exists():
+        must(*words, "--out=out/new")
+    return was
+
+def main():
+    times, rng, found = int(sys.argv[1]), random.Random(0), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder) / "world"
+        world.mkdir()
+        os.chdir(world)
+        fuzz.make_world()
+        must("train", *LONG, "--out_dir=../whole")
+        for i in range(times):
+            os.chdir(folder)
+            shutil.rmtree("case", ignore_errors=True)
+            shutil.copytree("world", "case")
+            os.chdir("case")
+            work = rng.choice([train, overwrite, talk, compress])
+            found[f"{work.__name__}, {'killed' if work(rng) else 'had ended'}"] += 1
+        os.chdir(fuzz.ROOT)
+    print(f"{times} kills, nothing lost: {dict(found)}")
+
+if __name__ == "__main__":
+    main()
