@@ -17,7 +17,7 @@ import torch
 from minisa import bill
 from minisa.axes import squeeze
 from minisa.checkpoint import load, reconfigure
-from minisa.cli import Parser, amount, at_least, count, device, output, picture, prompt
+from minisa.cli import Parser, amount, at_least, count, device, picture, prompt, table
 from minisa.data import data_of
 from minisa.fast import for_decoding
 from minisa.model import SHARE_KINDS
@@ -42,14 +42,13 @@ def read_flags():
     squeeze.add_flags(parser)
     flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
     flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
-    flag("csv", output, None, "file to write the bill to as CSV")
+    flag("csv", table, None, "file to write the bill to, as .csv")
     flag("plot", picture, None, "file to draw the bill in, as .png, .svg or .pdf; needs matplotlib")
     return parser.parse_intermixed_args()
 
 def write(model, tokenizer, args, way=None):
     """Stream the texts to stdout. → decoded tokens per second, without the prompt; None for one token."""
-    tokens = tokenizer.encode(args.prompt)
-    if not tokens:
+    if not (tokens := tokenizer.encode(args.prompt)):
         raise ValueError("--prompt: this model has no token for any of it; take another text")
     most = model.config.block_size * (1 if way else len(model.blocks))  # further back no layer looks
     ids = torch.tensor([tokens[-most:]], device=args.device)

@@ -5,7 +5,7 @@ A model is a folder with a file model.pt:
     config      the fields of its GPTConfig
     changes     what axes/ did to its layers: [{"by": "heads", "settings": {...}}, …], in order
     model       its tensors; of a derived model just those that differ from its parent's
-    parent      None, or {"source": …, "sha256": …} of the model that it was derived from
+    parent      None, or {"source", "size", "sha256"} of the file that it was derived from
     tokenizer   None in a derived model, which has its parent's
     info        what is known of it: step, val_loss, val_bpb, data, seconds
 
@@ -109,7 +109,7 @@ def derive(folder, model, parent, source, info):
     named = source if source == "smollm2" else named
     info = {**info, "val_loss": None, "val_bpb": None}
     write(Path(folder) / "model.pt", model, own, info, tokenizer=None,
-          parent={"source": str(named), "sha256": sha256(file)})
+          parent={"source": str(named), "size": file.stat().st_size, "sha256": sha256(file)})
 
 def write(path, model, tensors, info, **more):
     tensors = {name: t.contiguous() for name, t in tensors.items()}
@@ -185,12 +185,13 @@ def build(path, state, device="cpu", dtype=torch.float32):
     its config says, or its parent is missing or another."""
     inherited, parent = {}, state["parent"]
     if parent:
-        check(parent, {"source": str, "sha256": str}, f"{path}: its parent")
+        check(parent, {"source": str, "size": int, "sha256": str}, f"{path}: its parent")
         source = parent["source"]
         source = source if source == "smollm2" else Path(path).parent / source
         if source != "smollm2" and not Path(source).is_file():
             raise ValueError(f"{path}: was derived from {source}, which is missing; bring it back")
-        if sha256(source_file(source)) != parent["sha256"]:
+        file = source_file(source)
+        if file.stat().st_size != parent["size"] or sha256(file) != parent["sha256"]:
             raise ValueError(f"{path}: was derived from {source}, which has changed since; "
                              "derive it again")
         above, tokenizer, _ = load(source, device=device, dtype=dtype)

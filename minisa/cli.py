@@ -60,21 +60,22 @@ def device(name):
         why = f"{name} is not on this machine, or cannot compute ({why}); take another, such as cpu"
         raise argparse.ArgumentTypeError(why) from None
 
-def picture(name):
-    """A type for a flag: the name of a picture to write."""
-    if not name.endswith((".png", ".svg", ".pdf")):
-        raise argparse.ArgumentTypeError(f"{name} must end in .png, .svg or .pdf")
-    return output(name)
+def output(*endings):
+    """A type for a flag: the name of a file to write, with one of these endings; or a device."""
+    def parse(name):
+        try:
+            if not name.endswith(endings) and not name.startswith("/dev/"):
+                raise argparse.ArgumentTypeError(f"{name} must end in {' or '.join(endings)}")
+            if os.path.isdir(name):
+                raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
+            refuse_unwritable(name)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return name
+    parse.__name__ = "file"
+    return parse
 
-def output(name):
-    """A type for a flag: the name of a file to write."""
-    if name.endswith("/") or os.path.isdir(name):
-        raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
-    try:
-        refuse_unwritable(name)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return name
+picture, table = output(".png", ".svg", ".pdf"), output(".csv")
 
 def prompt(text):
     """A type for a flag: a text; - means that of standard input, FILE:NAME that of a file."""

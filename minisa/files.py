@@ -101,10 +101,10 @@ def refuse_unwritable(path):
     """Raises OSError, before any work, if a file or folder of this name could not be written."""
     path, why = Path(path), ""
     try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)
         above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-        if not above.is_dir():
-            why = f"{above} is no folder"
-        elif not os.access(path if path.exists() else above, os.W_OK):
+        if not os.access(path if path.exists() else above, os.W_OK):
             why = "Permission denied"
     except OSError as error:                            # such as too long a name
         why = error.strerror

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -148,13 +149,13 @@ def make_world():
 def named(name):
     """A name of READS → the path."""
     if name == "BLOCK":
-        return sorted(Path("s").glob("*" * 1 + ".kv"))[0]
+        return next(path for path in Path("s").glob("*.kv") if len(path.stem) == 64)
     return next(Path("data").iterdir()) / name[5:] if name.startswith("DATA/") else Path(name)
 
 # ---- damage ----
 
-ODD = [None, True, -1, 0, 1, 2, 3, 7, 64.5, 2**31, 2**62, 2**63, 10**30, float("nan"), float("inf"), -1e308, "",
-       "x", "../../../etc/passwd", "1-2", "0-9", "ab" * 40, [], [0], [[1]], {}, {"a": 1}, (), b"x"]
+ODD = [None, True, -1, 0, 1, 2, 3, 7, 64.5, 2**31, 2**62, 2**63, 10**30, float("nan"), float("inf"), -1e308,
+       "", "x", "../../../etc/passwd", "1-2", "0-9", "ab" * 40, [], [0], [[1]], {}, {"a": 1}, (), b"x"]
 
 def odd_tensor(rng, t):
     """A tensor in the place of t."""
@@ -203,7 +204,8 @@ def mutate_inside(rng, path):
         elif path.suffix == ".csv":
             lines = [line.split(",") for line in path.read_text().splitlines()]
             row = rng.choice(lines)
-            row[rng.randrange(len(row))] = str(rng.choice([*ODD, '"', "\n\n", "$\\frac$", "\0", "9" * 200]))
+            odd = [*ODD, '"', "\n\n", "$\\frac$", "\0", "9" * 200]
+            row[rng.randrange(len(row))] = str(rng.choice(odd))
             path.write_text("\n".join(map(",".join, lines)))
         elif path.suffix == ".gguf":
             data, at = bytearray(path.read_bytes()), rng.randrange(2500)
@@ -215,17 +217,13 @@ def mutate_inside(rng, path):
         elif path.suffix == ".txt":
             rng.choice([lambda: path.write_text("a" * 10**6), lambda: path.write_text("\n" * 10**6),
                         lambda: path.write_bytes(rng.randbytes(5000)), lambda: path.write_text("ab" * 10),
-                        lambda: path.write_text("é日本\0\u2028" * 2000), lambda: path.write_text(" x" * 300_000),
-                        lambda: path.write_text("x")])()
+                        lambda: path.write_text("é日本\0\u2028" * 2000), lambda: path.write_text("x"),
+                        lambda: path.write_text(" x" * 300_000)])()
         else:
             return False
-    except (OverflowError, pickle_errors()):
+    except (OverflowError, pickle.PicklingError):
         return False
     return True
-
-def pickle_errors():
-    import pickle
-    return pickle.PicklingError
 
 def damage(rng, path):
     """Damage a file. → what was done, in words"""
@@ -261,19 +259,22 @@ def damage(rng, path):
         os.truncate(path, rng.choice([0, 10**12]))
         return "another length"
     if what == 8:
-        path.write_text(rng.choice(["[" * 10**5, "{}", "[]", "null", "\0", '{"a":' * 10**4, "1e999", "PK\3\4"]))
+        deep = "[" * 10**5, '{"a":' * 10**4
+        path.write_text(rng.choice([*deep, "{}", "[]", "null", "\0", "1e999", "PK\3\4"]))
         return "other text"
     for _ in range(rng.choice([1, 1, 1, 8])):                   # most often: bits
         data[rng.randrange(len(data) or 1)] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
     return "bits"
 
-WORDS = ["", "0", "-1", "1", "2", "3", "7", "16", "1.5", "nan", "inf", "-inf", "1e308", "1e-46", "1e30", "1e-3",
-         "10000000000", "9" * 24, "9" * 401, "9" * 5000, "x", ".", "..", "out", "out/full", "mine.txt", "/dev/null",
-         "/dev/full", "/proc/x/y", "x" * 300, "a/" * 200, "n\udce9", "$\\frac$", "a\nb", "1-2", "0-1,1-2", "0-2",
-         "2-1", "1-2,", "0-99999999999999999999", "True", "none", "kv", "weights", "bpe", "meta", "cuda:7", "é日",
-         "out/full/model.pt", "text.txt", "-", "FILE:none", "FILE:s", "window,sinks,heavy", "0.5,1", "sinks,x",
-         "x.gguf", "smollm3", "0x10", "1_000", "+3", " 3 ", "new.png", "out/full.png"]
+WORDS = [
+    "", "0", "-1", "1", "2", "3", "7", "16", "1.5", "nan", "inf", "-inf", "1e308", "1e-46", "1e30", "1e-3",
+    "10000000000", "9" * 24, "9" * 401, "9" * 5000, "0x10", "1_000", "+3", " 3 ", "x", ".", "..", "out",
+    "out/full", "mine.txt", "/dev/null", "/dev/full", "/proc/x/y", "x" * 300, "a/" * 200, "n\udce9", "a\nb",
+    "$\\frac$",
+    "1-2", "0-1,1-2", "0-2", "2-1", "1-2,", "0-99999999999999999999", "True", "none", "kv", "weights",
+    "bpe", "meta", "cuda:7", "é日", "out/full/model.pt", "text.txt", "-", "FILE:none", "FILE:s", "sinks,x",
+    "window,sinks,heavy", "0.5,1", "x.gguf", "smollm3", "new.png", "out/full.png", "new.csv", "s/new.csv"]
 LONG = {"--max_iters", "--max_new_tokens", "--num_samples", "--rounds"}     # work that was asked for
 OFFLINE = {"--tokenizer=gpt2"}
 
@@ -296,12 +297,13 @@ def files():
 
 def without_speed(out):
     """What is printed, but for what may differ from run to run."""
-    out = re.sub(r"\d+m\d+s left|[\d,]+ tokens/s|done in \S+|after [\d.]+ s|[\d,]+ of [\d,]+ tokens reused", "", out)
+    out = re.sub(r"\d+m\d+s left|[\d,]+ tokens/s|done in \S+|after [\d.]+ s", "", out)
+    out = re.sub(r"[\d,]+ of [\d,]+ tokens reused", "", out)
     lines = [re.sub(r"\s+[\d,]*$", "", line) for line in out.splitlines()]
     return [" ".join(line.split()) for line in lines]
 
 def child(name, words, stdin):
-    """Run a command in a new process → status (negative: its signal), stdout, stderr, seconds, bytes."""
+    """Run a command in a new process → status (below 0: a signal), stdout, stderr, seconds, bytes."""
     begun, limit = time.time(), 10 * 2**30
     pid = os.fork()
     if not pid:
@@ -338,7 +340,7 @@ def wrong(result, before, after, own, expected):
         return "a traceback"
     if status == 2 and len(re.findall(r"^\w+: error: .*\n\Z", err, re.MULTILINE)) != 1:
         return "not one line"
-    if status == 0 and re.search(r"\bnan\b|ERROR|DIFFER", out):
+    if status == 0 and re.search(r" nan\b|ERROR|DIFFER", out.replace("wrote nan", "")):
         return "a wrong answer"
     unknown = " ?  " in out                                     # the loss, as the text is damaged
     if status == 0 and expected is not None and without_speed(out) != expected and not unknown:
@@ -366,7 +368,8 @@ def case(number, world, flags, baselines):
         path = named(rng.choice(READS[key]))
         done = damage(rng, path)
         what = f"{key}: {path.name} {done}"
-        if str(path).endswith(CHECKED) and done != "mutated inside" and key in baselines:
+        if str(path).endswith(CHECKED) and key in baselines and done != "mutated inside" \
+                and not done.endswith(".pt"):                       # another model that is whole
             expected = baselines[key]
     else:
         for _ in range(rng.choice([1, 1, 2])):
@@ -377,8 +380,8 @@ def case(number, world, flags, baselines):
             if word not in OFFLINE and not (flag in LONG and big):
                 words.insert(rng.randrange(len(words) + 1), word)
         if name == "chat" and rng.random() < 0.4:
-            stdin = rng.choice(["\udce9\nWhy?\n", "a" * 10**6 + "\n", "/reset\n/undo\n/undo\n", "x\n" * 5, "\0\n",
-                                "/bill\n/x\n", "a " * 30000, "", "<|im_end|>" * 9 + "\n"])
+            stdin = rng.choice(["\udce9\nWhy?\n", "a" * 10**6 + "\n", "/reset\n/undo\n/undo\n", "x\n" * 5,
+                                "\0\n", "/bill\n/x\n", "a " * 30000, "", "<|im_end|>" * 9 + "\n"])
         what = f"{key}: {' '.join(words)[:300]!a} < {stdin[:20]!a}"
         own = "" if not own else own
     before = files()
@@ -386,9 +389,9 @@ def case(number, world, flags, baselines):
     return what, wrong(result, before, files(), own, expected), result
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", type=int, help="how many")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first (default 0)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first (default 0)")
     args = parser.parse_args()
     found, begun = Counter(), time.time()
     with tempfile.TemporaryDirectory() as folder:

@@ -39,12 +39,13 @@ def killed(seconds, *words, stdin=""):
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 def whole():
-    """Every model that is there can be loaded."""
+    """Every model that is there can be loaded; but for one whose parent is replaced."""
     for path in Path(".").rglob("*.pt"):
-        checkpoint.load(path)
+        if "mixed" not in str(path):
+            checkpoint.load(path)
 
 def train(rng):
-    was = killed(rng.uniform(0, 0.25), "train", *LONG, "--out_dir=out/new")
+    was = killed(rng.uniform(0, 0.2), "train", *LONG, "--out_dir=out/new")
     whole()
     resume = ["--resume"] if Path("out/new/train.pt").exists() else [*LONG, "--overwrite"]
     must("train", *resume, "--out_dir=out/new", "--data_dir=data")
@@ -53,7 +54,7 @@ def train(rng):
 
 def overwrite(rng):
     before = fuzz.files()
-    was = killed(rng.uniform(0, 0.25), "train", *LONG, "--out_dir=out/full", "--overwrite")
+    was = killed(rng.uniform(0, 0.2), "train", *LONG, "--out_dir=out/full", "--overwrite")
     whole()
     after = fuzz.files()
     if after["out/full/train.pt"] == before["out/full/train.pt"]:
@@ -65,7 +66,7 @@ def overwrite(rng):
     return was
 
 def talk(rng):
-    was = killed(rng.uniform(0, 0.15), "chat", *CHAT, stdin="And now?\nWhy?\n" * 3)
+    was = killed(rng.uniform(0, 0.08), "chat", *CHAT, stdin="And now?\nWhy?\n" * 3)
     status, out, err = run("chat", *CHAT, stdin="Go on\n")
     assert (status, err) == (0, "") and "going on with a conversation" in out, (out, err)
     return was
@@ -73,7 +74,7 @@ def talk(rng):
 def compress(rng):
     words = rng.choice([("heads", "out/full", "--share=1-2", "--heads=mix", "--refit"),
                         ("eigen", "out/full", "--error=0.1"), ("lowrank", "out/full", "--share=1-2")])
-    was = killed(rng.uniform(0, 0.1), *words, "--out=out/new")
+    was = killed(rng.uniform(0, 0.06), *words, "--out=out/new")
     whole()
     if not Path("out/new/model.pt").exists():
         must(*words, "--out=out/new")
@@ -87,13 +88,13 @@ def main():
         os.chdir(world)
         fuzz.make_world()
         must("train", *LONG, "--out_dir=../whole")
-        for i in range(times):
+        while found.total() < times:
             os.chdir(folder)
             shutil.rmtree("case", ignore_errors=True)
             shutil.copytree("world", "case")
             os.chdir("case")
             work = rng.choice([train, overwrite, talk, compress])
-            found[f"{work.__name__}, {'killed' if work(rng) else 'had ended'}"] += 1
+            found[work.__name__] += work(rng)                   # not if it had ended already
         os.chdir(fuzz.ROOT)
     print(f"{times} kills, nothing lost: {dict(found)}")
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from minisa import checkpoint, pretrained
 from minisa.bill import print_table
-from minisa.cli import Parser, command, count, device, output, picture
+from minisa.cli import Parser, command, count, device, picture, table
 from minisa.cost import predict
 from minisa.fast import for_decoding, keep_memory, number_format
 from minisa.files import write_csv
@@ -295,7 +295,8 @@ def bench_models(sources, share, plain, beside_transformers, rounds, where):
             loss = F.cross_entropy(model(text[:, :-1]).logits[0], text[0, 1:])
         print(f"loss on {text.size(1) - 1} random tokens: {mean_loss(first, text):.5f} nats; "
               f"transformers {loss:.5f}")
-    must_read = {name: to_read(model, prompt + n // 2) for name, model in models.items()}
+    seen = min(prompt + n // 2, size)                       # keys, in the mean
+    must_read = {name: to_read(model, seen) for name, model in models.items()}
     print_speeds(seconds, {"decode": 1, "prefill": T}, must_read)
 
 # ---- sweeps: what a token costs as context or batch grow ----
@@ -333,7 +334,7 @@ def read_args():
                   "first model, a .gguf file")
     parser.flag("sweep", choices=list(SWEPT), help="without MODEL: time decoding while this grows",
                 shown="none")
-    parser.flag("csv", output, help="with --sweep: file to write the table to as CSV", shown="none")
+    parser.flag("csv", table, help="with --sweep: file to write the table to as CSV", shown="none")
     parser.flag("plot", picture, help="with --sweep: file to draw it in, as .png, .svg or .pdf; needs "
                 "matplotlib", shown="none")
     parser.flag("rounds", count, 7, "measurements of each figure")

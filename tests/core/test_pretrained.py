@@ -12,11 +12,11 @@ from torch.nn import functional as F
 import minisa
 import sample
 from minisa import pretrained
-from minisa.pretrained import BYTES
 from minisa.tokenizer import PATTERNS, Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
 from tiny_gguf import MERGES, TOKENS, C, D, G, H, L, M, tensors, write  # noqa: E402
+
 NEEDS = "needs transformers and accelerate, for this comparison only: pip install transformers accelerate"
 
 def plain_llama(weights, ids):

@@ -137,7 +137,7 @@ WRONG = {
     "--max_new_tokens=0": "0 is not a number",
     "--num_samples=x": "invalid int value",
     "--device=tpu": "--device: tpu is not on this machine",
-    "--csv=out": "--csv: out is a folder",
+    "--csv=out": "out must end in .csv",
     "--plot=bill.doc": "--plot: bill.doc must end in .png",
     "--colour=red": "unrecognized arguments",
 }
