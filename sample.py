@@ -7,7 +7,7 @@
     python sample.py smollm2 --squeeze=307    caches that keep 307 tokens a layer (minisa/axes/squeeze.py)
 """
 
-from minisa.cli import command  # isort: skip (before torch, so that Ctrl-C is heard)
+import minisa  # isort: skip  # noqa: F401 (before torch, as it sees to Ctrl-C)
 import sys
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from minisa import bill
 from minisa.axes import squeeze
 from minisa.checkpoint import load, reconfigure
-from minisa.cli import Parser, amount, at_least, count, device, picture, prompt, table
+from minisa.cli import Parser, amount, at_least, command, count, device, picture, prompt, table
 from minisa.data import data_of
 from minisa.fast import for_decoding
 from minisa.model import SHARE_KINDS

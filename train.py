@@ -9,7 +9,7 @@ Without other flags it takes the preset of this machine (minisa/settings.py): ab
 laptop's CPU, or a larger model on a GPU.
 """
 
-from minisa.cli import command  # isort: skip (before torch, so that Ctrl-C is heard)
+import minisa  # isort: skip  # noqa: F401 (before torch, as it sees to Ctrl-C)
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minisa import checkpoint
+from minisa.cli import command
 from minisa.data import Data, tokenize
 from minisa.fast import compiled, keep_memory, number_format
 from minisa.files import lock

@@ -6,9 +6,6 @@ import sys
 
 from minisa.files import read_file, refuse_unwritable
 
-# Ctrl-C while torch is being imported; later command() sees to it
-sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
-
 LONGEST = 2**20         # characters of a prompt
 
 class Parser(argparse.ArgumentParser):
