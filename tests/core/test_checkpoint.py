@@ -146,3 +146,67 @@ def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(OSError, match="taken/run/model.pt: could not be written .*choose another folder"):
         checkpoint.save(tmp_path / "taken" / "run" / "model.pt", make(), TOKENIZER, INFO)
     assert (tmp_path / "taken").read_text() == "a file"
+
+def change_config(**fields):
+    return lambda state: state["config"].update(fields)
+
+def change_tensor(change):
+    def harm(state):
+        state["model"]["embed.weight"] = change(state["model"]["embed.weight"])
+    return harm
+
+def overlapping(state):
+    whole = torch.zeros(256 * 32)                           # all tensors are parts of one
+    state["model"] = {name: whole[:t.numel()].view(t.shape) for name, t in state["model"].items()}
+
+ODD = {
+    "a config with a number for a bool": change_config(tied=1),
+    "a config with a bool for a number": change_config(n_layer=True),
+    "a billion layers": change_config(n_layer=10**9),
+    "2^70 wide": change_config(n_embd=2**70),
+    "half a head": change_config(n_head=2.5),
+    "a field too many": change_config(more=1),
+    "a field too few": lambda state: state["config"].pop("share"),
+    "another shape": change_tensor(lambda t: t[:-1]),
+    "another type": change_tensor(lambda t: t.double()),
+    "one number for all": change_tensor(lambda t: torch.zeros(()).expand(t.shape)),
+    "no numbers": change_tensor(lambda t: t.to("meta")),
+    "a sparse tensor": change_tensor(lambda t: t.to_sparse()),
+    "not a number": change_tensor(lambda t: t * float("nan")),
+    "numbers too large": change_tensor(lambda t: torch.full_like(t, 3e38)),
+    "no tensor": change_tensor(lambda t: t.tolist()),
+    "overlapping tensors": overlapping,
+    "a tensor too many": lambda state: state["model"].update(more=torch.zeros(2)),
+    "a tensor too few": lambda state: state["model"].pop("embed.weight"),
+    "another vocabulary": lambda state: state["tokenizer"]["tokens"].pop(),
+    "a loss that is text": lambda state: state["info"].update(val_bpb="good"),
+    "a change by nobody": lambda state: state["changes"].append({"by": 3, "settings": {}}),
+    "settings that do not fit": lambda state: state["changes"].append({"by": "heads", "settings": {"x": 1}}),
+    "a parent without a hash": lambda state: state.update(parent={"source": "x"}),
+}
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_loads_but_does_not_fit_is_refused_in_one_line(folder, name):
+    state = torch.load(folder / "model.pt", weights_only=True)
+    ODD[name](state)
+    torch.save(state, folder / "model.pt")
+    with pytest.raises(ValueError, match="model.pt: ") as error:
+        minisa.load(folder)
+    assert "\n" not in str(error.value)
+
+def test_no_flipped_bit_changes_a_model_in_silence(folder):
+    data, expected = (folder / "model.pt").read_bytes(), minisa.load(folder)[0](IDX)[0]
+    for at in range(0, len(data), len(data) // 60):
+        (folder / "model.pt").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1:])
+        try:
+            assert torch.equal(minisa.load(folder)[0](IDX)[0], expected)    # it was padding
+        except ValueError:
+            pass
+
+def test_a_matched_head_is_one_of_the_anchors(folder):
+    parent, _, info = minisa.load(folder)
+    shared = checkpoint.change(checkpoint.reconfigure(parent, share="1-2"), "heads", heads="match")
+    shared.blocks[2].attn.source[0] = 7
+    checkpoint.derive(folder.parent / "matched", shared, parent, str(folder), info)
+    with pytest.raises(ValueError, match="not among 0 to 3"):
+        minisa.load(folder.parent / "matched")

@@ -1,6 +1,8 @@
 """From text to token files, batches and the validation loss."""
 
+import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -107,3 +109,41 @@ def test_the_data_of_a_model_are_those_it_was_trained_on_or_another_text(text, d
     assert other.folder != data.folder and np.array_equal(other.val, data.val)      # same tokens, own folder
     with pytest.raises(ValueError, match="the text that the model was trained on, is missing.*--text"):
         data_of({"data": str(tmp_path / "gone")}, data.tokenizer)
+
+def test_a_text_that_is_no_file_or_too_large_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "huge.txt").touch()
+    os.truncate(tmp_path / "huge.txt", 10**12)
+    for name, why in {"pipe": "is no file", "huge.txt": "is larger than", "": "Is a directory"}.items():
+        with pytest.raises(ValueError, match=f"--text=.*{name}: {why}.*; name a readable file"):
+            tokenize(tmp_path / name, folder=tmp_path / "data")
+
+def reorder(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["tokenizer"]["tokens"][97:99] = meta["tokenizer"]["tokens"][98:96:-1]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+def exchange(folder):
+    (folder / "train.npy").rename(folder / "x")
+    (folder / "val.npy").rename(folder / "train.npy")
+    (folder / "x").rename(folder / "val.npy")
+
+def flip(folder):
+    data = bytearray((folder / "train.npy").read_bytes())
+    data[-40] ^= 1
+    (folder / "train.npy").write_bytes(data)
+
+@pytest.mark.parametrize("harm", [reorder, exchange, flip])
+def test_token_files_that_are_not_as_they_were_made_are_refused(text, tmp_path, harm):
+    folder = tokenize(text, vocab_size=300, folder=tmp_path)
+    harm(folder)
+    with pytest.raises(ValueError, match="not as they were made"):
+        Data(folder)
+
+def test_a_full_disk_while_tokenizing_is_named_and_leaves_nothing(text, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="could not be written.*No space left on device.*; free some space"):
+        tokenize(text, vocab_size=300, folder=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import random
 import re
+import struct
 import sys
 
 import pytest
@@ -241,3 +242,43 @@ def test_smollm2_knows_what_it_should(smollm2):
     week = "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday. "
     ids = torch.tensor([tokenizer.encode(week * 3)])
     assert model(ids[:, :-1], ids[:, 1:])[1].item() < 1.5
+
+@pytest.mark.parametrize("counts", [(2**40, 0), (0, 2**40), (2**63, 2**63)], ids=str)
+def test_a_file_that_declares_more_than_it_holds_ends_at_once(tmp_path, counts):
+    head = struct.pack("<4sIQQ", b"GGUF", 3, *counts)
+    (tmp_path / "x.gguf").write_bytes(head + bytes(24))
+    with pytest.raises(ValueError, match="x.gguf: "):
+        minisa.load(tmp_path / "x.gguf")
+
+def test_an_array_longer_than_the_file_ends_at_once(tmp_path):
+    name = b"general.x"
+    entry = struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", 9, 0, 2**40)      # 2^40 bytes
+    (tmp_path / "x.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + entry)
+    with pytest.raises(ValueError, match="its head is longer than the file"):
+        minisa.load(tmp_path / "x.gguf")
+
+def test_tensors_that_are_all_the_same_bytes_are_refused(tmp_path):
+    path = write(tmp_path / "x.gguf", tensors())
+    data = bytearray(path.read_bytes())
+    for name in ("ffn_gate", "ffn_up", "ffn_down", "attn_q", "attn_k", "attn_v", "attn_output"):
+        for i in range(L):                                  # 4 numbers of shape, a type; then where it is
+            at = data.index(f"blk.{i}.{name}.weight".encode()) + len(f"blk.{i}.{name}.weight") + 4 + 16 + 4
+            data[at:at + 8] = bytes(8)
+    path.write_bytes(data[:len(data) // 2])
+    with pytest.raises(ValueError, match="x.gguf: "):
+        minisa.load(path)
+
+@pytest.mark.parametrize("value", [True, 64.5], ids=str)
+def test_a_length_that_is_no_whole_number_is_refused(tmp_path, value):
+    def change(writer):
+        add = writer.add_bool if value is True else writer.add_float32
+        del writer.kv_data[0]["llama.context_length"]
+        add("llama.context_length", value)
+    with pytest.raises(ValueError, match="its head is not as it should be"):
+        minisa.load(write(tmp_path / "x.gguf", tensors(), change=change))
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = tensors()
+    weights["blk.1.ffn_up.weight"][3, 4] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        minisa.load(write(tmp_path / "x.gguf", weights))

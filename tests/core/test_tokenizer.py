@@ -120,3 +120,25 @@ def test_gpt2_offline_is_refused_by_name(monkeypatch, tmp_path):
     tiktoken.registry.ENCODINGS.pop("gpt2", None)
     with pytest.raises(ValueError, match="--tokenizer=gpt2.*--tokenizer=bpe"):
         Tokenizer.gpt2()
+
+@pytest.mark.parametrize("odd", ["\n" * 10**6, " " * 10**6 + "x", "a" * 10**6, "é日" * 10**5],
+                         ids=["\\n", " ", "a", "é日"])
+def test_a_text_of_one_endless_word_is_learned_and_comes_back(odd):
+    tokenizer = Tokenizer.from_tokens(learn(odd, 300))
+    ids = tokenizer.encode(odd)
+    assert tokenizer.decode(ids) == odd and len(ids) < len(odd.encode()) / 2
+
+def test_letters_without_a_space_are_learned_in_bounded_work():
+    rng = random.Random(0)
+    text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=300_000))
+    tokens = learn(text, 300)
+    counts = Counter(map("".join, zip(text, text[1:])))
+    assert len(tokens) == 300 and counts[tokens[256].decode()] > 1.05 * sum(counts.values()) / 26**2
+
+@pytest.mark.parametrize("change", [
+    {"tokens": ["61", "61"]}, {"tokens": [""]}, {"tokens": [1]}, {"special": [-1]}, {"special": [9]},
+    {"special": "0"}, {"words": "none"}, {"words": 1}, {"more": 1}, {"kind": []},
+], ids=str)
+def test_a_damaged_tokenizer_is_refused(change):
+    with pytest.raises(ValueError, match="tokenizer"):
+        Tokenizer.load({"kind": "bpe", "tokens": ["61", "62"]} | change)

@@ -277,3 +277,96 @@ def test_to_compile_without_a_compiler_is_refused_in_one_line(run, text, monkeyp
     status, _, err = run(train.main, *TINY, f"--text={text}", "--compile")
     assert status == 2 and "--compile: torch.compile needs a C++ compiler" in err and err.count("\n") == 1
     assert not Path("out").exists()
+
+# ---- nothing lost, nothing believed ----
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+@pytest.mark.parametrize("flags", [["--learning_rate=1e18", "--grad_clip=0"], ["--batch_size=4000000"]],
+                         ids=str)
+def test_a_run_that_fails_leaves_the_one_that_it_was_to_replace(run, text, flags):
+    tiny = [*TINY, f"--text={text}"]
+    run(train.main, *tiny, "--keep_every=5")
+    before = contents("out/full")
+    status, _, err = run(train.main, *tiny, "--overwrite", *flags)
+    assert status == 2 and err.count("\n") == 1 and contents("out/full") == before
+
+def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(run, text):
+    tiny = [*TINY, f"--text={text}"]
+    run(train.main, *tiny, "--keep_every=1")
+    Path("out/full/mine.txt").write_text("mine")
+    run(train.main, *tiny, "--overwrite", "--keep_every=6", "--max_iters=6", "--seed=2")
+    run(train.main, *tiny, "--keep_every=6", "--max_iters=6", "--seed=2", "--out_dir=out/new")
+    steps = sorted(path.parent.name for path in Path("out/full/steps").glob("*/model.pt"))
+    assert steps == ["00000000", "00000006"] and Path("out/full/mine.txt").read_text() == "mine"
+    assert same(weights("out/full"), weights("out/new")) and log("out/full", "loss") == log("out/new", "loss")
+
+@pytest.mark.parametrize("file", ["model.pt", "log.jsonl"])
+def test_a_folder_that_holds_any_part_of_a_run_is_not_overwritten_unless_told(run, text, file):
+    Path("out/full").mkdir(parents=True)
+    Path("out/full", file).write_text("mine")
+    status, _, err = run(train.main, *TINY, f"--text={text}")
+    assert status == 2 and "--overwrite" in err and Path("out/full", file).read_text() == "mine"
+
+def test_two_trainings_do_not_write_into_one_folder(run, text, tmp_path):
+    process = start(tmp_path, f"--text={text}")
+    status, _, err = run(train.main, *TINY, f"--text={text}", "--overwrite")
+    process.kill()
+    process.communicate()
+    assert status == 2 and "out/full: another program is writing there" in err and err.count("\n") == 1
+
+def change_saved(change):
+    def harm(file):
+        state = torch.load(file, weights_only=True)
+        change(state)
+        torch.save(state, file)
+    return harm
+
+def wrong_optimizer(state):
+    state["optimizer"]["0.exp_avg"] = torch.zeros(3)        # a fused step would write beyond its end
+
+HARMS = {
+    "a model": lambda file: file.write_bytes((file.parent / "model.pt").read_bytes()),
+    "an optimizer of another shape": change_saved(wrong_optimizer),
+    "a step that is not finite": change_saved(lambda state: state["optimizer"]["1.step"].fill_(float("nan"))),
+    "a step past the end": change_saved(lambda state: state["progress"].update(step=99)),
+    "no log": change_saved(lambda state: state["progress"].update(log=None)),
+    "a setting out of range": change_saved(lambda state: state["settings"].update(log_interval=0)),
+    "a setting of another type": change_saved(lambda state: state["settings"].update(batch_size="4")),
+    "a setting that is missing": change_saved(lambda state: state["settings"].pop("beta1")),
+}
+
+@pytest.mark.parametrize("name", HARMS)
+def test_what_is_no_train_pt_is_not_resumed(run, text, name):
+    run(train.main, *TINY, f"--text={text}")
+    file = Path("out/full/train.pt")
+    HARMS[name](file)
+    before = contents("out/full")
+    status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
+    assert status == 2 and "train.pt" in err and err.count("\n") == 1 and contents("out/full") == before
+
+def test_going_on_with_other_threads_is_said_to_change_the_last_bits(run, text, monkeypatch):
+    run(train.main, *TINY, f"--text={text}", "--max_iters=4", "--eval_interval=4")
+    assert "last bit" not in run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")[1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    out = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")[1]
+    assert "begun with 1 threads" in out and "now 7 threads" in out and "last bit" in out
+
+def test_a_reader_that_leaves_stops_the_run_as_ctrl_c_does(text, tmp_path):
+    process = start(tmp_path, f"--text={text}")
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=60), err) == (130, "") and stored_step(tmp_path) >= 20
+
+def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
+    command = [sys.executable, "-X", "importtime", ROOT / "train.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.rstrip().endswith("torch._utils"):          # torch is half there
+            process.send_signal(signal.SIGINT)
+            break
+    rest = [line for line in process.stderr if not line.startswith("import time:")]
+    process.stderr.close()
+    assert process.wait(timeout=60) in (-signal.SIGINT, 130) and rest == []

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from minisa import checkpoint
+from minisa.files import lock
 from minisa.lab import chat
 from minisa.model import GPT, Block, GPTConfig
 from minisa.tokenizer import Tokenizer
@@ -191,3 +193,36 @@ def test_a_model_without_a_chat_format_is_refused(talk, run, tmp_path):
     checkpoint.save(tmp_path / "plain" / "model.pt", model, plain, info)
     status, _, err = run(chat.main, "plain")
     assert status == 2 and "has no chat format" in err and one_line(err)
+
+def test_no_conversation_replaces_another_that_was_kept(talk, tmp_path):
+    for _ in range(3):
+        talk(["Hello"], "--store=s")
+        (tmp_path / "s" / "chat.json").write_text("damaged")
+    talk(["Hello"], "--store=s")
+    assert sorted(path.name for path in (tmp_path / "s").glob("chat.json.*")) == [
+        "chat.json.old", "chat.json.old1", "chat.json.old2"]
+
+def test_a_conversation_is_the_users_alone(talk, tmp_path):
+    talk(["Hello there, how are you today? " * 4], "--store=s")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "s").iterdir()}
+    assert modes == {0o600} and len(list((tmp_path / "s").glob("*.kv"))) > 0
+
+def test_a_pipe_in_the_place_of_the_conversation_is_refused_and_left(talk, tmp_path):
+    (tmp_path / "s").mkdir()
+    os.mkfifo(tmp_path / "s" / "chat.json")
+    status, _, err = talk(["Hello"], "--store=s")
+    assert status == 2 and "chat.json: is no file" in err and one_line(err)
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["chat.json"]
+
+def test_two_chats_do_not_share_a_folder(talk, tmp_path):
+    with lock(tmp_path / "s"):
+        status, _, err = talk(["Hello"], "--store=s")
+    assert status == 2 and "s: another program is writing there" in err and one_line(err)
+
+@pytest.mark.parametrize("line, why", [("\udce9", "not UTF-8 text"), ("a" * 10**6, "longer than 65,536"),
+                                       ("a" * 2000, "do not fit into the window of 1,000")],
+                         ids=["é", "1 MB", "2 kB"])
+def test_a_line_that_cannot_be_said_costs_that_line_only(talk, line, why):
+    status, out, err = talk([line, "Hello"])
+    assert status == 0 and why in err and one_line(err)
+    assert answers(out) == answers(talk(["Hello"])[1])

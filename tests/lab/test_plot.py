@@ -101,3 +101,15 @@ def test_a_saved_figure_is_closed(tmp_path):
     figure, _ = plt.subplots()
     picture.save(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG" and figure.number not in plt.get_fignums()
+
+@pytest.mark.parametrize("row", ["smollm2,none,1,nan,40,10,400,1,1", "smollm2,none,1,1.5,40,0,400,1,1",
+                                 "smollm2,none", "smollm2,none,1,1.5,40,10,-400,1,1", '"' + "x" * 200_000,
+                                 "x" * 600 + ",none,1,1.5,40,10,400,1,1"], ids=range(6))
+def test_odd_rows_are_no_bill(run, tmp_path, row):
+    (tmp_path / "a.csv").write_text(HEAD + row + "\n")
+    status, _, err = run(plot.main, "a.csv", "--file=x.svg")
+    assert status == 2 and "a.csv: is no bill" in err and err.count("\n") == 1 and len(err) < 1000
+
+def test_a_dollar_in_a_name_is_drawn_as_it_is(run, tmp_path):
+    (tmp_path / "a.csv").write_text(HEAD + FULL.replace("smollm2", "$\\frac$"))
+    assert run(plot.main, "a.csv", "--file=x.svg")[0] == 0

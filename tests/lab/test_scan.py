@@ -131,3 +131,17 @@ def test_wrong_use_gets_one_line_and_status_2(run, trained, flags, message):
 
 def test_spans_are_written_as_share_reads_them():
     assert GPTConfig(n_layer=8, share=spans_text([(1, 3), (5, 7)])).spans == [(1, 3), (5, 7)]
+
+@pytest.mark.parametrize("change", [
+    lambda text: "", lambda text: text.replace("0,1,", "0,9,"), lambda text: text.replace("0,1,", "x,1,"),
+    lambda text: text + "nan" * 3, lambda text: text.replace("0,1,", "0,1,nan,0,"), lambda text: text + "\0",
+    lambda text: '"' + "x" * 200_000,
+], ids=range(7))
+def test_a_damaged_scan_is_refused_or_begun_anew(run, trained, change, tmp_path):
+    flags = [trained, "--windows=1", "--context=20", "--longest=2", "--most=1", "--out_dir=maps"]
+    assert run(scanning.main, *flags)[0] == 0
+    file = tmp_path / "maps" / "scan-weights.csv"
+    file.write_text(change(file.read_text()))
+    before = file.read_text()
+    status, _, err = run(scanning.main, *flags)
+    assert (status == 0 and not before) or ("cannot be continued" in err and file.read_text() == before)

@@ -1,0 +1,65 @@
+"""Files are checked before they are used, written whole or not at all, and kept from others."""
+
+import math
+import os
+
+import pytest
+
+from minisa import files
+
+SHAPE = {"step": int, "loss": float | None, "names": [str], "tied": bool, "inner": {"a": int}}
+GOOD = {"step": 3, "loss": 2.5, "names": ["x"], "tied": True, "inner": {"a": -1}}
+
+@pytest.mark.parametrize("change", [{}, {"loss": None}, {"loss": 2}, {"names": []}, {"step": 2**63 - 1}],
+                         ids=str)
+def test_what_has_the_shape_passes(change):
+    files.check(GOOD | change, SHAPE, "it")
+
+@pytest.mark.parametrize("change", [
+    {"step": True}, {"step": 3.0}, {"step": None}, {"step": 2**63}, {"loss": math.nan}, {"loss": -math.inf},
+    {"loss": "2"}, {"names": "x"}, {"names": [1]}, {"names": ("x",)}, {"tied": 1}, {"inner": {}},
+    {"inner": {"a": 1, "b": 2}}, {"inner": []}, {"more": 1},
+], ids=str)
+def test_what_has_another_shape_is_refused(change):
+    with pytest.raises(ValueError, match="is not as it should be"):
+        files.check(GOOD | change, SHAPE, "it")
+
+def test_a_pipe_a_folder_and_a_huge_file_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")                            # read, it would wait for ever
+    with pytest.raises(OSError, match="is no file"):
+        files.read_file(tmp_path / "pipe")
+    with pytest.raises(OSError, match="directory"):
+        files.read_file(tmp_path)
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 10**12)
+    with pytest.raises(OSError, match="is larger than the 1 MB"):
+        files.read_file(tmp_path / "huge", 2**20)
+
+def test_files_are_as_open_as_the_user_wants_and_private_ones_the_users_alone(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_file(tmp_path / "a", b"x")
+        files.write_file(tmp_path / "b", b"x", private=True)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o600]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+def test_a_pipe_in_the_place_of_a_file_is_left_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is no file"):
+        files.write_file(tmp_path / "pipe", b"x")
+    assert os.listdir(tmp_path) == ["pipe"]
+
+def test_a_folder_is_locked_until_its_program_ends(tmp_path):
+    with files.lock(tmp_path / "run"):
+        with pytest.raises(ValueError, match="another program is writing there"):
+            with files.lock(tmp_path / "run"):
+                pass
+    with files.lock(tmp_path / "run"):
+        assert not os.listdir(tmp_path / "run")             # and nothing is left behind
+
+def test_more_memory_than_there_is_is_refused():
+    files.refuse_too_much(2**20, "this")
+    with pytest.raises(ValueError, match="this takes 1,000,000 GB of memory, this machine has"):
+        files.refuse_too_much(10**15, "this")
