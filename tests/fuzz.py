@@ -96,7 +96,8 @@ SLOW = {"bench", "scan", "similarity", "eigen", "heads", "tune"}        # cases 
 def run(name, *words, stdin=""):
     """A command in this process → status, stdout, stderr."""
     out, err, kept = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO()), sys.stdin
-    sys.argv, sys.stdin = [name, *words], io.StringIO(stdin)
+    typed = io.BytesIO(stdin.encode("utf-8", "surrogateescape"))
+    sys.argv, sys.stdin = [name, *words], io.TextIOWrapper(typed)
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = out, err
     status = 0
