@@ -1,0 +1,246 @@
+"""The grader takes right answers and refuses wrong ones, however plausible, and survives what they do.
+
+The right answers are minisa's own code, so that no solution lies here.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minisa.axes import heads, squeeze
+from minisa.axes.heads import Mixed
+from minisa.cost import layer_flops
+from minisa.exercises import check
+from minisa.lab.similarity import layer_similarity
+from minisa.model import GPT, GPTConfig, KVCache, SharedAttention, Step, split_heads
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+def step(cache=None):
+    return Step(None, None, False, cache)
+
+# ---- right answers: minisa's own code ----
+
+def attention_row(q, k, t, S=None):
+    row = step().attention_weights(*(torch.tensor(x).double()[None, None] for x in (q[t:t + 1], k[:t + 1])))
+    return [*row.flatten().tolist(), *[0.0] * (len(q) - t - 1)]
+
+def layer(H, G, W_v, W_out):
+    """A reuse layer with these matrices."""
+    attn = SharedAttention(GPTConfig(n_head=H, n_kv_head=G, n_embd=2 * H), 0)       # any width will do
+    for part, weight in ((attn.qkv, W_v), (attn.out, W_out)):
+        part.weight = torch.nn.Parameter(weight)
+    return attn
+
+def reuse_layer(P, x, W_v, W_out):
+    D = x.size(1) // len(P)
+    attn = layer(len(P), len(W_v) // D, W_v, W_out)
+    return attn(x[None], step(), P[None])[0][0]
+
+def decode(values, P, v):
+    values.append(v)
+    return step().weighted_sum(P[None, :, None], torch.stack(values, 1)[None])[0, :, 0]
+
+def roles(share, n_layer):
+    config = GPTConfig(n_layer=n_layer, share=share)
+    if any(a >= b for a, b in config.spans):
+        raise ValueError
+    words = {"Attention": "full", "Anchor": "anchor", "SharedAttention": "reuse"}
+    return [words[type(block.attn).__name__] for block in GPT(config).blocks]
+
+def of_roles(roles):
+    """Roles → share."""
+    starts = [i for i, role in enumerate(roles) if role == "anchor"]
+    after = [*roles, "end"]
+    ends = [next(j for j in range(i + 1, len(after)) if after[j] != "reuse") - 1 for i in starts]
+    return ",".join(f"{a}-{b}" for a, b in zip(starts, ends))
+
+def cache_bytes(roles, kind, n_head, n_kv_head, n_embd, tokens, bytes_per_number):
+    config = GPTConfig(n_layer=len(roles), n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
+                       share=of_roles(roles), share_kind=kind)
+    return KVCache(config, 1, tokens, torch.float32).nbytes * bytes_per_number // 4
+
+def decode_flops(role, kind, n_head, n_kv_head, n_embd, n_hidden, keys):
+    share = "" if role == "full" else "0-1"
+    config = GPTConfig(n_layer=2, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden,
+                       share=share, share_kind=kind)
+    return layer_flops(GPT(config).blocks[1 if role == "reuse" else 0], 1, keys)
+
+class Probe:
+    """As much of a GPT as layer_similarity() and head_products() look at."""
+    def __init__(self, *every_P):
+        self.config = SimpleNamespace(n_head=every_P[0].size(0), n_layer=len(every_P))
+        self.every_P = [P[None] for P in every_P]
+
+    def attention_weights(self, idx):
+        return self.every_P
+
+def similarity(P, Q):
+    return layer_similarity(Probe(P, Q), torch.zeros(1, P.size(1)))[0, 1].item()
+
+def best_source(P, anchor):
+    products = heads.head_products(Probe(anchor, P), torch.zeros(1, P.size(1)))
+    return (products[1, :, 0] / products[0, :, 0].diagonal().sqrt()).argmax(1).tolist()
+
+def mixture(P, w):
+    seen, attn = [], layer(len(P), len(P), torch.eye(len(P)), torch.eye(len(P)))
+    attn.__class__, attn.mix = Mixed, torch.nn.Parameter(w)
+    attn(torch.zeros(1, P.size(1), len(P)), Step(None, None, False, watch=seen.append), P[None])
+    return seen[0][0].detach()
+
+def refit(Z, Y, W, ridge):
+    zz = Z.T @ Z + ridge * torch.eye(Z.size(1))                         # as in axes.heads.refit()
+    return W + torch.linalg.solve(zz, Z.T @ (Y - Z @ W.T)).T
+
+def keep(received, budget):
+    T = len(received)
+    got = torch.tensor([received]).double() + 1e-9 * torch.arange(T)    # of two alike, the later
+    best = squeeze.priority("heavy", torch.arange(T)[None], got, T, budget).topk(budget).indices
+    return sorted(best[0].tolist())
+
+def bits_per_byte(nats, tokens, text):
+    return nats * tokens / torch.tensor(2.0).log().item() / len(text.encode())
+
+@pytest.mark.parametrize("name", check.POINTS)
+def test_a_right_answer_is_taken(name):
+    assert check.grade(name, globals()[name]) is None
+
+# ---- wrong ones ----
+
+def unscaled(q, k, t):
+    return attention_row([[x * len(row)**0.5 for x in row] for row in q], k, t)
+
+def overflowing(q, k, t):
+    scores = [torch.tensor(sum(a * b for a, b in zip(q[t], row)) / len(row)**0.5).exp() for row in k[:t + 1]]
+    return [*(float(score / sum(scores)) for score in scores), *[0.0] * (len(q) - t - 1)]
+
+def interleaved(P, x, W_v, W_out):
+    """Heads take the values of group h mod G."""
+    D = x.size(1) // len(P)
+    v = split_heads(F.linear(x, W_v)[None], len(W_v) // D)[0]
+    return F.linear(torch.cat([P[h] @ v[h % len(v)] for h in range(len(P))], 1), W_out)
+
+def decode_forgets(values, P, v):
+    return decode(list(values), P, v)
+
+def decode_twice(values, P, v):
+    y = decode(values, P, v)
+    values.append(v)
+    return y
+
+def quiet_roles(share, n_layer):
+    try:
+        return roles(share, n_layer)
+    except ValueError:
+        return ["full"] * n_layer
+
+def other(name, **changes):
+    """The right answer to other arguments."""
+    def answer(*arguments):
+        code = globals()[name].__code__
+        given = dict(zip(code.co_varnames, arguments))
+        return globals()[name](**{key: changes.get(key, lambda old: old)(old) for key, old in given.items()})
+    return answer
+
+WRONG = {
+    "attention_row": [unscaled, overflowing, lambda q, k, t: attention_row(q, k, len(q) - 1),
+                      lambda q, k, t: attention_row(q, k, t)[:t + 1], lambda q, k, t: attention_row(k, q, t)],
+    "reuse_layer": [interleaved, lambda P, x, v, o: reuse_layer(P.mT, x, v, o),
+                    lambda P, x, v, o: reuse_layer(P, x, v, o.T),
+                    lambda P, x, v, o: reuse_layer(P, x, v, o) + x,
+                    lambda P, x, v, o: reuse_layer(P.roll(1, 0), x, v, o)],
+    "decode": [decode_forgets, decode_twice, lambda values, P, v: decode(values, P.flip(1), v),
+               lambda values, P, v: decode(values, torch.full_like(P, 1 / P.size(1)), v)],
+    "roles": [quiet_roles, lambda s, n: [role.replace("anchor", "reuse") for role in roles(s, n)],
+              lambda s, n: roles(s.strip(), n), lambda s, n: roles(s.rstrip(","), n)],
+    "cache_bytes": [other("cache_bytes", kind=lambda _: "weights"), other("cache_bytes", kind=lambda _: "kv"),
+                    other("cache_bytes", n_kv_head=lambda _: 4),
+                    other("cache_bytes", bytes_per_number=lambda _: 4),
+                    other("cache_bytes", roles=lambda roles: ["full"] * len(roles))],
+    "decode_flops": [other("decode_flops", kind=lambda _: "weights"),
+                     other("decode_flops", keys=lambda n: n - 1),
+                     other("decode_flops", n_kv_head=lambda _: 4),
+                     other("decode_flops", role=lambda _: "full"),
+                     lambda *given: decode_flops(*given) // 2,
+                     other("decode_flops", n_hidden=lambda M: 2 * M // 3)],
+    "similarity": [lambda P, Q: 1.0,
+                   lambda P, Q: F.cosine_similarity(P.flatten(), Q.flatten(), dim=0).item(),
+                   lambda P, Q: F.cosine_similarity(P, Q, dim=1).mean().item(),
+                   lambda P, Q: (P * Q).sum(-1).mean().item()],
+    "best_source": [lambda P, A: list(range(len(P))), lambda P, A: best_source(A, P),
+                    lambda P, A: torch.einsum("hts,gts->hg", P, A).argmax(1).tolist(),
+                    lambda P, A: [(g + 1) % len(P) for g in best_source(P, A)]],
+    "mixture": [lambda P, w: mixture(P, w.T), lambda P, w: P, lambda P, w: mixture(P, w).softmax(-1),
+                lambda P, w: mixture(P, w)[None]],
+    "refit": [lambda Z, Y, W, r: refit(Z, Y, 0 * W, r), lambda Z, Y, W, r: refit(Z, Y, W, 0.1),
+              lambda Z, Y, W, r: refit(Z, Y, W, r).T, lambda Z, Y, W, r: W,
+              lambda Z, Y, W, r: refit(Z, Y, W, r * len(Z))],
+    "keep": [lambda got, n: sorted(range(len(got)), key=lambda i: -got[i])[:n],
+             lambda got, n: sorted(sorted(range(len(got)), key=lambda i: (-got[i], -i))[:n]),
+             lambda got, n: list(range(len(got)))[-n:], lambda got, n: keep(got, n)[::-1],
+             lambda got, n: keep([-value for value in got], n),
+             lambda got, n: sorted(sorted(range(len(got) - n // 2), key=lambda i: -got[i])[:n - n // 2]
+                                   + list(range(len(got)))[-(n // 2):])],
+    "bits_per_byte": [lambda nats, n, text: nats * n / len(text.encode()),
+                      lambda nats, n, text: bits_per_byte(nats, n, "x" * len(text)),
+                      lambda nats, n, text: bits_per_byte(nats, 1, text)],
+}
+
+@pytest.mark.parametrize("name, i", [(name, i) for name in WRONG for i in range(len(WRONG[name]))])
+def test_a_plausible_wrong_answer_is_refused(name, i):
+    assert check.grade(name, WRONG[name][i]) is not None
+
+def test_every_exercise_has_at_least_three_wrong_answers_and_all_points_are_a_hundred():
+    assert WRONG.keys() == check.POINTS.keys() and min(map(len, WRONG.values())) >= 3
+    assert sum(check.POINTS.values()) == 100
+
+# ---- the command ----
+
+ODD = """
+import os, time
+def attention_row(q, k, t): os._exit(0)
+def reuse_layer(P, x, W_v, W_out): time.sleep(1000)
+def decode(values, P, v): raise SystemExit
+def roles(share, n_layer): print("noise"); raise ValueError("no")
+def similarity(P, Q): return None
+def mixture(P, w): return 1 / 0
+def bits_per_byte(nats, tokens, text):
+    import math
+    return nats * tokens / math.log(2) / len(text.encode())
+"""
+
+def graded(file, *flags):
+    command = [sys.executable, "-m", "minisa.exercises", f"--answers={file}", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+def test_what_ends_hangs_or_crashes_costs_only_its_own_points(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(ODD)
+    monkeypatch.setattr(check, "SECONDS", 3)
+    results = {name: (got, wrong) for name, got, _, wrong in check.grade_file(tmp_path / "mine.py")}
+    assert results.pop("bits_per_byte") == (6, None)
+    assert {got for got, _ in results.values()} == {0}
+    for name, wrong in {"attention_row": "ended Python", "reuse_layer": "more than 3 seconds",
+                        "decode": "SystemExit", "roles": "expected [", "similarity": "got None",
+                        "mixture": "ZeroDivisionError", "keep": "AttributeError"}.items():
+        assert wrong in results[name][1], name
+
+def test_the_command_prints_points_or_json_for_a_program(tmp_path):
+    (tmp_path / "mine.py").write_text(ODD.replace("time.sleep(1000)", "return x"))
+    done = graded(tmp_path / "mine.py", "--json")
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and (result["points"], result["of"]) == (6, 100)
+    assert [entry["exercise"] for entry in result["exercises"]] == list(check.POINTS)
+
+def test_the_file_as_it_stands_answers_nothing_and_what_is_no_file_is_refused(tmp_path):
+    done = graded(ROOT / "minisa/exercises/answers.py")
+    assert done.returncode == 0 and done.stdout.count("not answered yet") == len(check.POINTS)
+    done = graded(tmp_path / "none.py")
+    assert done.returncode == 2 and "no such file" in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "mine.py").write_text("def attention_row(:")
+    assert "does not run: SyntaxError" in graded(tmp_path / "mine.py").stdout
