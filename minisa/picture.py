@@ -17,9 +17,21 @@ def pyplot(what):
     plt.rcParams["text.parse_math"] = False                 # a name may have a $ in it
     return plt
 
+def drawn(figure, kind, dpi=120):
+    """A figure → the bytes of a picture of this kind, such as "png"; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=dpi)
+    pyplot("the picture").close(figure)
+    return buffer.getvalue()
+
 def save(figure, file):
     """Write a figure as the kind of picture that the file's name ends in, and close it."""
+    write_file(file, drawn(figure, Path(file).suffix[1:]), named=True)
+
+def save_film(figures, file):
+    """Write figures of one size as a moving picture, .gif, half a second each, and close them."""
+    from PIL import Image  # comes with matplotlib
+    first, *others = [Image.open(io.BytesIO(drawn(figure, "png", 80))) for figure in figures]
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(file).suffix[1:], dpi=120)
+    first.save(buffer, format="gif", save_all=True, append_images=others, duration=500, loop=0)
     write_file(file, buffer.getvalue(), named=True)
-    pyplot("the picture").close(figure)

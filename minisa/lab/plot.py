@@ -17,8 +17,8 @@ RED, GREEN, BLUE, GREY = "#c04040", "#589060", "#4878a8", "#909090"
 
 # ---- maps of layers and of spans ----
 
-def similarity_maps(maps, file):
-    """maps: {title: (L, L) tensor} → one picture, a heat map each."""
+def similarity_maps(maps):
+    """maps: {title: (L, L) tensor} → a figure with a heat map of each."""
     plt = pyplot("the picture")
     columns = min(len(maps), 6)
     rows = -(-len(maps) // columns)
@@ -35,6 +35,22 @@ def similarity_maps(maps, file):
         axis.locator_params(integer=True)
         axis.tick_params(labelsize=7)
     figure.colorbar(image, ax=axes, label="mean cosine of attention weights", shrink=0.8)
+    return figure
+
+def attention_maps(models, tokens, first, file):
+    """models: {name: [P (T, T) of neighbouring layers, from layer `first` on]} → a picture with a row for
+    each model. tokens: T texts, which label queries (down) and keys (across)."""
+    plt = pyplot("the picture")
+    n, side = len(next(iter(models.values()))), max(2.4, 0.17 * len(tokens))
+    figure, axes = plt.subplots(len(models), n, figsize=(n * side + 1.4, len(models) * (side + 0.8)),
+                                squeeze=False, layout="constrained")
+    for (name, layers), row in zip(models.items(), axes):
+        for i, (P, axis) in enumerate(zip(layers, row)):
+            image = axis.imshow(P.numpy(), norm=plt.matplotlib.colors.PowerNorm(0.5, 0, 1), cmap="magma")
+            axis.set_title(f"{name}\nlayer {first + i}" if i == 0 else f"layer {first + i}", fontsize=9)
+            axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+            axis.set_yticks(range(len(tokens)), tokens if i == 0 else [], fontsize=7)
+    figure.colorbar(image, ax=axes, label="attention weight, mean over heads", ticks=[0, 0.1, 0.5, 1])
     save(figure, file)
 
 def by_layer(values, title, file):

@@ -29,7 +29,7 @@ from minisa.cli import at_least, command, count
 from minisa.cost import layer_flops, predict
 from minisa.files import check, read_file, sha256, write_csv
 from minisa.lab import plot
-from minisa.lab.similarity import open_model, parser
+from minisa.lab.similarity import open_data, parser
 from minisa.model import SHARE_KINDS
 
 FULL = (-1, -1)             # the "span" of full attention in a .csv file
@@ -236,7 +236,7 @@ def find(args, model, data, out, T):
 
 def main():
     args = read_args()
-    model, data, out, T = open_model(args)
+    model, data, out, T = open_data(args)
     if model.config.share:
         raise ValueError(f"{args.model}: already shares {model.config.share}; scan a model that was trained "
                          "with full attention")

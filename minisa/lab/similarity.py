@@ -2,6 +2,8 @@
 
     python -m minisa.lab.similarity out/full                two maps of a trained model
     python -m minisa.lab.similarity out/full --history      how alike, at each step that --keep_every kept
+    python -m minisa.lab.similarity out/full --look="To be, or not to be" --share=1-3
+                                                            the attention weights of one text themselves
 
 P_l[h] (T, T) is what head h of layer l attends with on a window of T tokens, a row per query.
 
@@ -21,11 +23,11 @@ from torch.nn import functional as F
 
 from minisa import checkpoint
 from minisa.bill import print_table
-from minisa.cli import Parser, at_least, command, count, device
+from minisa.cli import Parser, at_least, command, count, device, prompt
 from minisa.data import data_of
 from minisa.files import refuse_unwritable, write_csv
 from minisa.lab import plot
-from minisa.picture import pyplot
+from minisa.picture import pyplot, save, save_film
 
 def layer_similarity(model, idx):
     """idx (B, T) → (L, L): how alike each two layers attend, 1 on the diagonal; see sim(l, m) above."""
@@ -62,7 +64,7 @@ def maps(model, windows, out):
     rows = [[layer, *row] for layer, row in enumerate(alike.tolist())]
     write_csv(out / "similarity.csv", ["layer", *layers], rows)
     write_csv(out / "spread.csv", ["layer", "variance"], enumerate(variance.tolist()))
-    plot.similarity_maps({"how alike the layers attend": alike}, out / "similarity.png")
+    save(plot.similarity_maps({"how alike the layers attend": alike}), out / "similarity.png")
     plot.by_layer(variance.tolist(), "variance of attention weights", out / "spread.png")
     print(f"wrote {out}/similarity.csv, similarity.png, spread.csv, spread.png")
 
@@ -75,8 +77,26 @@ def history(steps, windows, out):
         maps[f"step {step}"] = alike = mean_over(windows, layer_similarity, model)
         rows += [[step, layer, *row] for layer, row in enumerate(alike.tolist())]
     write_csv(out / "history.csv", ["step", "layer", *range(len(alike))], rows)
-    plot.similarity_maps(maps, out / "history.png")
-    print(f"wrote {out}/history.csv and history.png: {len(maps)} maps")
+    save(plot.similarity_maps(maps), out / "history.png")
+    save_film((plot.similarity_maps({title: alike}) for title, alike in maps.items()), out / "history.gif")
+    print(f"wrote {out}/history.csv, history.png and history.gif: {len(maps)} maps")
+
+def look(model, tokenizer, args, out):
+    """Draw what four neighbouring layers attend with on the text --look; below it the same after --share."""
+    ids = tokenizer.encode(args.look)
+    if not 2 <= len(ids) <= min(64, model.config.block_size):
+        raise ValueError(f"--look: these are {len(ids)} tokens; give 2 to {min(64, model.config.block_size)}")
+    models = {args.model: model}
+    if args.share:
+        models[f"{args.model}, sharing {args.share}"] = checkpoint.reconfigure(model, share=args.share)
+    first = int(args.share.partition("-")[0]) if args.share else 0
+    first = max(0, min(first, model.config.n_layer - 4))
+    rows, idx = {}, torch.tensor([ids], device=args.device)
+    for name, shown in models.items():
+        layers = shown.attention_weights(idx)[first:first + 4]
+        rows[name] = [P[0].float().mean(0).cpu() for P in layers]           # (T, T)
+    plot.attention_maps(rows, [repr(tokenizer.decode([i]))[1:-1] for i in ids], first, out / "attention.png")
+    print(f"wrote {out}/attention.png: layers {first} to {first + len(layers) - 1}, {len(ids)} tokens")
 
 def parser(doc, name):
     """A Parser with the flags of a command that looks into one model."""
@@ -91,28 +111,40 @@ def parser(doc, name):
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
     return parser
 
-def open_model(args):
+def open_data(args):
     """What the flags of parser() name → model, its Data, the folder to write to, and the length of a window.
     Raises ValueError."""
+    model, tokenizer, info, out = open_model(args)
+    return model, data_of(info, tokenizer, args.text), out, min(args.context, model.config.block_size)
+
+def open_model(args):
+    """What the flags of parser() name → model, tokenizer, info, and the folder to write to."""
     out = Path(args.model if Path(args.model).is_dir() else f"out/similarity-{Path(args.model).stem}")
     out = Path(args.out_dir or out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out_dir={out}: is a file; name a folder")
     refuse_unwritable(out / "x")
     pyplot("this command")                              # refused before the work if it is missing
-    model, tokenizer, info = checkpoint.load(args.model, device=args.device)
-    return model, data_of(info, tokenizer, args.text), out, min(args.context, model.config.block_size)
+    return *checkpoint.load(args.model, device=args.device), out
 
 def main():
     flags = parser(__doc__, "similarity")
     flags.flag("windows", count, 4, "windows of text that the maps are the mean over")
     flags.switch("history", "draw a map for each step that train.py --keep_every=N kept of this run")
+    flags.flag("look", prompt, None, "draw the attention weights of four layers on this text", "none")
+    flags.flag("share", str, "", "with --look: spans that share, zero-shot, below it", "none")
     args = flags.parse_args()
+    if args.share and not args.look:
+        raise ValueError("--share: goes with --look, as in --look=\"To be, or not to be\" --share=1-3")
     steps = sorted(path.parent for path in Path(args.model).glob("steps/[0-9]*/model.pt"))
     if args.history and not steps:
         raise ValueError(f"{args.model}/steps: no weights of past steps; train with: "
                          "python train.py --keep_every=200")
-    model, data, out, T = open_model(args)
+    if args.look:
+        model, tokenizer, _, out = open_model(args)
+        look(model, tokenizer, args, out)
+        return
+    model, data, out, T = open_data(args)
     windows = data.windows("train", 2 * args.windows, T)[::2, :-1].to(args.device)      # scan.py: the others
     if args.history:
         history(steps, windows, out)

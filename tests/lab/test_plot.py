@@ -75,11 +75,31 @@ def test_what_is_no_bill_gets_one_line_and_status_2(run, tmp_path, flags, messag
     assert status == 2 and message in err and err.count("\n") == 1
 
 def test_there_is_a_map_for_each_title_with_whole_layers_on_its_axes(figures):
-    plot.similarity_maps({f"step {i}": torch.full((3, 3), i / 10) for i in range(7)}, "x.png")
-    shown = [axis for axis in figures[0].axes if axis.get_title()]
+    figure = plot.similarity_maps({f"step {i}": torch.full((3, 3), i / 10) for i in range(7)})
+    shown = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in shown] == [f"step {i}" for i in range(7)]
     assert all((axis.images[0].get_array() == axis.images[0].get_array()[0, 0]).all() for axis in shown)
     assert all(tick == int(tick) for tick in shown[0].get_xticks())
+
+def test_attention_is_drawn_layer_by_layer_with_tokens_as_labels_and_models_below_each_other(figures):
+    P = torch.rand(5, 5).tril()
+    plot.attention_maps({"a": [P, P / 2], "b": [P / 4, P / 8]}, list("to be"), 3, "x.png")
+    shown = [axis for axis in figures[0].axes if axis.get_title()]
+    assert [axis.get_title() for axis in shown] == ["a\nlayer 3", "layer 4", "b\nlayer 3", "layer 4"]
+    for axis, scale in zip(shown, (1, 2, 4, 8)):
+        assert (axis.images[0].get_array() == P.numpy() / scale).all() and axis.images[0].origin == "upper"
+        assert [label.get_text() for label in axis.get_xticklabels()] == list("to be")
+    assert [label.get_text() for label in shown[0].get_yticklabels()] == list("to be")
+
+def test_a_film_shows_its_pictures_one_after_the_other(tmp_path):
+    from PIL import Image, ImageChops
+    figures = (plot.similarity_maps({f"step {i}": torch.full((3, 3), i / 3)}) for i in range(3))
+    picture.save_film(figures, tmp_path / "x.gif")
+    film, frames = Image.open(tmp_path / "x.gif"), []
+    for i in range(film.n_frames):
+        film.seek(i)
+        frames.append(film.convert("RGB"))
+    assert len(frames) == 3 and all(ImageChops.difference(a, b).getbbox() for a, b in zip(frames, frames[1:]))
 
 def test_a_span_has_its_number_in_its_square(figures):
     plot.span_map({(0, 1): -0.02, (0, 2): 3.14, (1, 2): 1234567.0}, 3, "title", "x.png")

@@ -85,11 +85,27 @@ def test_maps_over_training_are_those_of_the_kept_steps_in_order(run, trained):
     status, out, _ = run(similarity.main, trained, "--history", "--windows=2", "--out_dir=maps")
     out_dir = trained.parent / "maps"
     assert status == 0 and "3 maps" in out and is_png(out_dir / "history.png")
+    assert (out_dir / "history.gif").read_bytes()[:6] == b"GIF89a"
     rows = read_csv(out_dir / "history.csv")
     expected = [(step, layer) for step in (200, 400, 10000) for layer in range(3)]
     assert [(step, layer) for step, layer, *_ in rows] == expected
     alike = maps_of(trained / "steps" / "00000400", 2, 32)[0]
     torch.testing.assert_close(torch.tensor(rows)[3:6, 2:], alike)
+
+def test_the_attention_of_a_text_is_drawn_and_below_it_that_of_sharing_layers(run, trained, monkeypatch):
+    drawn = {}
+    def note(models, tokens, first, file):
+        drawn.update(models=models, tokens=tokens, first=first)
+    monkeypatch.setattr(similarity.plot, "attention_maps", note)
+    status, out, _ = run(similarity.main, trained, "--look=To be,\nor not", "--share=1-2", "--out_dir=maps")
+    model, tokenizer, _ = checkpoint.load(trained)
+    idx = torch.tensor([tokenizer.encode("To be,\nor not")])
+    expected = [P[0].mean(0) for P in model.attention_weights(idx)]
+    assert status == 0 and "attention.png: layers 0 to 2" in out
+    full, shared = drawn["models"].values()
+    assert all(map(torch.equal, full, expected)) and torch.equal(shared[1], shared[2])
+    assert torch.equal(shared[1], full[1]) and not torch.equal(full[1], full[2])
+    assert "".join(drawn["tokens"]) == "To be,\\nor not"
 
 def test_another_text_can_be_read(run, trained, monkeypatch, tmp_path):
     monkeypatch.setattr("minisa.data.data_folder", lambda: tmp_path / "elsewhere")
@@ -102,6 +118,9 @@ def test_another_text_can_be_read(run, trained, monkeypatch, tmp_path):
     (["nowhere"], "nowhere: no such model"),
     (["run", "--longest=3"], "--longest"),
     (["run", "--windows=0"], "--windows"),
+    (["run", "--look="], "--look"),
+    (["run", "--look=" + "a b " * 100], "--look: these are"),
+    (["run", "--share=1-2"], "--share: goes with --look"),
     (["run", "--context=1"], "--context"),
     (["run", "--out_dir=run/model.pt"], "is a file; name a folder"),
     (["run", "--device=none"], "none is not on this machine"),
