@@ -37,5 +37,6 @@ def test_links_lead_somewhere_and_commands_exist(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)|src=\"([^\"]+)\"", text):
         assert (page.parent / (link[0] or link[1])).exists(), link
     for module in re.findall(r"python -m (minisa[\w.]+)", text):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     assert "@@" not in text and "<!-- measure" not in text
