@@ -1,0 +1,119 @@
+"""Does a model still know what it read long ago? A number is told early, and asked for at the end.
+
+    python -m minisa.lab.recall smollm2 out/mixed               beside each other
+    python -m minisa.lab.recall smollm2 --share=26-28           and made to share, zero-shot
+    python -m minisa.lab.recall smollm2 --squeeze=128           and with caches that keep 128 tokens a layer
+
+A prompt of N tokens is: a line of validation text, "The secret number is 4829.", more of the text, and "The
+secret number is". The answer is right if the likeliest next tokens are the digits. A cache that forgot a
+little hardly shows in the loss; here it does. After the share of right answers stands its standard error, as
+by Agresti and Coull: of two right and two wrong answers more.
+"""
+
+import argparse
+import sys
+import time
+
+import torch
+
+from minisa.axes import squeeze
+from minisa.bill import print_table
+from minisa.checkpoint import load, reconfigure
+from minisa.cli import Parser, at_least, command, count, device, table
+from minisa.data import data_of
+from minisa.fast import for_decoding
+from minisa.files import write_csv
+
+FACT, QUESTION = "\n\nThe secret number is {}.\n\n", "\n\nThe secret number is"
+BEFORE, BATCH = 16, 8           # tokens of text before the fact; prompts read at once
+
+def prompts(data, tokenizer, n, length, seed):
+    """n prompts of `length` tokens (n, length), and what is to be said after each (n, digits)."""
+    rng = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(1000, 10000, (n,), generator=rng).tolist()
+    question, rows = tokenizer.encode(QUESTION), []
+    answers = [tokenizer.encode(f" {number}") for number in numbers]
+    for text, number in zip(data.windows("val", n, length).tolist(), numbers):
+        fact = tokenizer.encode(FACT.format(number))
+        rest = length - BEFORE - len(fact) - len(question)
+        rows.append(text[:BEFORE] + fact + text[BEFORE:BEFORE + rest] + question)
+    return torch.tensor(rows), torch.tensor(answers)
+
+def right_answers(model, idx, answers, way=None):
+    """idx (n, T), answers (n, D) → how many of the n are said. way: a squeeze.Squeezing, or None."""
+    right = 0
+    for rows, expected in zip(idx.split(BATCH), answers.split(BATCH)):
+        rows = rows.to(model.embed.weight.device)
+        cache, rest = (way.cache_of(model, rows[:, :-1]), rows[:, -1:]) if way else (None, rows)
+        said = torch.cat([*model.stream(rest, expected.size(1), temperature=0, cache=cache)], dim=1)
+        right += (said.cpu() == expected).all(1).sum().item()
+    return right
+
+def variants(args, source):
+    """Yield (name, model, tokenizer, info, way to squeeze) of what is to be asked."""
+    model, tokenizer, info = load(source, device=args.device)
+    size = model.config.block_size
+    if max(args.lengths) > size:
+        raise ValueError(f"--lengths: {max(args.lengths)} tokens are more than the context of {source}, "
+                         f"{size}")
+    models = {source: for_decoding(model)}
+    if args.share and not model.config.share:
+        models[f"{source}, share {args.share}"] = reconfigure(model, share=args.share)
+    for name, each in models.items():
+        yield name, each, tokenizer, info, None
+        for way in squeeze.settings(args, each) if args.squeeze else []:
+            yield f"{name}, {way}", each, tokenizer, info, way
+
+def ask(args):
+    """Ask all models at all lengths. → the header and the rows of a table, and rows for a CSV file."""
+    shown, rows = [["", *(f"{length} tokens" for length in args.lengths)]], []
+    for source in args.models:
+        for name, model, tokenizer, info, way in variants(args, source):
+            cells, data = [], data_of(info, tokenizer, args.text)
+            for length in args.lengths:
+                begun = time.perf_counter()
+                idx, answers = prompts(data, tokenizer, args.prompts, length, args.seed)
+                right = right_answers(model, idx, answers, way)
+                near = (right + 2) / (args.prompts + 4)
+                error = (near * (1 - near) / (args.prompts + 4))**0.5
+                cells.append(f"{right / args.prompts:.1%} ± {error:.1%}")
+                rows.append([name, length, args.prompts, right])
+                print(f"{name}, {length} tokens: {right} of {args.prompts} right, in "
+                      f"{time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+            shown.append([name, *cells])
+    return shown, rows
+
+def lengths(text):
+    """A type for a flag: numbers of tokens, with commas between them."""
+    try:
+        values = [count(part) for part in text.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
+        values = [0]
+    if min(values) < 64:
+        raise argparse.ArgumentTypeError(f"{text} must be numbers from 64 up, with commas between")
+    return values
+
+def main():
+    parser = Parser(__doc__, usage="python -m minisa.lab.recall MODEL [MODEL ...] [--FLAG=VALUE ...]")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="runs' or models' folders, .gguf files, or "
+                        "smollm2, which is downloaded once")
+    parser.flag("lengths", lengths, "256,512,1024,1536", "of the prompts, in tokens; several with commas")
+    parser.flag("prompts", count, 200, "how many of each length")
+    parser.flag("share", str, "", "spans that share, zero-shot, in models trained without", "none")
+    squeeze.add_flags(parser)
+    parser.flag("text", help="UTF-8 file to hide the number in",
+                shown="what the model was trained on, or the plays")
+    parser.flag("seed", at_least(int, 0), 1337, "of the numbers")
+    parser.flag("csv", table, None, "file to write the counts to, as .csv", "none")
+    parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
+    args = parser.parse_intermixed_args()
+    if isinstance(args.lengths, str):
+        args.lengths = lengths(args.lengths)
+    args.context = min(args.lengths)                        # the most that a squeezed cache may keep
+    shown, rows = ask(args)
+    print_table(shown)
+    if args.csv:
+        write_csv(args.csv, ["model", "tokens", "prompts", "right"], rows)
+
+if __name__ == "__main__":
+    command(main)
