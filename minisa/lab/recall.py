@@ -95,8 +95,8 @@ def lengths(text):
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.recall MODEL [MODEL ...] [--FLAG=VALUE ...]")
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="runs' or models' folders, .gguf files, or "
-                        "smollm2, which is downloaded once")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
+                        "or smollm2, which is downloaded once")
     parser.flag("lengths", lengths, "256,512,1024,1536", "of the prompts, in tokens; several with commas")
     parser.flag("prompts", count, 200, "how many of each length")
     parser.flag("share", str, "", "spans that share, zero-shot, in models trained without", "none")
