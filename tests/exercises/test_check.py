@@ -243,4 +243,5 @@ def test_the_file_as_it_stands_answers_nothing_and_what_is_no_file_is_refused(tm
     done = graded(tmp_path / "none.py")
     assert done.returncode == 2 and "no such file" in done.stderr and done.stderr.count("\n") == 1
     (tmp_path / "mine.py").write_text("def attention_row(:")
-    assert "does not run: SyntaxError" in graded(tmp_path / "mine.py").stdout
+    first = next(iter(check.grade_file(tmp_path / "mine.py")))
+    assert first[1] == 0 and "does not run: SyntaxError" in first[3]
