@@ -1,4 +1,4 @@
-"""Two hundred cases of the fuzzer, and a few kills. More of them by hand: python tests/fuzz.py 10000."""
+"""Some cases of the fuzzer, and a few kills. More of them by hand: python tests/fuzz.py 10000."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("script, times", [("fuzz.py", 200), ("kill.py", 12)])
+@pytest.mark.parametrize("script, times", [("fuzz.py", 150), ("kill.py", 10)])
 def test_hostile_files_flags_and_moments_cost_nothing(script, times):
     command = [sys.executable, Path(__file__).parent / script, str(times)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

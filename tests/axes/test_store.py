@@ -283,13 +283,13 @@ def save_for_ever(disk, contents, rng):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_two_hundred_kills_while_saving_leave_whole_files_or_none(tmp_path):
+def test_a_hundred_kills_while_saving_leave_whole_files_or_none(tmp_path):
     model, rng, history, found = make(), random.Random(0), tokens(321), []
     expected = fresh(model, history)
     remember(model, tmp_path / "source", history)
     store, folder = Store(model, tmp_path / "store"), tmp_path / "store"
     contents = {bytes.fromhex(path.stem): path.read_bytes() for path in (tmp_path / "source").glob("*.kv")}
-    for i in range(200):
+    for i in range(100):
         if i % 20 == 0:                                     # from empty again
             for path in folder.glob("*"):
                 path.unlink()
