@@ -50,8 +50,8 @@ def write(model, tokenizer, args, way=None):
     """Stream the texts to stdout. → decoded tokens per second, without the prompt; None for one token."""
     if not (tokens := tokenizer.encode(args.prompt)):
         raise ValueError("--prompt: this model has no token for any of it; take another text")
-    most = model.config.block_size * (1 if way else len(model.blocks))  # further back no layer looks
-    ids = torch.tensor([tokens[-most:]], device=args.device)
+    far = model.config.block_size * (1 if way else len(model.blocks))   # back, for all layers together
+    ids = torch.tensor([tokens[-far:]], device=args.device)
     times = []
 
     def timed(stream):

@@ -2,8 +2,12 @@
 
 import sys
 
-# Ctrl-C while torch is being imported; later cli.command() sees to it
-sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+def quiet(kind, *rest, others=sys.excepthook):
+    """Ctrl-C needs no traceback, also while torch is being imported."""
+    if kind is not KeyboardInterrupt:
+        others(kind, *rest)
+
+sys.excepthook = quiet
 
 def __getattr__(name):
     if name == "load":                      # late, so that `import minisa` does not wait for torch

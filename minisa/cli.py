@@ -58,13 +58,15 @@ def device(name):
         raise argparse.ArgumentTypeError(why) from None
 
 def output(*endings):
-    """A type for a flag: the name of a file to write, with one of these endings; or a device."""
+    """A type for a flag: the name of a file to write, with one of these endings. That of a table
+    can be a device instead, as /dev/stdout; a picture's ending says what kind it is."""
     def parse(name):
+        is_device = endings == (".csv",) and name.startswith("/dev/")
+        if not name.endswith(endings) and not is_device:
+            raise argparse.ArgumentTypeError(f"{name} must end in {' or '.join(endings)}")
+        if os.path.isdir(name):
+            raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
         try:
-            if not name.endswith(endings) and not name.startswith("/dev/"):
-                raise argparse.ArgumentTypeError(f"{name} must end in {' or '.join(endings)}")
-            if os.path.isdir(name):
-                raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
             refuse_unwritable(name)
         except OSError as error:
             raise argparse.ArgumentTypeError(str(error)) from None

@@ -41,26 +41,29 @@ def read_file(path, most=MOST):
     return data
 
 def check(value, shape, name):
-    """Raises ValueError unless a value from a file has this shape.
-
-    shape: {key: shape} for a dict with just these keys, [shape] for a list, or a type, or a union
-    of types. Numbers must be finite, and int below 2^63; bool is no int, but an int is a float.
-    """
+    """Raises ValueError, which names the part, unless a value from a file has this shape: {key:
+    shape} for a dict with just these keys, [shape] for a list, or a type, as of fits()."""
     if isinstance(shape, dict):
         good = type(value) is dict and value.keys() == shape.keys()
-        parts = [(value[key], shape[key]) for key in shape] if good else []
+        parts = [(value[key], shape[key], f"{name}.{key}") for key in shape] if good else []
     elif isinstance(shape, list):
         good = type(value) is list
-        parts = [(part, shape[0]) for part in value] if good else []
+        parts = [(part, shape[0], name) for part in value] if good else []
     else:
-        kinds = shape | int if shape in (float, float | None) else shape
-        good, parts = isinstance(value, kinds) and (type(value) is not bool or shape is bool), []
-        if isinstance(value, (int, float)):
-            good = good and abs(value) < (2**63 if isinstance(value, int) else math.inf)
+        good, parts = fits(value, shape), []
     if not good:
         raise ValueError(f"{name} is not as it should be")
-    for part, its_shape in parts:
-        check(part, its_shape, name)
+    for part in parts:
+        check(*part)
+
+def fits(value, kind):
+    """Is a value of a type, or of a union of types? A float is finite, and an int below 2^63 and a
+    float too; a bool is neither."""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return (isinstance(value, kind) or kind in (float, float | None)) and abs(value) < 2**63
+    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
 
 # ---- writing ----
 

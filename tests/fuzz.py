@@ -39,6 +39,7 @@ from minisa import checkpoint, cli  # noqa: E402
 from minisa.axes import eigen, heads, lowrank  # noqa: E402
 from minisa.lab import bench, chat, plot, scan, similarity  # noqa: E402
 from minisa.model import GPT, GPTConfig  # noqa: E402
+from minisa.run import SAVED  # noqa: E402
 from minisa.tokenizer import BYTES, Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
@@ -128,7 +129,7 @@ def make_world():
     Path("mine.txt").write_text("not to be lost\n")
     must("train", *TINY, "--out_dir=out/full")
     must("train", *TINY, "--out_dir=out/half", "--max_iters=2")
-    state = checkpoint.read("out/half/train.pt", train.Run.__init__.__globals__["SAVED"])
+    state = checkpoint.read("out/half/train.pt", SAVED)
     state["settings"]["max_iters"] = 4
     torch.save(state, "out/half/train.pt")
     must("heads", "out/full", "--share=1-2", "--heads=mix", "--out=out/mixed")
@@ -347,7 +348,7 @@ def wrong(result, before, after, own, expected, words):
     if status == 0 and expected is not None and without_speed(out) != expected and not unknown:
         return "another answer"
     lost = {path for path, content in before.items()
-            if content not in after.values() and not path.startswith(own or "\0")}
+            if content not in after.values() and not (own and path.startswith(own))}
     if status == 2 and not re.search(r"validation loss|tokens reused|span ", out):
         lost |= {path for path, content in before.items()
                  if content not in after.values() and not path.endswith(".kv")}
@@ -384,7 +385,6 @@ def case(number, world, flags, baselines):
             stdin = rng.choice(["\udce9\nWhy?\n", "a" * 10**6 + "\n", "/reset\n/undo\n/undo\n", "x\n" * 5,
                                 "\0\n", "/bill\n/x\n", "a " * 30000, "", "<|im_end|>" * 9 + "\n"])
         what = f"{key}: {' '.join(words)[:300]!a} < {stdin[:20]!a}"
-        own = "" if not own else own
     before = files()
     result = child(name, words, stdin)
     return what, wrong(result, before, files(), own, expected, words), result

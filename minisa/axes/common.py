@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 from minisa import checkpoint
 from minisa.cli import Parser, command, device
@@ -43,9 +44,10 @@ def rewrite(args, technique):
     """
     if not args.out:
         raise ValueError("--out: name a folder to write the model to")
-    if (checkpoint.Path(args.out) / "model.pt").exists():
+    file = Path(args.out) / "model.pt"
+    if file.exists():
         raise ValueError(f"--out={args.out}: holds a model already; delete it, or name another")
-    refuse_unwritable(checkpoint.Path(args.out) / "model.pt")
+    refuse_unwritable(file)
     parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
 
     def data():

@@ -22,8 +22,8 @@ keys before RoPE for that.
 
 A file is its name, a sha256 of (name, layer, numbers) for each layer, and the numbers. It is
 written under another name and renamed when whole. Whatever is wrong with it is found before its
-numbers are used; then it is deleted, and its tokens are computed anew. Files of other names, or
-that do not begin with their own, were made by somebody else: they do not count, and stay.
+numbers are used; then it is deleted, and its tokens are computed anew. A file of another name,
+or that does not begin with its own, was made by somebody else, and stays.
 """
 
 import hashlib

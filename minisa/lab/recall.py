@@ -7,7 +7,8 @@
 A prompt of N tokens is: a line of validation text, "The secret number is 4829.", more of the text, and "The
 secret number is". The answer is right if the likeliest next tokens are the digits. A cache that forgot a
 little hardly shows in the loss; here it does. After the share of right answers stands its standard error, as
-by Agresti and Coull: of two right and two wrong answers more.
+by Agresti and Coull: of two right and two wrong answers more. The --context that --squeeze speaks of is the
+shortest of --lengths.
 """
 
 import argparse
@@ -56,10 +57,11 @@ def variants(args, source):
     if max(args.lengths) > size:
         raise ValueError(f"--lengths: {max(args.lengths)} tokens are more than the context of {source}, "
                          f"{size}")
-    models = {source: for_decoding(model)}
+    models = {source: model}
     if args.share and not model.config.share:
         models[f"{source}, share {args.share}"] = reconfigure(model, share=args.share)
     for name, each in models.items():
+        for_decoding(each)
         yield name, each, tokenizer, info, None
         for way in squeeze.settings(args, each) if args.squeeze else []:
             yield f"{name}, {way}", each, tokenizer, info, way
@@ -107,8 +109,6 @@ def main():
     parser.flag("csv", table, None, "file to write the counts to, as .csv", "none")
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
     args = parser.parse_intermixed_args()
-    if isinstance(args.lengths, str):
-        args.lengths = lengths(args.lengths)
     args.context = min(args.lengths)                        # the most that a squeezed cache may keep
     shown, rows = ask(args)
     print_table(shown)

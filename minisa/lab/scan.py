@@ -110,7 +110,7 @@ def spans_text(spans):
 
 def read_scan(file, origin, n_layer):
     """What an earlier scan wrote → {(a, b): (loss, divergence)}. Raises ValueError if its rows are not of
-    this origin: model, windows and context, as text; or of no span of n_layer layers."""
+    this origin: model, windows and context, as text; or not of spans of n_layer layers."""
     try:
         rows = list(csv.reader(read_file(file).decode().splitlines()))[1:] if os.path.lexists(file) else []
         if any(row[:3] != origin for row in rows):

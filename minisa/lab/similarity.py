@@ -134,6 +134,8 @@ def main():
     flags.flag("look", prompt, None, "draw the attention weights of four layers on this text", "none")
     flags.flag("share", str, "", "with --look: spans that share, zero-shot, below it", "none")
     args = flags.parse_args()
+    if args.history and args.look:
+        raise ValueError("--history, --look: give one of them")
     if args.share and not args.look:
         raise ValueError("--share: goes with --look, as in --look=\"To be, or not to be\" --share=1-3")
     steps = sorted(path.parent for path in Path(args.model).glob("steps/[0-9]*/model.pt"))

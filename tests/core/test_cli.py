@@ -147,7 +147,9 @@ def test_a_device_is_one_that_this_machine_has():
 def test_an_output_is_a_file_of_its_ending_that_can_be_written(kind, name, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / "file").touch()
-    assert kind(f"out/{name}") == f"out/{name}" and kind("/dev/stdout") == "/dev/stdout"
+    assert kind(f"out/{name}") == f"out/{name}" and cli.table("/dev/stdout") == "/dev/stdout"
+    with pytest.raises(argparse.ArgumentTypeError, match="/dev/stdout must end in .png"):
+        cli.picture("/dev/stdout")                      # of which kind?
     refused = {f"{tmp_path}/{name}": f"{name} is a folder", f"{tmp_path}/file/{name}": "Not a directory",
                "out/model.pt": "out/model.pt must end in", "": "must end in",
                f"{'x' * 300}/{name}": "name too long"}

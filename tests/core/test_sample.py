@@ -56,6 +56,17 @@ def test_the_text_is_what_the_model_generates(run, runs):
     idx = torch.tensor([tokenizer.encode("def f")])
     assert status == 0 and tokenizer.decode(model.generate(idx, 40, temperature=0)[0].tolist()) in out
 
+def test_of_a_long_prompt_what_no_layer_can_see_is_left_out_and_changes_nothing(run, runs, text):
+    model, tokenizer, _ = minisa.load("out/full")
+    prompt = text.read_text()[:2000].strip()
+    idx = torch.tensor([tokenizer.encode(prompt)])
+    assert idx.size(1) > 5 * model.config.n_layer * model.config.block_size
+    Path("long.txt").write_text(prompt)
+    status, out, _ = run(sample.main, "out/full", "--prompt=FILE:long.txt", "--temperature=0",
+                         "--max_new_tokens=20")
+    said = tokenizer.decode(model.generate(idx, 20, temperature=0)[0].tolist())     # reads all of it
+    assert status == 0 and said in out and len(said) > len(prompt)
+
 def test_the_same_seed_writes_the_same_text(run, runs):
     def texts(seed):
         _, out, _ = run(sample.main, "out/full", f"--seed={seed}", "--num_samples=2", "--max_new_tokens=50")

@@ -119,6 +119,7 @@ def test_another_text_can_be_read(run, trained, monkeypatch, tmp_path):
     (["run", "--longest=3"], "--longest"),
     (["run", "--windows=0"], "--windows"),
     (["run", "--look="], "--look"),
+    (["run", "--look=To be", "--history"], "--history, --look: give one of them"),
     (["run", "--look=" + "a b " * 100], "--look: these are"),
     (["run", "--share=1-2"], "--share: goes with --look"),
     (["run", "--context=1"], "--context"),
