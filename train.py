@@ -106,7 +106,7 @@ def learning_rate(step, args):
 # ---- loop ----
 
 def evaluate(args, run):
-    """Measure the validation loss, log it, and save the run; as model.pt too if it is the best."""
+    """Measure the validation loss on a part, log it, and save the run; if it is the best, as model.pt too."""
     loss, bpb = run.data.evaluate(run.model, args.eval_tokens)
     run.refuse_nan(loss)
     run.replace_former()
@@ -189,9 +189,8 @@ def main():
     with lock(run.folder) if processes.rank == 0 else nullcontext():
         run.begin(processes, model, data, optimizer, saved_settings(args))
         status = train(args, run, forward, autocast)
-    if status == 0:
-        processes.say(f"done in {clock(run.elapsed())}; {run.folder}/model.pt has the best "
-                      f"validation loss, {run.best:.4f} nats per token. Next: python sample.py")
+        if status == 0 and processes.rank == 0:
+            run.finish()
     processes.close()
     return status
 

@@ -1,4 +1,4 @@
-"""Gets the Shakespeare text that train.py reads: python data/prepare.py writes data/shakespeare.txt.
+"""Gets the plays of Shakespeare that train.py reads: python data/prepare.py writes them beside itself.
 
 minisa/shakespeare.py says where it comes from.
 """
@@ -11,4 +11,4 @@ from minisa.cli import command
 from minisa.shakespeare import prepare
 
 if __name__ == "__main__":
-    command(lambda: print(f"the text is in {prepare()}"))
+    command(lambda: print("the texts are in", *prepare()))

@@ -1,8 +1,9 @@
 """Text → files of token ids → batches; and the validation loss.
 
 A text becomes a folder data/NAME-TOKENIZER-HASH/ with train.npy (the first nine tenths of its
-characters), val.npy (the rest) and meta.json (the tokenizer, learned on the first part only). HASH
-is that of the text, so a changed text is another folder.
+characters), val.npy (the rest) and meta.json (the tokenizer, learned on the first part only). Of
+Shakespeare, val.npy is four whole plays. HASH is that of the text, so a changed text is another
+folder.
 """
 
 import hashlib
@@ -42,21 +43,27 @@ def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None
     kind: "bpe" learns vocab_size tokens on the training part, "gpt2" is tiktoken's; or give a
     Tokenizer. Raises ValueError if the text cannot be used.
     """
-    file, folder = Path(file or shakespeare.prepare()), Path(folder or data_folder())
-    text = read_text(file)
-    raw, cut = text.encode(), int(0.9 * len(text))
+    folder = Path(folder or data_folder())
+    if file:
+        text = read_text(file)
+        cut = int(0.9 * len(text))
+        train, val = text[:cut], text[cut:]
+    else:
+        file, held_out = shakespeare.prepare()
+        train, val = read_text(file), read_text(held_out)
+    raw = (train + val).encode()
     name = f"bpe{vocab_size}" if kind == "bpe" else kind
     if tokenizer:
         name = "tokens" + hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()[:8]
-    target = folder / f"{file.stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
+    target = folder / f"{Path(file).stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
     if target.exists():
         return target
     print(f"tokenizing {file} ({len(raw):,} bytes), into {name}", flush=True)
     if tokenizer is None and kind == "gpt2":
         tokenizer = Tokenizer.gpt2()
     elif tokenizer is None:
-        tokenizer = Tokenizer.from_tokens(learn(text[:cut], vocab_size))
-    write_tokens(target, tokenizer, text[:cut], text[cut:])
+        tokenizer = Tokenizer.from_tokens(learn(train, vocab_size))
+    write_tokens(target, tokenizer, train, val)
     return target
 
 def write_tokens(target, tokenizer, train, val):
