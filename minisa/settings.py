@@ -92,7 +92,7 @@ FLAGS = [                       # name, type or choices, default, what it is
     ("out_dir", str, None, "folder of the run, None for out/MODE"),
     ("data_dir", str, None, "folder of the token files, None for data/"),
     ("eval_interval", count, PRESET, "steps between evaluations, which also save the run"),
-    ("eval_tokens", WHOLE, 20000, "validation tokens that an evaluation reads; 0, and in the end: all"),
+    ("eval_tokens", WHOLE, 20000, "validation tokens an evaluation reads, 0 for all; the last: all"),
     ("log_interval", count, 50, "steps between log lines"),
     ("keep_every", WHOLE, 0, "steps between models that are kept in out_dir/steps, 0 for none"),
 ]

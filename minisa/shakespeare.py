@@ -41,9 +41,10 @@ def speeches(markdown):
     out = []
     for paragraph in markdown.replace("\\", "").replace("—", "--").split("\n\n"):
         paragraph = re.sub(r"_[^_]*_|(?<!\*)\*(?!\*)[^*]*\*(?!\*)", "", paragraph)
-        if paragraph.startswith("#") or "_" in paragraph:   # an italic left open is a direction too
+        if "_" in paragraph:                                # an italic left open is a direction too
             continue
-        lines = [re.sub(r" +", " ", line).strip() for line in paragraph.split("\n") if line.strip()]
+        lines = [re.sub(r" +", " ", line).strip() for line in paragraph.split("\n")]
+        lines = [line for line in lines if line and not line.startswith("#")]
         if lines and lines[0].startswith("**"):
             out.append("\n" + lines.pop(0).strip("*").strip() + ":")
         out += lines
