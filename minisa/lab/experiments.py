@@ -1,17 +1,19 @@
-"""Studies: everything that a table needs is run, written line by line, and printed as Markdown.
+"""Studies: what a table or figure of a page needs is run, written line by line, and printed as Markdown.
 
     python -m minisa.lab.experiments                    which studies there are, and how far each is
     python -m minisa.lab.experiments sharing            run it, or go on with it where it was stopped
-    python -m minisa.lab.experiments sharing --jobs=2   two runs at a time, with one thread each
+    python -m minisa.lab.experiments sharing --jobs=2   two trainings at a time, with one thread each
+    python -m minisa.lab.experiments --check            compare the tables of all pages with their results
 
-A study writes assets/results/NAME.csv: a line per run, with its settings, seed, loss, time and versions. What
-is there is not run again. Differences are of equal seeds; what is within their spread is called equal.
+A study that trains models writes assets/results/NAME.csv: a line for each run, with its settings, seed, loss,
+time and versions. What is there is not run again. Other studies are lists of commands: each is printed, and
+not run again while the file or folder that it writes is there.
 """
 
-import csv
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import count as count_up
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,146 +30,150 @@ from minisa.bill import print_table
 from minisa.cli import Parser, command, count
 from minisa.cost import predict
 from minisa.files import lock, read_file, write_csv
+from minisa.lab import plot, tables
+from minisa.lab.tables import RESULTS, ROOT, SETTINGS, TABLES, at_best, best, check_pages, losses
+from minisa.settings import CPU
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = 1, 2, 3
 RATES = 1e-3, 2e-3, 3e-3, 4e-3
-WARMUPS = 100, 250, 500
-#        name → flags of train.py; of an axis that changes the model before it is trained
+WARMUPS = 500, 250, 1000        # the first one while learning rates are swept
+STEPS = 2000
+MEASURED = ["val_loss", "val_bpb", "minutes", "parameters", "cache B/token", "FLOPs/token", "torch",
+            "machine"]
+COLUMNS = SETTINGS + MEASURED
+
+# ---- modes: name → flags of train.py, and of an axis that changes the model before it is trained ----
+
+class Mode(NamedTuple):
+    flags: list = []
+    axis: list = []
+
 MODES = {
-    "full": ([], None),
-    "SA 2-3": (["--share=2-3"], None),
-    "SA 1-3": (["--share=1-3"], None),
-    "SA 0-3": (["--share=0-3"], None),
-    "SA 0-1,2-3": (["--share=0-1,2-3"], None),
-    "SA 1-3, mixed": ([], ["heads", "--share=1-3", "--heads=mix"]),
-    "SA 0-3, rank 4": ([], ["lowrank", "--share=0-3", "--share_rank=4"]),
-    "SA 0-3, rank 8": ([], ["lowrank", "--share=0-3", "--share_rank=8"]),
-    "CLA 1-3": (["--share=1-3", "--share_kind=kv"], None),
-    "CLA 0-1,2-3": (["--share=0-1,2-3", "--share_kind=kv"], None),
-    "GQA 2": (["--n_kv_head=2"], None),
-    "MQA": (["--n_kv_head=1"], None),
-    "SA 1-3, GQA 2": (["--share=1-3", "--n_kv_head=2"], None),
-    "SA 1-3, MQA": (["--share=1-3", "--n_kv_head=1"], None),
-    "CLA 1-3, MQA": (["--share=1-3", "--share_kind=kv", "--n_kv_head=1"], None),
+    "full": Mode(),
+    "SA 2-3": Mode(["--share=2-3"]),
+    "SA 1-3": Mode(["--share=1-3"]),
+    "SA 0-3": Mode(["--share=0-3"]),
+    "SA 0-1,2-3": Mode(["--share=0-1,2-3"]),
+    "SA 1-3, mixed": Mode(axis=["heads", "--share=1-3", "--heads=mix"]),
+    "SA 0-3, rank 4": Mode(axis=["lowrank", "--share=0-3", "--share_rank=4"]),
+    "SA 0-3, rank 8": Mode(axis=["lowrank", "--share=0-3", "--share_rank=8"]),
+    "CLA 1-3": Mode(["--share=1-3", "--share_kind=kv"]),
+    "CLA 0-1,2-3": Mode(["--share=0-1,2-3", "--share_kind=kv"]),
+    "GQA 2": Mode(["--n_kv_head=2"]),
+    "MQA": Mode(["--n_kv_head=1"]),
+    "SA 1-3, GQA 2": Mode(["--share=1-3", "--n_kv_head=2"]),
+    "SA 1-3, MQA": Mode(["--share=1-3", "--n_kv_head=1"]),
+    "CLA 1-3, MQA": Mode(["--share=1-3", "--share_kind=kv", "--n_kv_head=1"]),
 }
-DEEP = {name: (["--n_layer=8", *flags], None) for name, flags in {
-    "8 layers, full": [], "8 layers, SA 6-7": ["--share=6-7"], "8 layers, SA 4-7": ["--share=4-7"],
-    "8 layers, SA 1-7": ["--share=1-7"]}.items()}
-SETTINGS = ["mode", "learning_rate", "warmup_iters", "seed"]
-RESULTS = ["steps", "val_loss", "val_bpb", "minutes", "parameters", "cache B/token", "FLOPs/token", "torch",
-           "machine"]
+PRESET = {
+    "full attention": Mode(),
+    "Shared Attention, `--share=1-3`": Mode(["--share=1-3"]),
+    "Shared Attention, `--share=0-3`": Mode(["--share=0-3"]),
+    "Cross-Layer Attention, `--share=1-3`": Mode(["--share=1-3", "--share_kind=kv"]),
+}
+DEPTH = {
+    "8 layers, full": Mode(["--n_layer=8"]),
+    "8 layers, SA 6-7": Mode(["--n_layer=8", "--share=6-7"]),
+    "8 layers, SA 4-7": Mode(["--n_layer=8", "--share=4-7"]),
+    "8 layers, SA 1-7": Mode(["--n_layer=8", "--share=1-7"]),
+}
+# What a mode frees, given to the MLP: a width with which it has as many parameters as full attention.
+WIDER = {"SA 2-3": 373, "SA 1-3": 395, "SA 0-3": 416, "CLA 1-3": 395, "GQA 2": 395, "MQA": 416,
+         "SA 1-3, MQA": 443, "CLA 1-3, MQA": 427}
+FAIR = {f"{name}, equal time": MODES[name] for name in WIDER} | {
+    f"{name}, equal parameters": Mode([*MODES[name].flags, f"--n_hidden={width}"])
+    for name, width in WIDER.items()}
 
-# ---- rows ----
+# ---- plans: the rows so far → the settings of the runs that are next, [] if all is done ----
 
-def csv_file(study):
-    return ROOT / "assets" / "results" / f"{study}.csv"
-
-def read_rows(file, columns):
-    """What a study wrote → its rows, dicts of text. Raises ValueError if they are another study's."""
-    if not file.exists():
-        return []
-    try:
-        rows = list(csv.DictReader(read_file(file).decode().splitlines()))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file}: damaged ({error}); delete it, or fetch it again") from None
-    if any(row.keys() != set(columns) or None in row.values() for row in rows):
-        raise ValueError(f"{file}: is not of this study; move it away")
-    return rows
+def missing(rows, wanted):
+    """Of settings, in the order of SETTINGS, those that no row has, as dicts."""
+    have = set(map(key, rows))
+    wanted = [dict(zip(SETTINGS, settings)) for settings in wanted]
+    return [row for row in wanted if key(row) not in have]
 
 def key(row):
     """The settings of a run, as text: those of two runs are equal if it is."""
     return tuple(str(row[name]) for name in SETTINGS)
 
+def plan_sweep(rows, modes):
+    """A sweep of learning rates for each mode, then of warm-ups at the best of them, then other seeds at
+    the best of both."""
+    first = SEEDS[0]
+    stages = [
+        [(mode, STEPS, rate, WARMUPS[0], first) for rate in RATES for mode in modes],
+        [(mode, STEPS, run["learning_rate"], warmup, first) for warmup in WARMUPS for mode in modes
+         if (run := best(rows, mode, warmup_iters=WARMUPS[0]))],
+        [(mode, STEPS, run["learning_rate"], run["warmup_iters"], seed) for seed in SEEDS for mode in modes
+         if (run := best(rows, mode))]]
+    return next((left for stage in stages if (left := missing(rows, stage))), [])
+
+def plan_preset(rows, modes):
+    """The CPU preset as it is, with each seed."""
+    settings = CPU["max_iters"], CPU["learning_rate"], CPU["warmup_iters"]
+    return missing(rows, [(mode, *settings, seed) for seed in SEEDS for mode in modes])
+
+def plan_fair(rows, modes):
+    """Modes at their best settings of the study `sharing`; but as long as full attention took, or wider."""
+    swept, wanted = tables.read("sharing"), []
+    if plan_sweep(swept, MODES):
+        raise ValueError("the study sharing comes first: python -m minisa.lab.experiments sharing")
+    minutes = {mode: statistics.median(float(row["minutes"]) for row in swept if row["mode"] == mode)
+               for mode in MODES}
+    for seed in SEEDS:
+        for mode in modes:
+            base = mode.partition(", equal")[0]
+            run, steps = best(swept, base), STEPS
+            if mode.endswith("time"):
+                steps = round(STEPS * minutes["full"] / minutes[base])
+            wanted.append((mode, steps, run["learning_rate"], run["warmup_iters"], seed))
+    return missing(rows, wanted)
+
 # ---- one run ----
 
 def python(folder, *words):
-    """Run a Python command of minisa with one line of output kept. Raises ValueError if it fails."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=env, text=True,
+    """Run a Python command of minisa. Raises ValueError with its last line if it fails."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=environment(), text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise ValueError(f"{' '.join(map(str, words))[:200]}: {last}")
 
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+def folder_of(row):
+    """Where the run of a row's settings lies."""
+    return Path("out/experiments") / "-".join(key(row)).replace(" ", "").replace("`", "").replace(",", "+")
+
 def train(row, flags, modes, folder):
     """Train the model that a row's settings describe → the row with its results."""
-    of_mode, axis = modes[row["mode"]]
-    name = "-".join(key(row)).replace(" ", "").replace(",", "+")
-    out, script = Path(folder) / "out" / "experiments" / name, ROOT / "train.py"
-    flags = [*flags, *(f"--{setting}={row[setting]}" for setting in SETTINGS[1:])]
+    mode, out, script = modes[row["mode"]], Path(folder) / folder_of(row), ROOT / "train.py"
+    flags = [*flags, *(f"--{setting}={row[setting]}" for setting in SETTINGS[2:]),
+             f"--max_iters={row['steps']}", *mode.flags]
     begun = time.perf_counter()
-    if axis:                                                # random weights, changed, then trained
+    if mode.axis:                                           # random weights, changed, then trained
         first, changed = f"{out}-random", f"{out}-changed"
+        python(folder, script, *flags, "--max_iters=0", f"--out_dir={first}", "--overwrite")
         if not Path(changed).exists():
-            python(folder, script, *flags, *of_mode, "--max_iters=0", f"--out_dir={first}", "--overwrite")
-            python(folder, "-m", f"minisa.axes.{axis[0]}", first, *axis[1:], f"--out={changed}")
+            python(folder, "-m", f"minisa.axes.{mode.axis[0]}", first, *mode.axis[1:], f"--out={changed}")
         shape = "--n_layer", "--n_head", "--n_embd", "--n_hidden", "--vocab_size"
         flags = [flag for flag in flags if not flag.startswith(shape)]
         flags += [f"--init_from={changed}", f"--block_size={checkpoint.load(first)[0].config.block_size}"]
-    python(folder, script, *flags, *of_mode, f"--out_dir={out}", "--overwrite")
+    python(folder, script, *flags, f"--out_dir={out}", "--overwrite")
     minutes = (time.perf_counter() - begun) / 60
     model, _, info = checkpoint.load(out)
     cost = predict(model, model.config.block_size)
-    losses = f"{info['val_loss']:.4f}", f"{info['val_bpb']:.4f}"
-    values = [info["step"], *losses, f"{minutes:.2f}", cost.params, cost.cache_bytes_per_token,
-              cost.decode_flops, torch.__version__, platform.machine()]
-    return {**row, **dict(zip(RESULTS, values))}
+    values = [f"{info['val_loss']:.4f}", f"{info['val_bpb']:.4f}", f"{minutes:.2f}", cost.params,
+              cost.cache_bytes_per_token, cost.decode_flops, torch.__version__, platform.machine()]
+    return {**row, **dict(zip(MEASURED, values))}
 
-# ---- the study of sharing ----
-
-def best(rows, mode, seed, **fixed):
-    """Of the runs of a mode and seed, the one of least loss."""
-    fixed = {"mode": mode, "seed": seed, **fixed}
-    mine = [row for row in rows if all(row[name] == str(value) for name, value in fixed.items())]
-    return min(mine, key=lambda row: float(row["val_bpb"]), default=None)
-
-def plan_sharing(rows, modes):
-    """What is to be run next, given the rows so far: a sweep of learning rates for each mode, then of
-    warm-ups at the best of them, then other seeds at the best of both. → settings, [] if all is done"""
-    have, first = set(map(key, rows)), SEEDS[0]
-    stages = [
-        [(mode, rate, WARMUPS[-1], first) for rate in RATES for mode in modes],
-        [(mode, run["learning_rate"], warmup, first) for warmup in WARMUPS for mode in modes
-         if (run := best(rows, mode, first, warmup_iters=WARMUPS[-1]))],
-        [(mode, run["learning_rate"], run["warmup_iters"], seed) for seed in SEEDS for mode in modes
-         if (run := best(rows, mode, first))]]
-    for stage in stages:
-        wanted = [dict(zip(SETTINGS, settings)) for settings in stage]
-        if left := [row for row in wanted if key(row) not in have]:
-            return left
-    return []
-
-def table_sharing(rows, modes):
-    """Rows → a table: each mode at its best settings, and its difference from full attention."""
-    table, losses = [["mode", "learning rate", "warm-up", "bits per byte", "over full", "cache B/token",
-                      "FLOPs/token", "parameters"]], {}
-    for mode in modes:
-        if not (run := best(rows, mode, SEEDS[0])):
-            continue
-        mine = {row["seed"]: float(row["val_bpb"]) for row in rows if row["mode"] == mode and
-                (row["learning_rate"], row["warmup_iters"]) == (run["learning_rate"], run["warmup_iters"])}
-        losses[mode] = mine
-        reference = losses.get(next(iter(modes)), {})
-        over = [100 * (loss / reference[seed] - 1) for seed, loss in mine.items() if seed in reference]
-        spread = f" ± {statistics.stdev(over):.2f}" if len(over) > 1 else ""
-        mean = f"{statistics.fmean(mine.values()):.4f}"
-        table.append([mode, run["learning_rate"], run["warmup_iters"], mean,
-                      f"{statistics.fmean(over):+.2f}{spread} %" if over else "", run["cache B/token"],
-                      run["FLOPs/token"], run["parameters"]])
-    return table
-
-def markdown(table):
-    """A table as Markdown, as it stands on a page."""
-    head, *rows = [f"| {' | '.join(row)} |" for row in table]
-    return "\n".join([head, "|" + " --- |" * len(table[0]), *rows])
-
-# ---- running ----
-
-def run_study(file, plan, measure, jobs):
-    """Run what plan(rows) asks for until it asks for nothing, `jobs` at a time; write each run as it ends."""
-    columns, begun, done = SETTINGS + RESULTS, time.perf_counter(), 0
-    rows = read_rows(file, columns)
+def run_trainings(name, plan, measure, jobs):
+    """Run what plan(rows) asks for until it asks for nothing, `jobs` at a time; write each run as it ends.
+    → the rows of assets/results/NAME.csv"""
+    rows, done, begun = tables.read(name), 0, time.perf_counter()
+    if any(row.keys() != set(COLUMNS) for row in rows):
+        raise ValueError(f"{RESULTS / name}.csv: is not of this study; move it away")
     for stage in count_up(1):
         left = plan(rows)
         if not left:
@@ -177,7 +184,7 @@ def run_study(file, plan, measure, jobs):
                 for n, future in enumerate(as_completed(futures), start=1):
                     row = {name: str(value) for name, value in future.result().items()}
                     rows.append(row)
-                    write_csv(file, columns, ([row[name] for name in columns] for row in rows))
+                    write_csv(RESULTS / f"{name}.csv", COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
                     done += 1
                     seconds = int((time.perf_counter() - begun) / done * (len(left) - n))
                     print(f"stage {stage}, {n} of {len(left)}: {', '.join(key(row))}: {row['val_bpb']} bits "
@@ -186,32 +193,139 @@ def run_study(file, plan, measure, jobs):
                 for future in futures:                      # after Ctrl-C or an error: no more
                     future.cancel()
 
-STUDIES = {"sharing": MODES, "depth": DEEP}
+# ---- studies that are lists of commands ----
+
+EIGHT, SIX = "5-6,12-13,14-15,20-22,24-25,27-29", "3-4,5-6,14-15,20-22,28-29"
+HEADS = "python -m minisa.axes.heads smollm2"
+MIXED = f"{HEADS} --heads=mix"
+ALONE = "--max_new_tokens=40 --temperature=0"
+SPANS = ["26-28", "3-5", "3-7", "22-28", "3-7,24-28"]
+TUNE = ("--warmup_iters=10 --learning_rate=1e-4 --batch_size=4 --block_size=256 --eval_interval=60 "
+        "--eval_tokens=4096")
+SMALL = [f"{MIXED} --share=14-15,20-22,27-29 --refit --out=out/mixed",
+         "python -m minisa.axes.eigen out/mixed --error=0.025 --refit --out=out/small",
+         "python -m minisa.axes.eigen smollm2 --error=0.025 --refit --out=out/narrow"]
+BILLS = ["all", "eigen", "kv", "squeeze"]
+COMMANDS = {
+    "smollm2": [
+        f"{MIXED} --share=26-28 --out=out/mixed-26-28",
+        f"python sample.py smollm2 out/mixed-26-28 --prompt='Once upon a time' {ALONE} --csv=@/smollm2.csv"],
+    "scan": ["python -m minisa.lab.scan smollm2 --heads=mix --refit --out_dir=@/scan"],
+    "spans": [
+        *(f"{HEADS} --share={spans} --heads={heads} --out=out/spans/{heads}-{spans}"
+          for spans in SPANS for heads in ("same", "match", "mix")),
+        *(f"{HEADS} --share={spans} --share_kind=kv --out=out/spans/kv-{spans}" for spans in SPANS),
+        "python sample.py smollm2 out/spans/* --max_new_tokens=1 --csv=@/spans.csv"],
+    "axes": [
+        *SMALL,
+        f"python sample.py smollm2 out/mixed out/small --squeeze=614 {ALONE} --csv=@/all.csv",
+        f"python sample.py smollm2 out/narrow --squeeze=614 {ALONE} --csv=@/eigen.csv",
+        f"python sample.py smollm2 --share=26-28 --share_kind=kv --squeeze=614 {ALONE} --csv=@/kv.csv",
+        f"python sample.py smollm2 --squeeze=307 --squeeze_policy=heavy,sinks,window --squeeze_cut=1,0.7,0.5 "
+        f"{ALONE} --csv=@/squeeze.csv",
+        f"python -m minisa.lab.plot {' '.join(f'@/{name}.csv' for name in BILLS)} --file=assets/axes.png"],
+    "tuned": [
+        f"{MIXED} --share={EIGHT} --refit --out=out/eight",
+        f"{MIXED} --share={SIX} --out=out/six",
+        *(f"python train.py --init_from={model} --max_iters={steps} {TUNE} "
+          f"--out_dir=out/tuned/{Path(model).name}-{steps}"
+          for model in ("smollm2", "out/eight", "out/six") for steps in (0, 60)),
+        "python sample.py out/tuned/* --max_new_tokens=1 --csv=@/tuned.csv"],
+    "recall": [
+        *SMALL,
+        f"{MIXED} --share={EIGHT} --refit --out=out/eight",
+        "python -m minisa.lab.recall smollm2 out/eight out/narrow out/small --squeeze=153 "
+        "--csv=@/recall.csv"],
+}
+
+def run_commands(name):
+    """Run the commands of a study one after the other; what one has written is not made again."""
+    for line in COMMANDS[name]:
+        print(f"$ {line.replace('@', 'assets/results')}", flush=True)
+        words = [word.replace("@", str(RESULTS)) for word in shlex.split(line)]
+        outputs = [word.partition("=") for word in words]
+        target = [value for flag, _, value in outputs if flag in ("--out", "--out_dir", "--csv")]
+        if name != "scan" and target and Path(target[0]).exists():
+            print(f"{target[0]} is there", flush=True)
+            continue
+        words = [part for word in words for part in
+                 (sorted(map(str, Path().glob(word))) if word.endswith("/*") else [word])]
+        done = subprocess.run([sys.executable, *words[1:]], env=environment())
+        if done.returncode:
+            raise ValueError(f"the last command ended with status {done.returncode}; the same study goes on")
+
+# ---- figures ----
+
+def curves(rows, folder):
+    """Rows of the study `preset` → rows of learning.csv: what their runs logged, if they are still there."""
+    table = []
+    for row in rows:
+        log = Path(folder) / folder_of(row) / "log.jsonl"
+        lines = map(json.loads, read_file(log).decode().splitlines()) if log.exists() else []
+        table += [[row["mode"], row["seed"], line["step"], f"{line['seconds']:.1f}", f"{line['val_bpb']:.4f}"]
+                  for line in lines if "val_bpb" in line]
+    return table
+
+def draw(name, rows, folder):
+    """The figure of a study, if it has one."""
+    assets = ROOT / "assets"
+    if name == "sharing":
+        points = {mode: (int(runs[0]["cache B/token"]), int(runs[0]["FLOPs/token"]), [*losses(runs).values()])
+                  for mode, runs in at_best(rows).items()}
+        plot.frontier(points, assets / "frontier.png")
+    if name == "preset":
+        if table := curves(rows, folder):
+            write_csv(RESULTS / "learning.csv", ["mode", "seed", "step", "seconds", "val_bpb"], table)
+        plot.learning(tables.read("learning"), assets / "learning.png")
+
+# ---- the command ----
+
+TRAININGS = {"preset": (PRESET, plan_preset), "sharing": (MODES, plan_sweep), "depth": (DEPTH, plan_sweep),
+             "fair": (FAIR, plan_fair)}
+
+def show_all():
+    for name in TRAININGS:
+        print(f"{name}: {len(tables.read(name))} runs")
+    for name, lines in COMMANDS.items():
+        print(f"{name}: {len(lines)} commands")
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.experiments [STUDY] [--FLAG=VALUE ...]")
-    parser.add_argument("study", nargs="?", choices=[*STUDIES], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)} (default none: list them)")
-    parser.flag("jobs", count, 1, "runs at a time; more than 1 gives each one thread")
+    names = [*TRAININGS, *COMMANDS]
+    parser.add_argument("study", nargs="?", choices=names, metavar="STUDY",
+                        help=f"{', '.join(names)} (default none: list them)")
+    parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
     parser.flag("train_flags", default="[]", help="further flags of train.py, as a list in JSON")
-    parser.switch("table", "only print the table of what was run")
+    parser.switch("table", "only print the table, and draw the figure, of what was run")
+    parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")
+    parser.switch("update", "write the tables into the pages")
     args = parser.parse_args()
+    if args.check or args.update:
+        differ = check_pages(args.update)
+        print("\n".join([f"{name}: {'written' if args.update else 'differs'}" for name in differ])
+              or "all tables are as their results")
+        return 1 if differ and args.check else 0
     if not args.study:
-        for study in STUDIES:
-            print(f"{study}: {len(read_rows(csv_file(study), SETTINGS + RESULTS))} runs in {csv_file(study)}")
-        return
+        return show_all()
+    run_study(args)
+    if args.study in TABLES:
+        print_table(TABLES[args.study]())
+        print("\n" + tables.markdown(TABLES[args.study]()))
+
+def run_study(args):
+    """Run what the flags ask for, and draw its figure."""
+    folder = Path.cwd()
+    if args.study in COMMANDS:
+        return None if args.table else run_commands(args.study)
+    modes, plan = TRAININGS[args.study]
+    flags, rows = json.loads(args.train_flags), tables.read(args.study)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    modes, file = STUDIES[args.study], csv_file(args.study)
-    flags = json.loads(args.train_flags)
-    if args.table:
-        rows = read_rows(file, SETTINGS + RESULTS)
-    else:
-        with lock(Path("out") / "experiments"):
-            rows = run_study(file, lambda rows: plan_sharing(rows, modes),
-                             lambda row: train(row, flags, modes, Path.cwd()), args.jobs)
-    print_table(table_sharing(rows, modes))
-    print("\n" + markdown(table_sharing(rows, modes)))
+    if not args.table:
+        with lock(folder / "out" / "experiments"):
+            rows = run_trainings(args.study, lambda rows: plan(rows, modes),
+                                 lambda row: train(row, flags, modes, folder), args.jobs)
+    draw(args.study, rows, folder)
 
 if __name__ == "__main__":
     command(main)

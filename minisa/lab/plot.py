@@ -7,6 +7,7 @@
 import csv
 import itertools
 import math
+import statistics
 import textwrap
 
 from minisa.cli import Parser, command, picture
@@ -147,6 +148,52 @@ def loss_against_cache(rows, file):
     beside.set_axis_off()
     beside.text(0, 1, "\n".join(key), va="top", fontsize=7.5, family="monospace")
     place_numbers(axis, [points[name] for name in names])
+    save(figure, file)
+
+# ---- studies of trained models ----
+
+def frontier(points, file):
+    """points: {mode: (cache bytes per token, FLOPs per token, [bits per byte of each seed])} → the loss, with
+    its standard deviation, against both; a line joins the modes that no other beats in both."""
+    plt = pyplot("the picture")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    names = sorted(points, key=lambda name: statistics.fmean(points[name][2]))
+    for column, (axis, title) in enumerate(zip(axes, ("cache, bytes per token", "FLOPs per token"))):
+        places = {name: (points[name][column], statistics.fmean(points[name][2])) for name in names}
+        for name, (x, y) in places.items():
+            colour = RED if name == "full" else BLUE if name.startswith("SA") else GREEN
+            spread = statistics.stdev(points[name][2]) if len(points[name][2]) > 1 else 0
+            axis.errorbar(x, y, spread, fmt="o", color=colour, markersize=5, linewidth=0.8, capsize=2)
+        best = [place for place in sorted(places.values())
+                if all(place[1] < y for x, y in places.values() if x <= place[0] and (x, y) != place)]
+        axis.step(*zip(*best), where="post", color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+        axis.set_xlabel(title)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.spines[["top", "right"]].set_visible(False)
+        place_numbers(axis, [places[name] for name in names])
+    axes[0].set_ylabel("bits per byte, mean and standard deviation")
+    text = "\n".join(f"{n:>2}  {name}" for n, name in enumerate(names, start=1))
+    figure.text(1.01, 0.5, text, va="center", fontsize=8, family="monospace")
+    save(figure, file)
+
+def learning(rows, file):
+    """rows: mode, seed, step, seconds, val_bpb as text → the loss over steps and over seconds: a line for
+    each seed."""
+    plt = pyplot("the picture")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    for mode, colour in zip(modes, (RED, BLUE, GREY, GREEN)):
+        for seed in sorted({row["seed"] for row in rows if row["mode"] == mode}):
+            run = [row for row in rows if (row["mode"], row["seed"]) == (mode, seed)]
+            label = mode.replace("`", "") if seed == min(row["seed"] for row in rows) else None
+            for axis, x in zip(axes, ("step", "seconds")):
+                axis.plot([float(row[x]) for row in run], [float(row["val_bpb"]) for row in run],
+                          color=colour, linewidth=1, label=label)
+    for axis, title in zip(axes, ("steps", "seconds, one thread each")):
+        axis.set_xlabel(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("bits per byte")
+    axes[0].legend(frameon=False, fontsize=8)
     save(figure, file)
 
 # ---- what a token costs ----

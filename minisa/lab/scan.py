@@ -8,7 +8,8 @@ attention and the model that shares predict next. Unlike a difference of losses 
 short text it varies far less. The best sets of spans are those whose prices add up to the least.
 
 Ctrl-C stops a scan, and the same command goes on with it. It writes, for weights and heads mix,
-scan-weights-mix.csv and .png (each span) and sets-weights-mix.csv (the best sets).
+scan-weights-mix.csv and .png (each span), spans-weights-mix.csv (by length) and sets-weights-mix.csv (the
+best sets).
 """
 
 import csv
@@ -151,8 +152,8 @@ def run_scan(found, file, origin, model, windows, longest, **sharing):
 # ---- what it shows ----
 
 def print_spans(prices, over, model, sharer, T):
-    """For each number of reuse layers, the median span and the best. prices: {(a, b): divergence}; over:
-    {(a, b): loss over full attention, in percent}; sharer: spans → a model."""
+    """For each number of reuse layers, the median span and the best → a table, which is printed too. prices:
+    {(a, b): divergence}; over: {(a, b): loss over full attention, in percent}; sharer: spans → a model."""
     print("\nfor each number of reuse layers, the loss over full attention in the median over all spans, and "
           "the span of least divergence")
     rows, whole = [["reuse layers", "median", "best span", "loss", "cache saved",
@@ -165,6 +166,7 @@ def print_spans(prices, over, model, sharer, T):
                      f"{over[best]:+.2f} %", f"{1 - less.cache_bytes / whole.cache_bytes:.1%}",
                      f"{1 - less.decode_flops / whole.decode_flops:.1%}"])
     print_table(rows)
+    return rows
 
 def measure_sets(prices, model, sharer, held_out, refit_on, most):
     """Print the best sets, measured on held_out (N, T + 1), and if refit_on (N, T) is given, refitted on it.
@@ -227,7 +229,8 @@ def find(args, model, data, out, T):
     print(f"wrote {file} and scan-{name}.png; full attention: {full:.4f} nats per token")
 
     sharer = partial(share, model, **sharing)
-    print_spans(prices, over, model, sharer, T)
+    head, *rows = print_spans(prices, over, model, sharer, T)
+    write_csv(out / f"spans-{name}.csv", head, rows)
     held_out = data.windows("val", 2 * args.windows, T).to(args.device)
     refit_on = data.windows("train", 12, T).to(args.device)[:, :-1] if args.refit else None
     rows = measure_sets(prices, model, sharer, held_out, refit_on, args.most)

@@ -5,83 +5,136 @@ import json
 import random
 
 import pytest
+import torch
 
-from minisa.lab import experiments
-from minisa.lab.experiments import RATES, RESULTS, SEEDS, SETTINGS, WARMUPS, key, plan_sharing, run_study
+from minisa.lab import experiments, tables
+from minisa.lab.experiments import COLUMNS, MODES, RATES, SEEDS, WARMUPS, WIDER, Mode, key, plan_sweep
+from minisa.lab.tables import SETTINGS
+from minisa.model import GPT, GPTConfig
+from minisa.settings import CPU
 
-MODES = {"full": ([], None), "SA": (["--share=0-1"], None)}
+TWO = {"full": Mode(), "SA": Mode(["--share=0-1"])}
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """assets/results in a folder of the test."""
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return tmp_path
 
 def result(settings, bpb):
-    row = {**settings, **dict.fromkeys(RESULTS, 1), "val_bpb": bpb}
+    row = dict.fromkeys(COLUMNS, 1) | settings | {"val_bpb": bpb}
     return {name: str(value) for name, value in row.items()}
 
 def loss_of(settings):
-    """Full attention likes 3e-3 and a warm-up of 250; SA 1e-3 and 100."""
+    """Full attention likes 3e-3 and a warm-up of 250; SA 1e-3 and 1000."""
     full = settings["mode"] == "full"
     rate, warmup = float(settings["learning_rate"]), int(settings["warmup_iters"])
-    off = abs(rate - (3e-3 if full else 1e-3)) * 10 + abs(warmup - (250 if full else 100)) / 1e4
+    off = abs(rate - (3e-3 if full else 1e-3)) * 10 + abs(warmup - (250 if full else 1000)) / 1e4
     return 2 + off + 0.01 * int(settings["seed"]) + 0.1 * (not full)
 
-def test_each_mode_is_swept_then_run_with_all_seeds_at_its_own_best():
+def measure(settings):
+    return result(settings, loss_of(settings))
+
+def plan(rows):
+    return plan_sweep(rows, TWO)
+
+def swept():
+    """All rows of a sweep, and how many runs each stage had."""
     rows, asked = [], []
-    while left := plan_sharing(rows, MODES):
+    while left := plan(rows):
         random.Random(len(rows)).shuffle(left)              # a stage is one whatever its order
         asked.append(len(left))
-        rows += [result(settings, loss_of(settings)) for settings in left]
+        rows += map(measure, left)
+    return rows, asked
+
+def test_each_mode_is_swept_then_run_with_all_seeds_at_its_own_best():
+    rows, asked = swept()
     assert asked == [len(RATES) * 2, (len(WARMUPS) - 1) * 2, (len(SEEDS) - 1) * 2]
     assert len(set(map(key, rows))) == len(rows)
     last = {(row["mode"], row["learning_rate"], row["warmup_iters"]) for row in rows if row["seed"] == "3"}
-    assert last == {("full", "0.003", "250"), ("SA", "0.001", "100")}
+    assert last == {("full", "0.003", "250"), ("SA", "0.001", "1000")}
 
-def test_the_table_pairs_seeds_and_shows_their_spread():
-    rows, add = [], {"1": 0.0, "2": 0.02, "3": 0.04}
-    for seed in SEEDS:
-        for mode, loss in (("full", 2.0 + 0.1 * seed), ("SA", (2.0 + 0.1 * seed) * (1.01 + add[str(seed)]))):
-            settings = {"mode": mode, "learning_rate": 1e-3, "warmup_iters": 100, "seed": seed}
-            rows.append(result(settings, loss))
-    table = experiments.table_sharing(rows, MODES)
-    assert table[1][4] == "+0.00 ± 0.00 %" and table[2][4] == "+3.00 ± 2.00 %"
-    assert table[1][3] == "2.2000" and experiments.markdown(table).count("\n") == 3
+def test_what_was_run_is_not_run_again(results):
+    file, ran = results / "x.csv", []
 
-def test_what_was_run_is_not_run_again(tmp_path):
-    file, ran = tmp_path / "x.csv", []
-
-    def measure(settings):
+    def stopped(settings):
         ran.append(key(settings))
         if len(ran) == 5:
             raise ValueError("stopped")
-        return result(settings, loss_of(settings))
+        return measure(settings)
 
     with pytest.raises(ValueError, match="stopped"):
-        run_study(file, lambda rows: plan_sharing(rows, MODES), measure, 1)
+        experiments.run_trainings("x", plan, stopped, 1)
     stopped_at = len(list(csv.DictReader(file.open())))
     assert 4 <= stopped_at <= 8
-    rows = run_study(file, lambda rows: plan_sharing(rows, MODES), measure, 2)
+    rows = experiments.run_trainings("x", plan, measure, 2)
     assert len(rows) == 16 and len(set(map(key, rows))) == 16
     assert list(csv.DictReader(file.open())) == rows
-    run_study(file, lambda rows: plan_sharing(rows, MODES), None, 1)        # nothing is left
+    experiments.run_trainings("x", plan, None, 1)           # nothing is left
 
-def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+def test_a_file_of_something_else_is_refused(results):
+    (results / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="x.csv: is not of this study"):
-        run_study(tmp_path / "x.csv", None, None, 1)
+        experiments.run_trainings("x", plan, None, 1)
+
+def test_equal_time_takes_more_steps_for_a_mode_that_is_faster(results):
+    rows = []
+    for mode in MODES:
+        for left in iter(lambda: plan_sweep(rows, {mode: Mode()}), []):     # noqa: B023
+            rows += [measure(row) | {"minutes": "2.0" if mode == "full" else "1.6"} for row in left]
+    experiments.write_csv(results / "sharing.csv", COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
+    planned = experiments.plan_fair([], experiments.FAIR)
+    assert len(planned) == 2 * len(WIDER) * len(SEEDS)
+    steps = {row["mode"].partition(", equal ")[2]: row["steps"] for row in planned}
+    assert steps == {"time": 2500, "parameters": 2000}
+
+def test_equal_time_waits_for_the_sweep(results):
+    with pytest.raises(ValueError, match="the study sharing comes first"):
+        experiments.plan_fair([], experiments.FAIR)
+
+def parameters(flags):
+    shape = {name: CPU[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    given = dict(flag.removeprefix("--").split("=") for flag in flags)
+    shape |= {name: int(value) if value.isdigit() else value for name, value in given.items()}
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(GPTConfig(vocab_size=1024, **shape)).parameters())
+
+@pytest.mark.parametrize("mode", WIDER)
+def test_equal_parameters_are_as_many_as_those_of_full_attention(mode):
+    wide = parameters(experiments.FAIR[f"{mode}, equal parameters"].flags)
+    assert wide == pytest.approx(parameters([]), rel=1e-3) and wide > 1.02 * parameters(MODES[mode].flags)
 
 @pytest.mark.slow
-def test_a_study_trains_what_it_says(run, text, tmp_path, monkeypatch):
-    modes = MODES | {"mixed": ([], ["heads", "--share=1-2", "--heads=mix"])}
-    monkeypatch.setattr(experiments, "STUDIES", {"sharing": modes})
+def test_a_study_trains_what_it_says(run, text, results, monkeypatch):
+    modes = TWO | {"mixed": Mode(axis=["heads", "--share=1-2", "--heads=mix"])}
+    monkeypatch.setattr(experiments, "TRAININGS", {"depth": (modes, plan_sweep)})
     monkeypatch.setattr(experiments, "RATES", (1e-3,))
     monkeypatch.setattr(experiments, "WARMUPS", (2,))
     monkeypatch.setattr(experiments, "SEEDS", (1,))
-    monkeypatch.setattr(experiments, "csv_file", lambda study: tmp_path / f"{study}.csv")
+    monkeypatch.setattr(experiments, "STEPS", 4)
     tiny = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
-            "--vocab_size=300", "--max_iters=4", "--device=cpu", "--dtype=float32", f"--text={text}",
-            f"--data_dir={tmp_path}/data"]
-    status, out, err = run(experiments.main, "sharing", f"--train_flags={json.dumps(tiny)}")
+            "--vocab_size=300", "--device=cpu", "--dtype=float32", f"--text={text}",
+            f"--data_dir={results}/data"]
+    status, out, err = run(experiments.main, "depth", f"--train_flags={json.dumps(tiny)}")
     assert (status, err) == (0, "") and "| SA | 0.001 | 2 |" in out
-    rows = {row["mode"]: row for row in csv.DictReader((tmp_path / "sharing.csv").open())}
-    assert rows.keys() == modes.keys() and {row["steps"] for row in rows.values()} <= {"4"}
+    rows = {row["mode"]: row for row in csv.DictReader((results / "depth.csv").open())}
+    assert rows.keys() == modes.keys() and {row["steps"] for row in rows.values()} == {"4"}
     caches = {mode: int(row["cache B/token"]) for mode, row in rows.items()}
     assert caches == {"full": 384, "SA": 320, "mixed": 320}
     assert int(rows["mixed"]["parameters"]) == int(rows["SA"]["parameters"]) + 4
-    assert all(row.keys() == {*SETTINGS, *RESULTS} for row in rows.values())
+    assert all([*row] == COLUMNS and row["learning_rate"] == "0.001" for row in rows.values())
+    assert SETTINGS == COLUMNS[:len(SETTINGS)]
+
+def test_a_study_of_commands_runs_them_once(results, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    line = "python -c \"import sys; open(sys.argv[1][6:], 'a').write('ran')\" --csv=@/x.csv"
+    monkeypatch.setattr(experiments, "COMMANDS", {"x": [line]})
+    experiments.run_commands("x")
+    experiments.run_commands("x")
+    assert (results / "x.csv").read_text() == "ran" and "x.csv is there" in capfd.readouterr().out
+
+def test_a_command_that_fails_stops_its_study(results, monkeypatch):
+    monkeypatch.setattr(experiments, "COMMANDS", {"x": ["python -c 'raise SystemExit(2)'"]})
+    with pytest.raises(ValueError, match="status 2"):
+        experiments.run_commands("x")

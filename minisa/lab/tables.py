@@ -1,0 +1,248 @@
+"""The tables of the pages, made of the files in assets/results, so that a page and its results cannot part.
+
+A page has `<!-- table: NAME -->` above each such table. experiments.py --check compares them, and --update
+writes them anew.
+"""
+
+import csv
+import re
+import statistics
+from pathlib import Path
+
+from minisa.files import read_file, write_file
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "assets" / "results"
+MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
+
+# ---- reading ----
+
+def read(name):
+    """The rows of assets/results/NAME.csv, dicts of text. Raises ValueError if it is none."""
+    file = RESULTS / f"{name}.csv"
+    try:
+        rows = list(csv.DictReader(read_file(file).decode().splitlines()))
+    except FileNotFoundError:
+        return []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: damaged ({error}); delete it, or fetch it again") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{file}: a line has another number of cells than its head; delete it")
+    return rows
+
+def percent(over, digits=2):
+    """Differences in percent, one or of several seeds → their mean and standard deviation, as text."""
+    text = f"{statistics.fmean(over):+.{digits}f}".replace("-", "−")
+    spread = f" ± {statistics.stdev(over):.{digits}f}" if len(over) > 1 else ""
+    return f"{text}{spread} %"
+
+def number(text):
+    return f"{int(text):,}"
+
+def markdown(table):
+    """A table, rows of text, as Markdown; the first row is its head."""
+    head, *rows = [f"| {' | '.join(row)} |\n" for row in table]
+    return "".join([head, "|" + " --- |" * len(table[0]) + "\n", *rows])
+
+# ---- studies of trained models ----
+
+SETTINGS = ["mode", "steps", "learning_rate", "warmup_iters", "seed"]
+
+def best(rows, mode, **fixed):
+    """Of the runs of a mode with the first seed, the one of least loss; None if there is none."""
+    fixed = {"mode": mode, "seed": 1, **fixed}
+    mine = [row for row in rows if all(row[name] == str(value) for name, value in fixed.items())]
+    return min(mine, key=lambda row: float(row["val_bpb"]), default=None)
+
+def at_best(rows):
+    """→ {mode: [its runs at its best settings, a row for each seed]}"""
+    found = {}
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        chosen = best(rows, mode)
+        same = SETTINGS[1:-1]
+        runs = [row for row in rows if row["mode"] == mode and chosen
+                and [row[name] for name in same] == [chosen[name] for name in same]]
+        found[mode] = sorted(runs, key=lambda row: row["seed"])
+    return found
+
+def losses(runs):
+    """Runs of a mode → {seed: bits per byte}"""
+    return {row["seed"]: float(row["val_bpb"]) for row in runs}
+
+def over(runs, reference):
+    """The differences of runs from those of a reference with the same seed, in percent."""
+    theirs = losses(reference)
+    return [100 * (loss / theirs[seed] - 1) for seed, loss in losses(runs).items() if seed in theirs]
+
+def seeds_table(name):
+    """Each mode's loss for each seed, and what it costs."""
+    modes = at_best(read(name))
+    reference = next(iter(modes.values()))
+    table = [["model", *(f"seed {row['seed']}" for row in reference), "over full attention", "cache, B/token",
+              "FLOPs/token"]]
+    for mode, runs in modes.items():
+        difference = percent(over(runs, reference)) if runs is not reference else ""
+        table.append([mode, *(f"{loss:.4f}" for loss in losses(runs).values()), difference,
+                      number(runs[0]["cache B/token"]), number(runs[0]["FLOPs/token"])])
+    return table
+
+def modes_table(name, modes=None):
+    """Each mode, or these, at its best settings: mean loss, difference from full attention, cost."""
+    found = at_best(read(name))
+    reference = next(iter(found.values()))
+    table = [["mode", "learning rate", "warm-up", "bits per byte", "over full attention", "cache, B/token",
+              "FLOPs/token", "parameters"]]
+    for mode in modes or found:
+        runs = found[mode]
+        difference = percent(over(runs, reference)) if runs is not reference else ""
+        costs = [number(runs[0][column]) for column in ("cache B/token", "FLOPs/token", "parameters")]
+        table.append([mode, runs[0]["learning_rate"], runs[0]["warmup_iters"],
+                      f"{statistics.fmean(losses(runs).values()):.4f}", difference, *costs])
+    return table
+
+def fair_table():
+    """What a mode costs over full attention after as many steps, as much time, with as many parameters."""
+    steps, rest = at_best(read("sharing")), at_best(read("fair"))
+    reference = steps["full"]
+    table = [["mode", "equal steps", "equal time", "steps then", "equal parameters"]]
+    for mode in dict.fromkeys(name.partition(", equal")[0] for name in rest):
+        time, wide = rest[f"{mode}, equal time"], rest[f"{mode}, equal parameters"]
+        table.append([mode, percent(over(steps[mode], reference)), percent(over(time, reference)),
+                      number(time[0]["steps"]), percent(over(wide, reference))])
+    return table
+
+# ---- bills of sample.py, and others ----
+
+def bill_table(name, models, loss="val bpb"):
+    """These rows of a bill, models or {model: how it is named}."""
+    rows = {row["model"]: row for row in read(name)}
+    table = [["model", "parameters", "bits per byte", "cache, B/token", "cache, B at 1,024 tokens",
+              "FLOPs/token"]]
+    for model, shown in (models if isinstance(models, dict) else dict(zip(models, models))).items():
+        row = rows[model]
+        table.append([shown, number(row["parameters"]), row[loss], number(row["cache B/token"]),
+                      number(row["cache B"]), number(row["FLOPs/token"])])
+    return table
+
+def spans_table():
+    """Spans of SmolLM2, zero-shot, for each way to take over heads."""
+    rows = {row["model"]: float(row["val bpb"]) for row in read("spans")}
+    full = rows.pop("smollm2")
+    ways = {"same": "same head", "match": "matched", "mix": "mixed", "kv": "CLA"}
+    table = [["spans", "reuse layers", *ways.values()]]
+    names = {name.removeprefix("out/spans/").partition("-")[2] for name in rows}
+    for spans in sorted(names, key=lambda spans: rows[f"out/spans/mix-{spans}"]):
+        ends = [map(int, span.split("-")) for span in spans.split(",")]
+        cells = [percent([100 * (rows[f"out/spans/{way}-{spans}"] / full - 1)]) for way in ways]
+        table.append([spans, str(sum(b - a for a, b in ends)), *cells])
+    return table
+
+def squeeze_table():
+    """Policies and cuts: bits per byte, and over the full cache."""
+    rows = {row["model"]: float(row["val bpb"]) for row in read("squeeze")}
+    full, policies = rows.pop("smollm2"), {
+        "heavy": "`heavy`: what got most attention, and the last tokens "
+                 "([H2O](https://arxiv.org/abs/2306.14048))",
+        "sinks": "`sinks`: the first four tokens, and the last "
+                 "([StreamingLLM](https://arxiv.org/abs/2309.17453))",
+        "window": "`window`: the last tokens"}
+    table = [["policy: what stays", "equal budgets (cut 1)", "cut 0.7", "cut 0.5"]]
+    for policy, shown in policies.items():
+        values = [rows[f"smollm2, squeeze 307 {policy} {cut}"] for cut in ("equal", "0.7", "0.5")]
+        table.append([shown, *(f"{loss:.4f} ({percent([100 * (loss / full - 1)])})" for loss in values)])
+    return table
+
+def lines_table(name, columns):
+    """A CSV file as it is: {column: its head on the page}."""
+    return [[*columns.values()], *([row[column] for column in columns] for row in read(name))]
+
+def sets_table():
+    """The best sets of spans of the scan."""
+    table = [["reuse layers", "loss", "refitted", "cache saved", "spans"]]
+    for row in read("scan/sets-weights-mix"):
+        table.append([row["reuse_layers"], percent([float(row["percent_measured"])]),
+                      percent([float(row["percent_refitted"])]), f"{float(row['cache_saved']):.1%}",
+                      row["spans"]])
+    return table
+
+def tuned_table():
+    """What training gives back: nats per token before and after, and over full attention."""
+    bpb = {row["model"].removeprefix("out/tuned/"): float(row["val bpb"]) for row in read("tuned")}
+    names = {"smollm2": "full attention", "eight": "eight reuse layers, mixed and refitted",
+             "six": "six reuse layers, mixed"}
+    table = [["model", "before", "after 60 steps"]]
+    for name, shown in names.items():
+        cells = []
+        for steps in (0, 60):
+            loss, full = bpb[f"{name}-{steps}"], bpb[f"smollm2-{steps}"]
+            cells.append(f"{loss:.4f}" + f" ({percent([100 * (loss / full - 1)])})" * (name != "smollm2"))
+        table.append([shown, *cells])
+    return table
+
+def recall_table():
+    """The share of right answers, and its standard error as by Agresti and Coull."""
+    rows = read("recall")
+    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
+    table = [["model", *(f"{number(length)} tokens" for length in lengths)]]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["model"] == model):
+            n, right = int(row["prompts"]), int(row["right"])
+            near = (right + 2) / (n + 4)
+            cells.append(f"{right / n:.1%} ± {(near * (1 - near) / (n + 4))**0.5:.1%}")
+        table.append([model, *cells])
+    return table
+
+SPANS = {"reuse layers": "reuse layers", "median": "median span", "best span": "best span",
+         "loss": "its loss", "cache saved": "cache saved",
+         "FLOPs saved at context 512": "FLOPs saved at 512 tokens"}
+TABLES = {
+    "preset": lambda: seeds_table("preset"),
+    "sharing": lambda: modes_table("sharing"),
+    "depth": lambda: modes_table("depth"),
+    "learned": lambda: modes_table("sharing", ["full", "SA 1-3", "SA 1-3, mixed", "SA 0-3", "SA 0-3, rank 4",
+                                               "SA 0-3, rank 8"]),
+    "fair": fair_table,
+    "smollm2": lambda: bill_table("smollm2", ["smollm2", "out/mixed-26-28"]),
+    "all": lambda: bill_table("all", {
+        "smollm2": "smollm2", "out/mixed": "out/mixed", "out/small": "out/small",
+        "out/small, squeeze 614 heavy 0.5": "out/small, squeezed to 614 tokens"}),
+    "eigen": lambda: bill_table("eigen", {
+        "smollm2": "smollm2", "out/narrow": "out/narrow",
+        "out/narrow, squeeze 614 heavy 0.5": "out/narrow, squeezed to 614 tokens"}),
+    "spans": spans_table,
+    "squeeze": squeeze_table,
+    "scan": lambda: lines_table("scan/spans-weights-mix", SPANS),
+    "sets": sets_table,
+    "tuned": tuned_table,
+    "recall": recall_table,
+}
+
+# ---- pages ----
+
+def pages():
+    return [ROOT / "README.md", *sorted((ROOT / "minisa").glob("*/README.md"))]
+
+def as_it_should_be(text):
+    """The text of a page, its marked tables made anew → text, names of those that differ."""
+    wrong = []
+
+    def make(match):
+        head, name, stands = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"no table is named {name}; there are {', '.join(TABLES)}")
+        table = markdown(TABLES[name]())
+        if table != stands:
+            wrong.append(name)
+        return head + table
+    return MARK.sub(make, text), wrong
+
+def check_pages(update=False):
+    """Compare all tables of all pages with their results; update: write what differs. → what differed."""
+    differ = []
+    for page in pages():
+        text, wrong = as_it_should_be(page.read_text(encoding="utf-8"))
+        differ += [f"{page.relative_to(ROOT)}: {name}" for name in wrong]
+        if update and wrong:
+            write_file(page, text.encode())
+    return differ
