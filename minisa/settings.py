@@ -17,12 +17,13 @@ CPU = {                         # a laptop: three minutes on two cores
     "n_embd": 128,              # heads of 32 numbers; with 4 layers a million parameters
     "block_size": 128,          # some 330 characters: a speech
     "batch_size": 8,            # 1,024 tokens: small steps, and many, learn most in three minutes
-    "max_iters": 2000,
-    "dropout": 0.0,             # each token is seen five times: too few to learn by heart
-    "learning_rate": 2e-3,
-    "warmup_iters": 500,        # of 50, 100, 200 and 500 the longest was best
-    "beta2": 0.95,              # forgets old gradients sooner, as the steps are few
-    "eval_interval": 400,
+    "max_iters": 6000,
+    "dropout": 0.0,             # each token is seen three times: too few to learn by heart
+    "learning_rate": 2.5e-3,
+    "warmup_iters": 1000,       # long, as the rate is high
+    "weight_decay": 0.3,
+    "beta2": 0.99,              # small steps have noisy gradients: a mean over more of them
+    "eval_interval": 500,
 }
 GPU = {                         # one GPU: the shape of nanoGPT's Shakespeare recipe
     "n_layer": 6,
@@ -34,6 +35,7 @@ GPU = {                         # one GPU: the shape of nanoGPT's Shakespeare re
     "dropout": 0.2,             # each token is seen sixty times
     "learning_rate": 1e-3,
     "warmup_iters": 100,
+    "weight_decay": 0.1,
     "beta2": 0.99,
     "eval_interval": 250,
 }
@@ -50,7 +52,8 @@ TINYSHAKESPEARE = {
     "dropout": 0.1,             # each token is seen eight times
     "learning_rate": 2e-3,
     "warmup_iters": 300,
-    "beta2": 0.95,
+    "weight_decay": 0.1,
+    "beta2": 0.95,              # forgets old gradients sooner
     "eval_interval": 1000,
 }
 PRESETS = {"cpu": CPU, "gpu": GPU, "tinyshakespeare": TINYSHAKESPEARE}
@@ -82,7 +85,7 @@ FLAGS = [                       # name, type or choices, default, what it is
     ("learning_rate", amount, PRESET, "highest learning rate, per step"),
     ("min_lr", amount, 0.0, "learning rate of the last step"),
     ("warmup_iters", count, PRESET, "steps in which the learning rate rises"),
-    ("weight_decay", amount, 0.1, "AdamW's, for matrices"),
+    ("weight_decay", amount, PRESET, "AdamW's, for matrices"),
     ("beta1", amount, 0.9, "AdamW's decay of the mean gradient, per step"),
     ("beta2", amount, PRESET, "AdamW's decay of its mean square, per step"),
     ("grad_clip", amount, 1.0, "largest norm of the gradient, 0 for any"),
@@ -92,7 +95,7 @@ FLAGS = [                       # name, type or choices, default, what it is
     ("out_dir", str, None, "folder of the run, None for out/MODE"),
     ("data_dir", str, None, "folder of the token files, None for data/"),
     ("eval_interval", count, PRESET, "steps between evaluations, which also save the run"),
-    ("eval_tokens", WHOLE, 20000, "validation tokens an evaluation reads, 0 for all; the last: all"),
+    ("eval_tokens", WHOLE, 20000, "validation tokens that are read on the way, 0 for all"),
     ("log_interval", count, 50, "steps between log lines"),
     ("keep_every", WHOLE, 0, "steps between models that are kept in out_dir/steps, 0 for none"),
 ]

@@ -234,8 +234,8 @@ COMMANDS = {
     "recall": [
         *SMALL,
         f"{MIXED} --share={EIGHT} --refit --out=out/eight",
-        "python -m minisa.lab.recall smollm2 out/eight out/narrow out/small --squeeze=153 "
-        "--csv=@/recall.csv"],
+        *(f"python -m minisa.lab.recall smollm2 out/eight out/narrow out/small --lengths={length} "
+          f"--squeeze={round(0.6 * length)} --csv=@/recall/{length}.csv" for length in tables.LENGTHS)],
 }
 
 def run_commands(name):

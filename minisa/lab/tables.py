@@ -13,6 +13,7 @@ from minisa.files import read_file, write_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "assets" / "results"
+LENGTHS = 256, 512, 1024, 1536                # tokens of the prompts of the study `recall`
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
 
 # ---- reading ----
@@ -180,13 +181,13 @@ def tuned_table():
     return table
 
 def recall_table():
-    """The share of right answers, and its standard error as by Agresti and Coull."""
-    rows = read("recall")
-    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
-    table = [["model", *(f"{number(length)} tokens" for length in lengths)]]
-    for model in dict.fromkeys(row["model"] for row in rows):
+    """The share of right answers at each length, and its standard error as by Agresti and Coull."""
+    rows = [row for length in LENGTHS for row in read(f"recall/{length}")]
+    table = [["model", *(f"{length:,} tokens" for length in LENGTHS)]]
+    shown = {row["model"]: re.sub(r"squeeze \d+ heavy 0.5", "squeezed to 60 %", row["model"]) for row in rows}
+    for model in dict.fromkeys(shown.values()):
         cells = []
-        for row in (row for row in rows if row["model"] == model):
+        for row in (row for row in rows if shown[row["model"]] == model):
             n, right = int(row["prompts"]), int(row["right"])
             near = (right + 2) / (n + 4)
             cells.append(f"{right / n:.1%} ± {(near * (1 - near) / (n + 4))**0.5:.1%}")
