@@ -32,14 +32,14 @@ from minisa.cost import predict
 from minisa.files import lock, read_file, write_csv
 from minisa.lab import plot, tables
 from minisa.lab.tables import RESULTS, ROOT, SETTINGS, TABLES, at_best, best, check_pages, losses
-from minisa.settings import CPU
+from minisa.settings import CPU, choose_dtype
 
 SEEDS = 1, 2, 3
 RATES = 1e-3, 2e-3, 3e-3, 4e-3
 WARMUPS = 500, 250, 1000        # the first one while learning rates are swept
 STEPS = 2000
-MEASURED = ["val_loss", "val_bpb", "minutes", "parameters", "cache B/token", "FLOPs/token", "torch",
-            "machine"]
+MEASURED = ["val_loss", "val_bpb", "minutes", "parameters", "cache B/token", "FLOPs/token", "dtype",
+            "torch", "machine"]
 COLUMNS = SETTINGS + MEASURED
 
 # ---- modes: name → flags of train.py, and of an axis that changes the model before it is trained ----
@@ -146,11 +146,11 @@ def folder_of(row):
     """Where the run of a row's settings lies."""
     return Path("out/experiments") / "-".join(key(row)).replace(" ", "").replace("`", "").replace(",", "+")
 
-def train(row, flags, modes, folder):
+def train(row, flags, modes, folder, dtype):
     """Train the model that a row's settings describe → the row with its results."""
     mode, out, script = modes[row["mode"]], Path(folder) / folder_of(row), ROOT / "train.py"
-    flags = [*flags, *(f"--{setting}={row[setting]}" for setting in SETTINGS[2:]),
-             f"--max_iters={row['steps']}", *mode.flags]
+    flags = ["--preset=cpu", "--device=cpu", *flags, *(f"--{name}={row[name]}" for name in SETTINGS[2:]),
+             f"--max_iters={row['steps']}", f"--dtype={dtype}", *mode.flags]
     begun = time.perf_counter()
     if mode.axis:                                           # random weights, changed, then trained
         first, changed = f"{out}-random", f"{out}-changed"
@@ -165,7 +165,7 @@ def train(row, flags, modes, folder):
     model, _, info = checkpoint.load(out)
     cost = predict(model, model.config.block_size)
     values = [f"{info['val_loss']:.4f}", f"{info['val_bpb']:.4f}", f"{minutes:.2f}", cost.params,
-              cost.cache_bytes_per_token, cost.decode_flops, torch.__version__, platform.machine()]
+              cost.cache_bytes_per_token, cost.decode_flops, dtype, torch.__version__, platform.machine()]
     return {**row, **dict(zip(MEASURED, values))}
 
 def run_trainings(name, plan, measure, jobs):
@@ -201,7 +201,7 @@ MIXED = f"{HEADS} --heads=mix"
 ALONE = "--max_new_tokens=40 --temperature=0"
 SPANS = ["26-28", "3-5", "3-7", "22-28", "3-7,24-28"]
 TUNE = ("--warmup_iters=10 --learning_rate=1e-4 --batch_size=4 --block_size=256 --eval_interval=60 "
-        "--eval_tokens=4096")
+        "--eval_tokens=4096 --overwrite")
 SMALL = [f"{MIXED} --share=14-15,20-22,27-29 --refit --out=out/mixed",
          "python -m minisa.axes.eigen out/mixed --error=0.025 --refit --out=out/small",
          "python -m minisa.axes.eigen smollm2 --error=0.025 --refit --out=out/narrow"]
@@ -243,10 +243,10 @@ def run_commands(name):
     for line in COMMANDS[name]:
         print(f"$ {line.replace('@', 'assets/results')}", flush=True)
         words = [word.replace("@", str(RESULTS)) for word in shlex.split(line)]
-        outputs = [word.partition("=") for word in words]
-        target = [value for flag, _, value in outputs if flag in ("--out", "--out_dir", "--csv")]
-        if name != "scan" and target and Path(target[0]).exists():
-            print(f"{target[0]} is there", flush=True)
+        flags = dict(word.partition("=")[::2] for word in words)
+        target = flags.get("--csv") or flags.get("--out") or flags.get("--out_dir", "") + "/model.pt"
+        if Path(target).exists():
+            print(f"{target} is there", flush=True)
             continue
         words = [part for word in words for part in
                  (sorted(map(str, Path().glob(word))) if word.endswith("/*") else [word])]
@@ -295,6 +295,7 @@ def main():
     parser.add_argument("study", nargs="?", choices=names, metavar="STUDY",
                         help=f"{', '.join(names)} (default none: list them)")
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
+    parser.flag("dtype", choices=["float32", "bfloat16"], help="to train in", shown="the faster one here")
     parser.flag("train_flags", default="[]", help="further flags of train.py, as a list in JSON")
     parser.switch("table", "only print the table, and draw the figure, of what was run")
     parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")
@@ -319,12 +320,13 @@ def run_study(args):
         return None if args.table else run_commands(args.study)
     modes, plan = TRAININGS[args.study]
     flags, rows = json.loads(args.train_flags), tables.read(args.study)
+    dtype = args.dtype or choose_dtype(torch.device("cpu"), None)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
     if not args.table:
         with lock(folder / "out" / "experiments"):
             rows = run_trainings(args.study, lambda rows: plan(rows, modes),
-                                 lambda row: train(row, flags, modes, folder), args.jobs)
+                                 lambda row: train(row, flags, modes, folder, dtype), args.jobs)
     draw(args.study, rows, folder)
 
 if __name__ == "__main__":
