@@ -133,3 +133,25 @@ def test_odd_rows_are_no_bill(run, tmp_path, row):
 def test_a_dollar_in_a_name_is_drawn_as_it_is(run, tmp_path):
     (tmp_path / "a.csv").write_text(HEAD + FULL.replace("smollm2", "$\\frac$"))
     assert run(plot.main, "a.csv", "--file=x.svg")[0] == 0
+
+def test_the_frontier_joins_what_no_other_mode_beats(figures):
+    points = {"full": (40, 80, [2.0, 2.2]), "SA": (30, 60, [2.1, 2.1]), "CLA": (30, 70, [2.3, 2.5]),
+              "MQA": (10, 75, [2.2, 2.2])}
+    plot.frontier(points, "x.png")
+    cache, flops = figures[0].axes
+    joined = [sorted({tuple(map(float, point)) for point in axis.lines[-1].get_xydata()})
+              for axis in (cache, flops)]
+    assert joined == [[(10, 2.2), (30, 2.1)], [(60, 2.1)]]  # full is as good as SA, and dearer
+    spreads = [bars.get_segments()[0] for line in cache.containers for bars in line.lines[2]]
+    assert any(abs(low[1] - (2.1 - 0.02**0.5)) < 1e-9 for low, high in spreads)
+    assert len(cache.texts) == len(points)
+
+def test_learning_has_a_line_for_each_seed_over_steps_and_seconds(figures):
+    rows = [{"mode": mode, "seed": seed, "step": str(step), "seconds": str(3 * step), "val_bpb": "2.5"}
+            for mode in ("full", "SA") for seed in "12" for step in (10, 20)]
+    plot.learning(rows, "x.png")
+    steps, seconds = figures[0].axes
+    assert len(steps.lines) == len(seconds.lines) == 4
+    assert {tuple(line.get_xdata()) for line in steps.lines} == {(10, 20)}
+    assert {tuple(line.get_xdata()) for line in seconds.lines} == {(30, 60)}
+    assert [text.get_text() for text in steps.get_legend().get_texts()] == ["full", "SA"]
