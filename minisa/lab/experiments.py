@@ -269,11 +269,11 @@ def curves(rows, folder):
 def draw(name, rows, folder):
     """The figure of a study, if it has one."""
     assets = ROOT / "assets"
-    if name == "sharing":
+    if name == "sharing" and rows:
         points = {mode: (int(runs[0]["cache B/token"]), int(runs[0]["FLOPs/token"]), [*losses(runs).values()])
                   for mode, runs in at_best(rows).items()}
         plot.frontier(points, assets / "frontier.png")
-    if name == "preset":
+    if name == "preset" and rows:
         if table := curves(rows, folder):
             write_csv(RESULTS / "learning.csv", ["mode", "seed", "step", "seconds", "val_bpb"], table)
         plot.learning(tables.read("learning"), assets / "learning.png")
@@ -296,11 +296,13 @@ def main():
                         help=f"{', '.join(names)} (default none: list them)")
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
     parser.flag("dtype", choices=["float32", "bfloat16"], help="to train in", shown="the faster one here")
-    parser.flag("train_flags", default="[]", help="further flags of train.py, as a list in JSON")
+    parser.flag("train_flags", shlex.split, [], "further flags of train.py, in quotes", "none")
     parser.switch("table", "only print the table, and draw the figure, of what was run")
     parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")
     parser.switch("update", "write the tables into the pages")
     args = parser.parse_args()
+    if args.check and args.update:
+        raise ValueError("--check, --update: give one of them")
     if args.check or args.update:
         differ = check_pages(args.update)
         print("\n".join([f"{name}: {'written' if args.update else 'differs'}" for name in differ])
@@ -310,8 +312,9 @@ def main():
         return show_all()
     run_study(args)
     if args.study in TABLES:
-        print_table(TABLES[args.study]())
-        print("\n" + tables.markdown(TABLES[args.study]()))
+        table = tables.make(args.study)
+        print_table(table)
+        print("\n" + tables.markdown(table))
 
 def run_study(args):
     """Run what the flags ask for, and draw its figure."""
@@ -319,7 +322,7 @@ def run_study(args):
     if args.study in COMMANDS:
         return None if args.table else run_commands(args.study)
     modes, plan = TRAININGS[args.study]
-    flags, rows = json.loads(args.train_flags), tables.read(args.study)
+    flags, rows = args.train_flags, tables.read(args.study)
     dtype = args.dtype or choose_dtype(torch.device("cpu"), None)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -219,6 +219,18 @@ TABLES = {
     "recall": recall_table,
 }
 
+STUDY = {"learned": "sharing", "all": "axes", "eigen": "axes", "squeeze": "axes", "sets": "scan"}
+
+def make(name):
+    """The table of this name. Raises ValueError if there is none, or its results are not all there."""
+    if name not in TABLES:
+        raise ValueError(f"no table is named {name}; there are {', '.join(TABLES)}")
+    try:
+        return TABLES[name]()
+    except (KeyError, IndexError, StopIteration):
+        raise ValueError(f"table {name}: its results are not all there; go on with: "
+                         f"python -m minisa.lab.experiments {STUDY.get(name, name)}") from None
+
 # ---- pages ----
 
 def pages():
@@ -228,15 +240,13 @@ def as_it_should_be(text):
     """The text of a page, its marked tables made anew → text, names of those that differ."""
     wrong = []
 
-    def make(match):
+    def replace(match):
         head, name, stands = match.groups()
-        if name not in TABLES:
-            raise ValueError(f"no table is named {name}; there are {', '.join(TABLES)}")
-        table = markdown(TABLES[name]())
+        table = markdown(make(name))
         if table != stands:
             wrong.append(name)
         return head + table
-    return MARK.sub(make, text), wrong
+    return MARK.sub(replace, text), wrong
 
 def check_pages(update=False):
     """Compare all tables of all pages with their results; update: write what differs. → what differed."""

@@ -1,8 +1,8 @@
 """Studies run what is missing, in stages, and go on where they were stopped."""
 
 import csv
-import json
 import random
+import shlex
 
 import pytest
 import torch
@@ -116,7 +116,7 @@ def test_a_study_trains_what_it_says(run, text, results, monkeypatch):
     tiny = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
             "--vocab_size=300", "--device=cpu", "--dtype=float32", f"--text={text}",
             f"--data_dir={results}/data"]
-    status, out, err = run(experiments.main, "depth", f"--train_flags={json.dumps(tiny)}")
+    status, out, err = run(experiments.main, "depth", f"--train_flags={shlex.join(tiny)}")
     assert (status, err) == (0, "") and "| SA | 0.001 | 2 |" in out
     rows = {row["mode"]: row for row in csv.DictReader((results / "depth.csv").open())}
     assert rows.keys() == modes.keys() and {row["steps"] for row in rows.values()} == {"4"}
@@ -133,6 +133,13 @@ def test_a_study_of_commands_runs_them_once(results, tmp_path, monkeypatch, capf
     experiments.run_commands("x")
     experiments.run_commands("x")
     assert (results / "x.csv").read_text() == "ran" and "x.csv is there" in capfd.readouterr().out
+
+def test_a_table_without_results_is_refused(run, results):
+    status, out, err = run(experiments.main, "sharing", "--table")
+    assert status == 2 and err.count("\n") == 1 and "its results are not all there" in err
+
+def test_flags_that_exclude_each_other_are_refused(run):
+    assert run(experiments.main, "--check", "--update")[0] == 2
 
 def test_a_command_that_fails_stops_its_study(results, monkeypatch):
     monkeypatch.setattr(experiments, "COMMANDS", {"x": ["python -c 'raise SystemExit(2)'"]})
