@@ -31,7 +31,7 @@ from minisa.cli import Parser, command, count
 from minisa.cost import predict
 from minisa.files import lock, read_file, write_csv
 from minisa.lab import plot, tables
-from minisa.lab.tables import RESULTS, ROOT, SETTINGS, TABLES, at_best, best, check_pages, losses
+from minisa.lab.tables import ASSETS, RESULTS, ROOT, SETTINGS, TABLES, at_best, best, check_pages, losses
 from minisa.settings import CPU, choose_dtype
 
 SEEDS = 1, 2, 3
@@ -193,13 +193,14 @@ def run_trainings(name, plan, measure, jobs):
                 for future in futures:                      # after Ctrl-C or an error: no more
                     future.cancel()
 
-# ---- studies that are lists of commands ----
+# ---- studies that are lists of commands; @ is the folder assets ----
 
 EIGHT, SIX = "5-6,12-13,14-15,20-22,24-25,27-29", "3-4,5-6,14-15,20-22,28-29"
 HEADS = "python -m minisa.axes.heads smollm2"
 MIXED = f"{HEADS} --heads=mix"
 ALONE = "--max_new_tokens=40 --temperature=0"
 SPANS = ["26-28", "3-5", "3-7", "22-28", "3-7,24-28"]
+LOOK = "--look='To be, or not to be: that is the question'"
 TUNE = ("--warmup_iters=10 --learning_rate=1e-4 --batch_size=4 --block_size=256 --eval_interval=60 "
         "--eval_tokens=4096 --overwrite")
 SMALL = [f"{MIXED} --share=14-15,20-22,27-29 --refit --out=out/mixed",
@@ -209,40 +210,46 @@ BILLS = ["all", "eigen", "kv", "squeeze"]
 COMMANDS = {
     "smollm2": [
         f"{MIXED} --share=26-28 --out=out/mixed-26-28",
-        f"python sample.py smollm2 out/mixed-26-28 --prompt='Once upon a time' {ALONE} --csv=@/smollm2.csv"],
-    "scan": ["python -m minisa.lab.scan smollm2 --heads=mix --refit --out_dir=@/scan"],
+        f"python sample.py smollm2 out/mixed-26-28 --prompt='Once upon a time' {ALONE} --csv=@/results/smollm2.csv"],
+    "scan": ["python -m minisa.lab.scan smollm2 --heads=mix --refit --out_dir=@/results/scan"],
     "spans": [
         *(f"{HEADS} --share={spans} --heads={heads} --out=out/spans/{heads}-{spans}"
           for spans in SPANS for heads in ("same", "match", "mix")),
         *(f"{HEADS} --share={spans} --share_kind=kv --out=out/spans/kv-{spans}" for spans in SPANS),
-        "python sample.py smollm2 out/spans/* --max_new_tokens=1 --csv=@/spans.csv"],
+        "python sample.py smollm2 out/spans/* --max_new_tokens=1 --csv=@/results/spans.csv"],
     "axes": [
         *SMALL,
-        f"python sample.py smollm2 out/mixed out/small --squeeze=614 {ALONE} --csv=@/all.csv",
-        f"python sample.py smollm2 out/narrow --squeeze=614 {ALONE} --csv=@/eigen.csv",
-        f"python sample.py smollm2 --share=26-28 --share_kind=kv --squeeze=614 {ALONE} --csv=@/kv.csv",
+        f"python sample.py smollm2 out/mixed out/small --squeeze=614 {ALONE} --csv=@/results/all.csv",
+        f"python sample.py smollm2 out/narrow --squeeze=614 {ALONE} --csv=@/results/eigen.csv",
+        f"python sample.py smollm2 --share=26-28 --share_kind=kv --squeeze=614 {ALONE} --csv=@/results/kv.csv",
         f"python sample.py smollm2 --squeeze=307 --squeeze_policy=heavy,sinks,window --squeeze_cut=1,0.7,0.5 "
-        f"{ALONE} --csv=@/squeeze.csv",
-        f"python -m minisa.lab.plot {' '.join(f'@/{name}.csv' for name in BILLS)} --file=assets/axes.png"],
+        f"{ALONE} --csv=@/results/squeeze.csv",
+        f"python -m minisa.lab.plot {' '.join(f'@/results/{name}.csv' for name in BILLS)} --file=@/axes.png"],
     "tuned": [
         f"{MIXED} --share={EIGHT} --refit --out=out/eight",
         f"{MIXED} --share={SIX} --out=out/six",
         *(f"python train.py --init_from={model} --max_iters={steps} {TUNE} "
           f"--out_dir=out/tuned/{Path(model).name}-{steps}"
           for model in ("smollm2", "out/eight", "out/six") for steps in (0, 60)),
-        "python sample.py out/tuned/* --max_new_tokens=1 --csv=@/tuned.csv"],
+        "python sample.py out/tuned/* --max_new_tokens=1 --csv=@/results/tuned.csv"],
+    "pictures": [
+        "python train.py --preset=cpu --device=cpu --keep_every=500 --out_dir=out/kept --overwrite",
+        "python -m minisa.lab.similarity out/kept --history --out_dir=@/toy",
+        f"python -m minisa.lab.similarity out/kept {LOOK} --share=1-3 --out_dir=@/toy",
+        "python -m minisa.lab.similarity smollm2 --out_dir=@/smollm2",
+        f"python -m minisa.lab.similarity smollm2 {LOOK} --share=26-28 --out_dir=@/smollm2"],
     "recall": [
         *SMALL,
         f"{MIXED} --share={EIGHT} --refit --out=out/eight",
         *(f"python -m minisa.lab.recall smollm2 out/eight out/narrow out/small --lengths={length} "
-          f"--squeeze={round(0.6 * length)} --csv=@/recall/{length}.csv" for length in tables.LENGTHS)],
+          f"--squeeze={round(0.6 * length)} --csv=@/results/recall/{length}.csv" for length in tables.LENGTHS)],
 }
 
 def run_commands(name):
     """Run the commands of a study one after the other; what one has written is not made again."""
     for line in COMMANDS[name]:
-        print(f"$ {line.replace('@', 'assets/results')}", flush=True)
-        words = [word.replace("@", str(RESULTS)) for word in shlex.split(line)]
+        print(f"$ {line.replace('@', 'assets')}", flush=True)
+        words = [word.replace("@", str(ASSETS)) for word in shlex.split(line)]
         flags = dict(word.partition("=")[::2] for word in words)
         target = flags.get("--csv") or flags.get("--out") or flags.get("--out_dir", "") + "/model.pt"
         if Path(target).exists():
@@ -268,15 +275,14 @@ def curves(rows, folder):
 
 def draw(name, rows, folder):
     """The figure of a study, if it has one."""
-    assets = ROOT / "assets"
     if name == "sharing" and rows:
         points = {mode: (int(runs[0]["cache B/token"]), int(runs[0]["FLOPs/token"]), [*losses(runs).values()])
                   for mode, runs in at_best(rows).items()}
-        plot.frontier(points, assets / "frontier.png")
+        plot.frontier(points, ASSETS / "frontier.png")
     if name == "preset" and rows:
         if table := curves(rows, folder):
             write_csv(RESULTS / "learning.csv", ["mode", "seed", "step", "seconds", "val_bpb"], table)
-        plot.learning(tables.read("learning"), assets / "learning.png")
+        plot.learning(tables.read("learning"), ASSETS / "learning.png")
 
 # ---- the command ----
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from minisa.files import read_file, write_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "assets" / "results"
+ASSETS = ROOT / "assets"
+RESULTS = ASSETS / "results"
 LENGTHS = 256, 512, 1024, 1536                # tokens of the prompts of the study `recall`
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
 

@@ -19,6 +19,7 @@ TWO = {"full": Mode(), "SA": Mode(["--share=0-1"])}
 def results(tmp_path, monkeypatch):
     """assets/results in a folder of the test."""
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "ASSETS", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     return tmp_path
 
