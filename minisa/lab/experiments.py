@@ -197,6 +197,8 @@ def run_trainings(name, plan, measure, jobs):
 
 EIGHT, SIX = "5-6,12-13,14-15,20-22,24-25,27-29", "3-4,5-6,14-15,20-22,28-29"
 HEADS = "python -m minisa.axes.heads smollm2"
+SAMPLE = "python sample.py smollm2"
+RECALL = "python -m minisa.lab.recall smollm2 out/eight out/narrow out/small"
 MIXED = f"{HEADS} --heads=mix"
 ALONE = "--max_new_tokens=40 --temperature=0"
 SPANS = ["26-28", "3-5", "3-7", "22-28", "3-7,24-28"]
@@ -210,19 +212,19 @@ BILLS = ["all", "eigen", "kv", "squeeze"]
 COMMANDS = {
     "smollm2": [
         f"{MIXED} --share=26-28 --out=out/mixed-26-28",
-        f"python sample.py smollm2 out/mixed-26-28 --prompt='Once upon a time' {ALONE} --csv=@/results/smollm2.csv"],
+        f"{SAMPLE} out/mixed-26-28 --prompt='Once upon a time' {ALONE} --csv=@/results/smollm2.csv"],
     "scan": ["python -m minisa.lab.scan smollm2 --heads=mix --refit --out_dir=@/results/scan"],
     "spans": [
         *(f"{HEADS} --share={spans} --heads={heads} --out=out/spans/{heads}-{spans}"
           for spans in SPANS for heads in ("same", "match", "mix")),
         *(f"{HEADS} --share={spans} --share_kind=kv --out=out/spans/kv-{spans}" for spans in SPANS),
-        "python sample.py smollm2 out/spans/* --max_new_tokens=1 --csv=@/results/spans.csv"],
+        f"{SAMPLE} out/spans/* --max_new_tokens=1 --csv=@/results/spans.csv"],
     "axes": [
         *SMALL,
-        f"python sample.py smollm2 out/mixed out/small --squeeze=614 {ALONE} --csv=@/results/all.csv",
-        f"python sample.py smollm2 out/narrow --squeeze=614 {ALONE} --csv=@/results/eigen.csv",
-        f"python sample.py smollm2 --share=26-28 --share_kind=kv --squeeze=614 {ALONE} --csv=@/results/kv.csv",
-        f"python sample.py smollm2 --squeeze=307 --squeeze_policy=heavy,sinks,window --squeeze_cut=1,0.7,0.5 "
+        f"{SAMPLE} out/mixed out/small --squeeze=614 {ALONE} --csv=@/results/all.csv",
+        f"{SAMPLE} out/narrow --squeeze=614 {ALONE} --csv=@/results/eigen.csv",
+        f"{SAMPLE} --share=26-28 --share_kind=kv --squeeze=614 {ALONE} --csv=@/results/kv.csv",
+        f"{SAMPLE} --squeeze=307 --squeeze_policy=heavy,sinks,window --squeeze_cut=1,0.7,0.5 "
         f"{ALONE} --csv=@/results/squeeze.csv",
         f"python -m minisa.lab.plot {' '.join(f'@/results/{name}.csv' for name in BILLS)} --file=@/axes.png"],
     "tuned": [
@@ -241,8 +243,8 @@ COMMANDS = {
     "recall": [
         *SMALL,
         f"{MIXED} --share={EIGHT} --refit --out=out/eight",
-        *(f"python -m minisa.lab.recall smollm2 out/eight out/narrow out/small --lengths={length} "
-          f"--squeeze={round(0.6 * length)} --csv=@/results/recall/{length}.csv" for length in tables.LENGTHS)],
+        *(f"{RECALL} --lengths={length} --squeeze={round(0.6 * length)} --csv=@/results/recall/{length}.csv"
+          for length in tables.LENGTHS)],
 }
 
 def run_commands(name):
