@@ -107,7 +107,8 @@ def learning_rate(step, args):
 
 def evaluate(args, run):
     """Measure the validation loss on a part, log it, and save the run; if it is the best, as model.pt too."""
-    loss, bpb = run.data.evaluate(run.model, args.eval_tokens)
+    tokens = 20_000 if args.eval_tokens is None else args.eval_tokens
+    loss, bpb = run.data.evaluate(run.model, tokens)
     run.refuse_nan(loss)
     run.replace_former()
     run.processes.say(f"step {run.step:5d}/{args.max_iters}  validation loss {loss:.4f} nats per token, "
@@ -190,7 +191,7 @@ def main():
         run.begin(processes, model, data, optimizer, saved_settings(args))
         status = train(args, run, forward, autocast)
         if status == 0 and processes.rank == 0:
-            run.finish()
+            run.finish(whole=args.eval_tokens is None)
     processes.close()
     return status
 

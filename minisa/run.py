@@ -192,15 +192,16 @@ class Run:
                  for name, t in parts.items()}
         self.save("train.pt", optimizer=state, settings=self.settings, progress=progress)
 
-    def finish(self):
-        """Read all of the validation text with the best model, and note its loss in model.pt."""
+    def finish(self, whole):
+        """Say where the best model is; whole: note in it its loss on all of the validation text."""
         model, tokenizer, info = checkpoint.load(self.folder, device=self.processes.device)
-        loss, bpb = self.data.evaluate(model)
-        info |= {"val_loss": loss, "val_bpb": bpb}
-        checkpoint.save(self.folder / "model.pt", model, tokenizer, info)
+        if whole:
+            info["val_loss"], info["val_bpb"] = self.data.evaluate(model)
+            checkpoint.save(self.folder / "model.pt", model, tokenizer, info)
+        text = "all validation text" if whole else "the validation text that was read"
         print(f"done in {clock(self.elapsed())}; the best model, of step {info['step']}, is in "
-              f"{self.folder}/model.pt. On all validation text: {loss:.4f} nats per token, "
-              f"{bpb:.4f} bits per byte. Next: python sample.py", flush=True)
+              f"{self.folder}/model.pt. On {text}: {info['val_loss']:.4f} nats per token, "
+              f"{info['val_bpb']:.4f} bits per byte. Next: python sample.py", flush=True)
 
     def stop(self):
         """Save and say so if any process was sent a signal. → the exit status then, else 0."""

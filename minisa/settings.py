@@ -95,7 +95,7 @@ FLAGS = [                       # name, type or choices, default, what it is
     ("out_dir", str, None, "folder of the run, None for out/MODE"),
     ("data_dir", str, None, "folder of the token files, None for data/"),
     ("eval_interval", count, PRESET, "steps between evaluations, which also save the run"),
-    ("eval_tokens", WHOLE, 20000, "validation tokens that are read on the way, 0 for all"),
+    ("eval_tokens", WHOLE, None, "validation tokens read, 0: all; None: 20,000, then all at last"),
     ("log_interval", count, 50, "steps between log lines"),
     ("keep_every", WHOLE, 0, "steps between models that are kept in out_dir/steps, 0 for none"),
 ]
