@@ -28,6 +28,7 @@ from minisa.model import GPT, GPTConfig
 from minisa.run import Meter, Processes, Run, clock, refuse_too_large
 from minisa.settings import read_flags, saved_settings, settle
 
+EVAL_TOKENS = 20_000            # of an evaluation on the way; the last one reads all
 SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]
 ALWAYS_FREE = {"device", "out_dir", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
 FREE_FROM_MODEL = {"share", "share_kind", "dropout", "block_size"}
@@ -107,7 +108,7 @@ def learning_rate(step, args):
 
 def evaluate(args, run):
     """Measure the validation loss on a part, log it, and save the run; if it is the best, as model.pt too."""
-    tokens = 20_000 if args.eval_tokens is None else args.eval_tokens
+    tokens = EVAL_TOKENS if args.eval_tokens is None else args.eval_tokens
     loss, bpb = run.data.evaluate(run.model, tokens)
     run.refuse_nan(loss)
     run.replace_former()

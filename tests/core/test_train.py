@@ -50,6 +50,18 @@ def test_a_run_is_saved_under_the_name_of_its_mode_and_learns(run, text, flags, 
     assert log(folder, "loss").keys() == {*range(3, 61, 3)}
     assert tokenizer.vocab_size == model.config.vocab_size == 300
 
+@pytest.mark.parametrize("flags", [[], ["--eval_tokens=64"]], ids=["all", "as told"])
+def test_the_loss_of_a_finished_run_is_of_all_validation_text_unless_told(run, text, monkeypatch, flags):
+    monkeypatch.setattr(train, "EVAL_TOKENS", 64)
+    status, out, err = run(train.main, *TINY, f"--text={text}", *flags)
+    model, _, info = checkpoint.load("out/full")
+    data = train.Data(Path("data") / Path(info["data"]).name)
+    whole, part = data.evaluate(model), data.evaluate(model, 64)
+    assert (status, err) == (0, "") and abs(whole[0] - part[0]) > 1e-3
+    assert (info["val_loss"], info["val_bpb"]) == pytest.approx(part if flags else whole, rel=1e-6)
+    assert log("out/full", "val_loss")[info["step"]] == pytest.approx(part[0], rel=1e-6)
+    assert ("On all validation text" in out) == (not flags)
+
 STOPS = [([], 7, "stopped"), (["--dropout=0.3", "--share=0-2"], 7, "stopped"),
          ([], 4, "stopped"), ([], 7, "killed")]
 
