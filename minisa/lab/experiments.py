@@ -70,6 +70,8 @@ PRESET = {
     "Shared Attention, `--share=1-3`": Mode(["--share=1-3"]),
     "Shared Attention, `--share=0-3`": Mode(["--share=0-3"]),
     "Cross-Layer Attention, `--share=1-3`": Mode(["--share=1-3", "--share_kind=kv"]),
+    "`--share=0-3`, `--share_rank=4`": MODES["SA 0-3, rank 4"],
+    "`--share=1-3`, mixed": MODES["SA 1-3, mixed"],
 }
 DEPTH = {
     "8 layers, full": Mode(["--n_layer=8"]),

@@ -76,13 +76,14 @@ def over(runs, reference):
     theirs = losses(reference)
     return [100 * (loss / theirs[seed] - 1) for seed, loss in losses(runs).items() if seed in theirs]
 
-def seeds_table(name):
-    """Each mode's loss for each seed, and what it costs."""
-    modes = at_best(read(name))
-    reference = next(iter(modes.values()))
+def seeds_table(name, modes):
+    """These modes' losses for each seed, and what they cost; the first one is the reference."""
+    found = at_best(read(name))
+    reference = found[modes[0]]
     table = [["model", *(f"seed {row['seed']}" for row in reference), "over full attention", "cache, B/token",
               "FLOPs/token"]]
-    for mode, runs in modes.items():
+    for mode in modes:
+        runs = found[mode]
         difference = percent(over(runs, reference)) if runs is not reference else ""
         table.append([mode, *(f"{loss:.4f}" for loss in losses(runs).values()), difference,
                       number(runs[0]["cache B/token"]), number(runs[0]["FLOPs/token"])])
@@ -198,12 +199,13 @@ def recall_table():
 SPANS = {"reuse layers": "reuse layers", "median": "median span", "best span": "best span",
          "loss": "its loss", "cache saved": "cache saved",
          "FLOPs saved at context 512": "FLOPs saved at 512 tokens"}
+FULL, SHARED_1, SHARED_0 = "full attention", *(f"Shared Attention, `--share={a}-3`" for a in (1, 0))
 TABLES = {
-    "preset": lambda: seeds_table("preset"),
+    "preset": lambda: seeds_table("preset", [FULL, SHARED_1, SHARED_0, "Cross-Layer Attention, `--share=1-3`"]),
     "sharing": lambda: modes_table("sharing"),
     "depth": lambda: modes_table("depth"),
-    "learned": lambda: modes_table("sharing", ["full", "SA 1-3", "SA 1-3, mixed", "SA 0-3", "SA 0-3, rank 4",
-                                               "SA 0-3, rank 8"]),
+    "learned": lambda: seeds_table("preset", [FULL, SHARED_1, "`--share=1-3`, mixed", SHARED_0,
+                                              "`--share=0-3`, `--share_rank=4`"]),
     "fair": fair_table,
     "smollm2": lambda: bill_table("smollm2", ["smollm2", "out/mixed-26-28"]),
     "all": lambda: bill_table("all", {
@@ -220,7 +222,7 @@ TABLES = {
     "recall": recall_table,
 }
 
-STUDY = {"learned": "sharing", "all": "axes", "eigen": "axes", "squeeze": "axes", "sets": "scan"}
+STUDY = {"learned": "preset", "all": "axes", "eigen": "axes", "squeeze": "axes", "sets": "scan"}
 
 def make(name):
     """The table of this name. Raises ValueError if there is none, or its results are not all there."""
