@@ -199,12 +199,13 @@ def recall_table():
 SPANS = {"reuse layers": "reuse layers", "median": "median span", "best span": "best span",
          "loss": "its loss", "cache saved": "cache saved",
          "FLOPs saved at context 512": "FLOPs saved at 512 tokens"}
-FULL, SHARED_1, SHARED_0 = "full attention", *(f"Shared Attention, `--share={a}-3`" for a in (1, 0))
+FULL, CLA = "full attention", "Cross-Layer Attention, `--share=1-3`"
+SA_1, SA_0 = "Shared Attention, `--share=1-3`", "Shared Attention, `--share=0-3`"
 TABLES = {
-    "preset": lambda: seeds_table("preset", [FULL, SHARED_1, SHARED_0, "Cross-Layer Attention, `--share=1-3`"]),
+    "preset": lambda: seeds_table("preset", [FULL, SA_1, SA_0, CLA]),
     "sharing": lambda: modes_table("sharing"),
     "depth": lambda: modes_table("depth"),
-    "learned": lambda: seeds_table("preset", [FULL, SHARED_1, "`--share=1-3`, mixed", SHARED_0,
+    "learned": lambda: seeds_table("preset", [FULL, SA_1, "`--share=1-3`, mixed", SA_0,
                                               "`--share=0-3`, `--share_rank=4`"]),
     "fair": fair_table,
     "smollm2": lambda: bill_table("smollm2", ["smollm2", "out/mixed-26-28"]),
