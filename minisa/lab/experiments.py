@@ -32,6 +32,7 @@ from minisa.cost import predict
 from minisa.files import lock, read_file, write_csv
 from minisa.lab import plot, tables
 from minisa.lab.tables import ASSETS, RESULTS, ROOT, SETTINGS, TABLES, at_best, best, check_pages, losses
+from minisa.picture import pyplot
 from minisa.settings import CPU, choose_dtype
 
 SEEDS = 1, 2, 3
@@ -277,6 +278,8 @@ def curves(rows, folder):
                   for line in lines if "val_bpb" in line]
     return table
 
+DRAWN = "preset", "sharing"
+
 def draw(name, rows, folder):
     """The figure of a study, if it has one."""
     if name == "sharing" and rows:
@@ -332,6 +335,8 @@ def run_study(args):
     if args.study in COMMANDS:
         return None if args.table else run_commands(args.study)
     modes, plan = TRAININGS[args.study]
+    if args.study in DRAWN:
+        pyplot("the figure of this study")                  # refused before the work if it is missing
     flags, rows = args.train_flags, tables.read(args.study)
     dtype = args.dtype or choose_dtype(torch.device("cpu"), None)
     if args.jobs > 1:
