@@ -269,13 +269,16 @@ def run_commands(name):
 # ---- figures ----
 
 def curves(rows, folder):
-    """Rows of the study `preset` → rows of learning.csv: what their runs logged, if they are still there."""
+    """Rows of the study `preset` → rows of learning.csv: what their runs logged; [] if one is gone."""
     table = []
     for row in rows:
         log = Path(folder) / folder_of(row) / "log.jsonl"
-        lines = map(json.loads, read_file(log).decode().splitlines()) if log.exists() else []
-        table += [[row["mode"], row["seed"], line["step"], f"{line['seconds']:.1f}", f"{line['val_bpb']:.4f}"]
-                  for line in lines if "val_bpb" in line]
+        if not log.exists():
+            return []
+        for line in map(json.loads, read_file(log).decode().splitlines()):
+            if "val_bpb" in line:
+                seconds, bpb = f"{line['seconds']:.1f}", f"{line['val_bpb']:.4f}"
+                table.append([row["mode"], row["seed"], line["step"], seconds, bpb])
     return table
 
 DRAWN = "preset", "sharing"
