@@ -216,7 +216,9 @@ COMMANDS = {
     "smollm2": [
         f"{MIXED} --share=26-28 --out=out/mixed-26-28",
         f"{SAMPLE} out/mixed-26-28 --prompt='Once upon a time' {ALONE} --csv=@/results/smollm2.csv"],
-    "scan": ["python -m minisa.lab.scan smollm2 --heads=mix --refit --out_dir=@/results/scan"],
+    "scan": [
+        "python -m minisa.lab.scan smollm2 --heads=mix --refit --out_dir=@/results/scan",
+        "python -m minisa.lab.scan smollm2 --heads=same --most=1 --out_dir=@/results/scan"],
     "spans": [
         *(f"{HEADS} --share={spans} --heads={heads} --out=out/spans/{heads}-{spans}"
           for spans in SPANS for heads in ("same", "match", "mix")),

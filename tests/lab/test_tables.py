@@ -53,7 +53,39 @@ def test_a_table_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="no table is named nonsense; there are preset"):
         as_it_should_be("<!-- table: nonsense -->\n")
 
+@pytest.mark.parametrize("name, study", [("preset", "preset"), ("spans", "spans"), ("scan", "scan"),
+                                         ("sets", "scan"), ("recall", "recall"), ("eigen", "axes")])
+def test_a_table_without_all_its_results_names_its_study(results, name, study):
+    with pytest.raises(ValueError, match=f"go on with: python -m minisa.lab.experiments {study}$"):
+        tables.make(name)
+
 def test_a_damaged_file_is_named(results):
     (results / "sharing.csv").write_text(RUNS + "full,1\n")
     with pytest.raises(ValueError, match="sharing.csv: a line has another number of cells"):
         tables.read("sharing")
+
+def test_spans_are_given_over_full_attention_best_mixture_first(results):
+    ways = {"same": 2.2, "match": 2.1, "mix": 2.06, "kv": 3.0}
+    rows = [("smollm2", 2.0)] + [(f"out/spans/{way}-1-2,5-7", loss) for way, loss in ways.items()]
+    rows += [(f"out/spans/{way}-3-4", 2.02) for way in ways]
+    (results / "spans.csv").write_text("model,val bpb\n" + "".join(f'"{m}",{loss}\n' for m, loss in rows))
+    assert tables.make("spans")[1:] == [["3-4", "1"] + ["+1.00 %"] * 4,
+                                        ["1-2,5-7", "3", "+10.00 %", "+5.00 %", "+3.00 %", "+50.00 %"]]
+
+def test_right_answers_have_their_standard_error(results):
+    (results / "recall").mkdir()
+    for length in tables.LENGTHS:
+        squeezed = f"smollm2, squeeze {length} heavy 0.5"
+        (results / "recall" / f"{length}.csv").write_text(
+            f'model,tokens,prompts,right\nsmollm2,{length},196,98\n"{squeezed}",{length},196,0\n')
+    half, none = tables.make("recall")[1:]                  # (98 + 2) / 200, and 2 / 200
+    assert half == ["smollm2"] + ["50.0% ± 3.5%"] * 4       # √(0.5 · 0.5 / 200)
+    assert none == ["smollm2, squeezed to 60 %"] + ["0.0% ± 0.7%"] * 4
+
+def test_what_training_gives_back_is_over_full_attention_trained_alike(results):
+    losses = {"smollm2-0": 2.0, "eight-0": 2.1, "six-0": 2.2, "smollm2-60": 1.0, "eight-60": 1.1, "six-60": 1.2}
+    (results / "tuned.csv").write_text(
+        "model,val bpb\n" + "".join(f"out/tuned/{model},{loss}\n" for model, loss in losses.items()))
+    assert [row[1:] for row in tables.make("tuned")[1:]] == [
+        ["2.0000", "1.0000"], ["2.1000 (+5.00 %)", "1.1000 (+10.00 %)"],
+        ["2.2000 (+10.00 %)", "1.2000 (+20.00 %)"]]
