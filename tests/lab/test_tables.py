@@ -83,7 +83,8 @@ def test_right_answers_have_their_standard_error(results):
     assert none == ["smollm2, squeezed to 60 %"] + ["0.0% ± 0.7%"] * 4
 
 def test_what_training_gives_back_is_over_full_attention_trained_alike(results):
-    losses = {"smollm2-0": 2.0, "eight-0": 2.1, "six-0": 2.2, "smollm2-60": 1.0, "eight-60": 1.1, "six-60": 1.2}
+    losses = {"smollm2-0": 2.0, "eight-0": 2.1, "six-0": 2.2,
+              "smollm2-60": 1.0, "eight-60": 1.1, "six-60": 1.2}
     (results / "tuned.csv").write_text(
         "model,val bpb\n" + "".join(f"out/tuned/{model},{loss}\n" for model, loss in losses.items()))
     assert [row[1:] for row in tables.make("tuned")[1:]] == [
