@@ -103,6 +103,13 @@ def print_speeds(seconds, tokens, must_read):
         rows.append(row + limit)
     print_table(rows)
 
+SPEEDS = ["measured", "mode", "work", "tokens/s"]
+
+def speeds(title, seconds, tokens):
+    """As of print_speeds() → rows of a CSV file."""
+    return [[title, name, what, f"{tokens[what] / took:.2f}"]
+            for (name, what), took in seconds.items() if what in tokens]
+
 # ---- what is measured ----
 
 def tokens_for(model, *shape):
@@ -203,7 +210,7 @@ def nanogpt_work(config, training, where):
     return work
 
 def bench_shape(shape, rounds, where, dtype, plain=False, beside_nanogpt=False):
-    """Measure one shape and print its table; with `plain`, full attention a second time."""
+    """Measure one shape and print its table; with `plain`, full attention a second time. → rows for CSV"""
     fields, training, batch = SHAPES[shape]
     context, (train_batch, length) = fields["block_size"], training or (0, 0)
     T, work, models = min(context, 2048), {MACHINE: reader(where)}, {}
@@ -230,6 +237,7 @@ def bench_shape(shape, rounds, where, dtype, plain=False, beside_nanogpt=False):
     tokens = {"train": train_batch * length, "prefill": T, "decode": batch}
     print_speeds(seconds, tokens, {mode: to_read(model, context, batch) for mode, model in models.items()})
     print(flush=True)
+    return speeds(f"{shape}, {dtype}", seconds, tokens)
 
 # ---- models from files ----
 
@@ -268,7 +276,8 @@ def variants(source, share, plain, where):
     return models, seconds
 
 def bench_models(sources, share, plain, beside_transformers, rounds, where):
-    """Measure models from files, beside each other and beside transformers, and print a table."""
+    """Measure models from files, beside each other and beside transformers, and print a table. → rows for
+    CSV"""
     models, theirs, loading = {}, {}, []
     if beside_transformers:
         theirs["transformers"], seconds = transformers_model(sources[0], where)
@@ -297,7 +306,9 @@ def bench_models(sources, share, plain, beside_transformers, rounds, where):
               f"transformers {loss:.5f}")
     seen = min(prompt + n // 2, size)                       # keys, in the mean
     must_read = {name: to_read(model, seen) for name, model in models.items()}
-    print_speeds(seconds, {"decode": 1, "prefill": T}, must_read)
+    tokens = {"decode": 1, "prefill": T}
+    print_speeds(seconds, tokens, must_read)
+    return speeds(sources[0], seconds, tokens)
 
 # ---- sweeps: what a token costs as context or batch grow ----
 
@@ -334,7 +345,7 @@ def read_args():
                   "first model, a .gguf file")
     parser.flag("sweep", choices=list(SWEPT), help="without MODEL: time decoding while this grows",
                 shown="none")
-    parser.flag("csv", table, help="with --sweep: file to write the table to as CSV", shown="none")
+    parser.flag("csv", table, help="file to write the speeds to as CSV", shown="none")
     parser.flag("plot", picture, help="with --sweep: file to draw it in, as .png, .svg or .pdf; needs "
                 "matplotlib", shown="none")
     parser.flag("rounds", count, 7, "measurements of each figure")
@@ -347,8 +358,8 @@ def refuse(args):
         ((args.share or args.beside_transformers) and not args.models,
          "--share and --beside_transformers: go with a model, as in: "
          "python -m minisa.lab.bench smollm2 --share=26-28"),
-        ((args.csv or args.plot) and not args.sweep or args.sweep and args.models,
-         "--sweep: goes without a model, and --csv and --plot go with it, as in: "
+        (args.plot and not args.sweep or args.sweep and args.models,
+         "--sweep: goes without a model, and --plot goes with it, as in: "
          "python -m minisa.lab.bench --sweep=context --plot=context.png"),
         ((args.dtype or args.beside_nanogpt) and (args.models or args.sweep),
          "--dtype and --beside_nanogpt: go with shapes, without a model and without --sweep, as in: "
@@ -362,26 +373,27 @@ def sweep(args):
         pyplot("--plot")                                    # refused before the work if it is missing
     columns, *rows = bench_sweep(args.sweep, args.rounds, args.device)
     print_table([columns, *rows])
-    if args.csv:
-        write_csv(args.csv, columns, rows)
     if args.plot:
         plot.token_times(rows, args.sweep, args.plot)
+    return columns, rows
 
 def main():
     args = read_args()
     refuse(args)
     keep_memory()
-    shapes, where = args.shapes.split(","), args.device
+    shapes, where, columns = args.shapes.split(","), args.device, SPEEDS
     if args.models:
-        bench_models(args.models, args.share, args.plain, args.beside_transformers, args.rounds, where)
+        rows = bench_models(args.models, args.share, args.plain, args.beside_transformers, args.rounds, where)
     elif args.sweep:
-        sweep(args)
+        columns, rows = sweep(args)
     elif unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"--shapes={args.shapes}: '{min(unknown)}' is none of {', '.join(SHAPES)}")
     else:
         dtype = args.dtype or choose_dtype(where, None)
-        for shape in shapes:
-            bench_shape(shape, args.rounds, where, dtype, args.plain, args.beside_nanogpt)
+        rows = [row for shape in shapes for row in
+                bench_shape(shape, args.rounds, where, dtype, args.plain, args.beside_nanogpt)]
+    if args.csv:
+        write_csv(args.csv, columns, rows)
 
 if __name__ == "__main__":
     command(main)

@@ -143,7 +143,8 @@ def python(folder, *words):
         raise ValueError(f"{' '.join(map(str, words))[:200]}: {last}")
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    others = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *[others] * bool(others)])}
 
 def folder_of(row):
     """Where the run of a row's settings lies."""
@@ -245,6 +246,15 @@ COMMANDS = {
         f"python -m minisa.lab.similarity out/kept {LOOK} --share=1-3 --out_dir=@/toy",
         "python -m minisa.lab.similarity smollm2 --out_dir=@/smollm2",
         f"python -m minisa.lab.similarity smollm2 {LOOK} --share=26-28 --out_dir=@/smollm2"],
+    "speed": [
+        "python -m minisa.lab.bench --shapes=small,large,long --csv=@/results/speed.csv",
+        f"python -m minisa.lab.bench smollm2 --share={EIGHT} --plain --beside_transformers --rounds=5 "
+        "--csv=@/results/speed-smollm2.csv",
+        *(f"python -m minisa.lab.bench --sweep={what} --rounds=5 --csv=@/results/{what}.csv "
+          f"--plot=@/{what}.png" for what in ("context", "batch_size"))],
+    "peers": [                                              # with nanoGPT's folder on PYTHONPATH
+        *(f"python -m minisa.lab.bench --shapes=small,recipe,large --beside_nanogpt --dtype={dtype} "
+          f"--csv=@/results/speed-nanogpt-{dtype}.csv" for dtype in ("float32", "bfloat16"))],
     "recall": [
         *SMALL,
         f"{MIXED} --share={EIGHT} --refit --out=out/eight",

@@ -187,6 +187,57 @@ def tuned_table():
         table.append([shown, *cells])
     return table
 
+def ratios(name, over):
+    """Speeds that bench.py wrote → {(measured, mode, work): its speed over that of the mode `over`}"""
+    speeds = {tuple(row.values())[:3]: float(row["tokens/s"]) for row in read(name)}
+    return {(measured, mode, work): speed / speeds[measured, over, work]
+            for (measured, mode, work), speed in speeds.items() if (measured, over, work) in speeds}
+
+def speed_table():
+    """What sharing does to speed: a model's shape by a kind of work, over full attention."""
+    found = ratios("speed", "full")
+    shapes = {"small": "4 layers, 128 wide, context 256", "large": "6 layers, 384 wide, context 256",
+              "long": "6 layers, 128 wide, context 8,192"}
+    table = [["shape", "mode", "training", "prefill", "decode"]]
+    for measured in dict.fromkeys(key[0] for key in found):
+        shape = measured.partition(",")[0]
+        for mode, shown in {"weights": "Shared Attention", "kv": "Cross-Layer Attention"}.items():
+            cells = [found.get((measured, mode, work)) for work in ("train", "prefill", "decode")]
+            title = f"{shape}: {shapes[shape]}" if mode == "weights" else ""
+            table.append([title, shown, *(f"{cell:.2f}" if cell else "" for cell in cells)])
+    return table
+
+def speed_smollm2_table():
+    """A real LLM and what is made of it, over full attention in float32."""
+    found = ratios("speed-smollm2", "smollm2, float32")
+    eight = next(mode for _, mode, _ in found if mode.startswith("share ")).rpartition(", ")[0]
+    names = {"smollm2, bfloat16": "full, bfloat16",
+             "smollm2, float32, plain": "full, float32, without `fast.py`",
+             f"{eight}, float32": "eight reuse layers, float32",
+             f"{eight}, bfloat16": "eight reuse layers, bfloat16", "transformers": "transformers, float32"}
+    table = [["", "decode", "prefill of 2,048 tokens"]]
+    for mode, shown in names.items():
+        cells = [found.get(("smollm2", mode, work)) for work in ("decode", "prefill")]
+        table.append([shown, *(f"{cell:.2f}" if cell else "" for cell in cells)])
+    return table
+
+def nanogpt_table():
+    """Training and decoding over nanoGPT's speed, which trains in float32 on a CPU."""
+    found = {dtype: ratios(f"speed-nanogpt-{dtype}", "nanoGPT") for dtype in ("float32", "bfloat16")}
+    kinds = {("small", "train"): "training: small, on 8 × 128 tokens",
+             ("recipe", "train"): "training: recipe, nanoGPT's for a CPU, 12 × 64 characters",
+             ("large", "train"): "training: large, on 8 × 256 tokens",
+             ("small", "decode"): "decoding at context 256: small",
+             ("large", "decode"): "decoding at context 256: large"}
+    table = [["", *(f"{mode}, {dtype}" for dtype in found for mode in ("full", "Shared Attention"))]]
+    for (shape, work), shown in kinds.items():
+        cells = [found[dtype][f"{shape}, {dtype}", mode, work]
+                 for dtype in found for mode in ("full", "weights")]
+        if work == "decode":                                # is in float32 whatever the training is in
+            cells = [f"{cell:.1f}" for cell in cells[:2]] + ["", ""]
+        table.append([shown, *(cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells)])
+    return table
+
 def recall_table():
     """The share of right answers at each length, and its standard error as by Agresti and Coull."""
     rows = [row for length in LENGTHS for row in read(f"recall/{length}")]
@@ -223,9 +274,13 @@ TABLES = {
     "sets": sets_table,
     "tuned": tuned_table,
     "recall": recall_table,
+    "speed": speed_table,
+    "speed-smollm2": speed_smollm2_table,
+    "speed-nanogpt": nanogpt_table,
 }
 
-STUDY = {"learned": "preset", "all": "axes", "eigen": "axes", "squeeze": "axes", "sets": "scan"}
+STUDY = {"learned": "preset", "all": "axes", "eigen": "axes", "squeeze": "axes", "sets": "scan",
+         "speed-smollm2": "speed", "speed-nanogpt": "peers"}
 
 def make(name):
     """The table of this name. Raises ValueError if there is none, or its results are not all there."""

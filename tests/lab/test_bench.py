@@ -94,11 +94,15 @@ def test_a_training_step_trains():
 
 def test_it_prints_a_row_for_each_mode(run, monkeypatch, half_a_second):
     monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, (2, 32), 2)})
-    status, out, err = run(bench.main, "--shapes=tiny", "--rounds=2", "--plain")
+    status, out, err = run(bench.main, "--shapes=tiny", "--rounds=2", "--plain", "--dtype=float32",
+                           "--csv=speed.csv")
     rows = rows_of(out, "full", "weights", "kv", "plain")
     assert status == 0 and "round 2 of 2" in err and out.count("÷ first") == 3
     assert rows["full"][:5] == ["128.0", "1.00", "64.0", "1.00", "4.0"]   # 2 · 32 tokens in half a second
     assert set(rows) == {"full", "weights", "kv", "plain"} and all(row[5] == "1.00" for row in rows.values())
+    header, *lines = Path("speed.csv").read_text().splitlines()
+    assert header == "measured,mode,work,tokens/s" and len(lines) == 3 * 4
+    assert '"tiny, float32",full,train,128.00' in lines and '"tiny, float32",kv,decode,4.00' in lines
     full = measure(GPT(GPTConfig(**TINY)), 32, 2)
     assert rows["full"][-1] == rows["plain"][-1] == f"{(4 * full.params + full.cache_bytes) / 1e6:.1f}"
 
@@ -221,7 +225,7 @@ def test_a_step_of_a_sweep_sees_all_of_its_context():
     (["run", "--beside_nanogpt"], "--dtype and --beside_nanogpt: go with shapes"),
     (["--sweep=context", "--dtype=float32"], "--dtype and --beside_nanogpt: go with shapes"),
     (["run", "--sweep=context"], "--sweep: goes without a model"),
-    (["--csv=some.csv"], "--csv and --plot go with it"),
+    (["--plot=some.png"], "--plot goes with it"),
     (["--sweep=context", "--plot=some.txt"], "some.txt must end in .png"),
     (["run", "--beside_transformers"], "transformers reads .gguf files; run is none"),
     (["run", "--share=5-9"], "--share=5-9"),

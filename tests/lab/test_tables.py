@@ -90,3 +90,15 @@ def test_what_training_gives_back_is_over_full_attention_trained_alike(results):
     assert [row[1:] for row in tables.make("tuned")[1:]] == [
         ["2.0000", "1.0000"], ["2.1000 (+5.00 %)", "1.1000 (+10.00 %)"],
         ["2.2000 (+10.00 %)", "1.2000 (+20.00 %)"]]
+
+def test_speeds_are_ratios_of_what_was_measured_together(results):
+    rows = [("small, bfloat16", "full", "train", 100), ("small, bfloat16", "weights", "train", 125),
+            ("small, bfloat16", "kv", "train", 90), ("long, bfloat16", "full", "decode", 50),
+            ("long, bfloat16", "weights", "decode", 75), ("long, bfloat16", "kv", "decode", 60)]
+    (results / "speed.csv").write_text("measured,mode,work,tokens/s\n" + "".join(
+        f'"{measured}",{mode},{work},{speed}\n' for measured, mode, work, speed in rows))
+    assert tables.make("speed")[1:] == [
+        ["small: 4 layers, 128 wide, context 256", "Shared Attention", "1.25", "", ""],
+        ["", "Cross-Layer Attention", "0.90", "", ""],
+        ["long: 6 layers, 128 wide, context 8,192", "Shared Attention", "", "", "1.50"],
+        ["", "Cross-Layer Attention", "", "", "1.20"]]
