@@ -39,8 +39,8 @@ GPU = {                         # one GPU: the shape of nanoGPT's Shakespeare re
     "beta2": 0.99,
     "eval_interval": 250,
 }
-# With --text=FILE, the original Tiny Shakespeare: on two cores in five minutes below the 1.4697
-# nats per character that nanoGPT's recipe reaches on an A100 in three.
+# With --text=FILE, the original Tiny Shakespeare: on two cores in two to five minutes below the
+# 1.4697 nats per character that nanoGPT's recipe reaches on an A100 in three.
 TINYSHAKESPEARE = {
     "n_layer": 4,
     "n_head": 5,                # heads of 32 numbers

@@ -7,7 +7,7 @@
 
 A study that trains models writes assets/results/NAME.csv: a line for each run, with its settings, seed, loss,
 time and versions. What is there is not run again. Other studies are lists of commands: each is printed, and
-not run again while the file or folder that it writes is there.
+not run again while the file or folder that it writes is there. --again sets the results aside first.
 """
 
 import json
@@ -262,14 +262,18 @@ COMMANDS = {
           for length in tables.LENGTHS)],
 }
 
+def parse(line):
+    """A command of a study → its words, and what it writes: a file, a folder, or the model in a folder."""
+    words = [word.replace("@", str(ASSETS)) for word in shlex.split(line)]
+    flags = dict(word.partition("=")[::2] for word in words)
+    return words, Path(flags.get("--csv") or flags.get("--out") or flags.get("--out_dir", "") + "/model.pt")
+
 def run_commands(name):
     """Run the commands of a study one after the other; what one has written is not made again."""
     for line in COMMANDS[name]:
         print(f"$ {line.replace('@', 'assets')}", flush=True)
-        words = [word.replace("@", str(ASSETS)) for word in shlex.split(line)]
-        flags = dict(word.partition("=")[::2] for word in words)
-        target = flags.get("--csv") or flags.get("--out") or flags.get("--out_dir", "") + "/model.pt"
-        if Path(target).exists():
+        words, target = parse(line)
+        if target.exists():
             print(f"{target} is there", flush=True)
             continue
         words = [part for word in words for part in
@@ -277,6 +281,16 @@ def run_commands(name):
         done = subprocess.run([sys.executable, *words[1:]], env=environment())
         if done.returncode:
             raise ValueError(f"the last command ended with status {done.returncode}; the same study goes on")
+
+def set_aside(name):
+    """Rename the results of a study, to measure them anew."""
+    files = [RESULTS / f"{name}.csv"]
+    for _, target in map(parse, COMMANDS.get(name, [])):
+        files += target.parent.glob("*.csv") if target.name == "model.pt" else [target]
+    for file in files:
+        if file.suffix == ".csv" and file.exists():
+            os.replace(file, f"{file}.old")
+            print(f"{file} is now {file.name}.old")
 
 # ---- figures ----
 
@@ -325,6 +339,7 @@ def main():
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
     parser.flag("dtype", choices=["float32", "bfloat16"], help="to train in", shown="the faster one here")
     parser.flag("train_flags", shlex.split, [], "further flags of train.py, in quotes", "none")
+    parser.switch("again", "set the results of this study aside, as .csv.old, and measure anew")
     parser.switch("table", "only print the table, and draw the figure, of what was run")
     parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")
     parser.switch("update", "write the tables into the pages")
@@ -338,6 +353,10 @@ def main():
         return 1 if differ and args.check else 0
     if not args.study:
         return show_all()
+    if args.again and args.table:
+        raise ValueError("--again, --table: give one of them")
+    if args.again:
+        set_aside(args.study)
     run_study(args)
     if args.study in TABLES:
         table = tables.make(args.study)

@@ -263,7 +263,8 @@ TABLES = {
     "fair": fair_table,
     "smollm2": lambda: bill_table("smollm2", ["smollm2", "out/mixed-26-28"]),
     "all": lambda: bill_table("all", {
-        "smollm2": "smollm2", "out/mixed": "out/mixed", "out/small": "out/small",
+        "smollm2": "smollm2", "smollm2, squeeze 614 heavy 0.5": "smollm2, squeezed to 614 tokens",
+        "out/mixed": "out/mixed", "out/small": "out/small",
         "out/small, squeeze 614 heavy 0.5": "out/small, squeezed to 614 tokens"}),
     "eigen": lambda: bill_table("eigen", {
         "smollm2": "smollm2", "out/narrow": "out/narrow",

@@ -134,6 +134,8 @@ def test_a_study_of_commands_runs_them_once(results, tmp_path, monkeypatch, capf
     experiments.run_commands("x")
     experiments.run_commands("x")
     assert (results / "x.csv").read_text() == "ran" and "x.csv is there" in capfd.readouterr().out
+    experiments.set_aside("x")
+    assert (results / "x.csv.old").read_text() == "ran" and not (results / "x.csv").exists()
 
 def test_a_table_without_results_is_refused(run, results):
     status, out, err = run(experiments.main, "sharing", "--table")
