@@ -37,7 +37,7 @@ from minisa.settings import CPU, choose_dtype
 
 SEEDS = 1, 2, 3
 RATES = 1e-3, 2e-3, 3e-3, 4e-3
-WARMUPS = 500, 250, 1000        # the first one while learning rates are swept
+WARMUPS = 500, 1000             # the first one while learning rates are swept
 STEPS = 2000
 MEASURED = ["val_loss", "val_bpb", "minutes", "parameters", "cache B/token", "FLOPs/token", "dtype",
             "torch", "machine"]

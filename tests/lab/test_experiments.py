@@ -28,10 +28,10 @@ def result(settings, bpb):
     return {name: str(value) for name, value in row.items()}
 
 def loss_of(settings):
-    """Full attention likes 3e-3 and a warm-up of 250; SA 1e-3 and 1000."""
+    """Full attention likes 3e-3 and a warm-up of 500; SA 1e-3 and 1000."""
     full = settings["mode"] == "full"
     rate, warmup = float(settings["learning_rate"]), int(settings["warmup_iters"])
-    off = abs(rate - (3e-3 if full else 1e-3)) * 10 + abs(warmup - (250 if full else 1000)) / 1e4
+    off = abs(rate - (3e-3 if full else 1e-3)) * 10 + abs(warmup - (500 if full else 1000)) / 1e4
     return 2 + off + 0.01 * int(settings["seed"]) + 0.1 * (not full)
 
 def measure(settings):
@@ -54,7 +54,7 @@ def test_each_mode_is_swept_then_run_with_all_seeds_at_its_own_best():
     assert asked == [len(RATES) * 2, (len(WARMUPS) - 1) * 2, (len(SEEDS) - 1) * 2]
     assert len(set(map(key, rows))) == len(rows)
     last = {(row["mode"], row["learning_rate"], row["warmup_iters"]) for row in rows if row["seed"] == "3"}
-    assert last == {("full", "0.003", "250"), ("SA", "0.001", "1000")}
+    assert last == {("full", "0.003", "500"), ("SA", "0.001", "1000")}
 
 def test_what_was_run_is_not_run_again(results):
     file, ran = results / "x.csv", []
@@ -70,7 +70,7 @@ def test_what_was_run_is_not_run_again(results):
     stopped_at = len(list(csv.DictReader(file.open())))
     assert 4 <= stopped_at <= 8
     rows = experiments.run_trainings("x", plan, measure, 2)
-    assert len(rows) == 16 and len(set(map(key, rows))) == 16
+    assert len(rows) == 14 and len(set(map(key, rows))) == 14
     assert list(csv.DictReader(file.open())) == rows
     experiments.run_trainings("x", plan, None, 1)           # nothing is left
 
