@@ -295,9 +295,12 @@ def set_aside(name):
 # ---- figures ----
 
 def curves(rows, folder):
-    """Rows of the study `preset` → rows of learning.csv: what their runs logged; [] if one is gone."""
+    """Rows of the study `preset` → rows of learning.csv: what the runs of modes without an axis logged, in
+    the order of PRESET; [] if one is gone."""
     table = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: ([*PRESET].index(row["mode"]), row["seed"])):
+        if PRESET[row["mode"]].axis:
+            continue
         log = Path(folder) / folder_of(row) / "log.jsonl"
         if not log.exists():
             return []

@@ -189,7 +189,7 @@ def learning(rows, file):
             for axis, x in zip(axes, ("step", "seconds")):
                 axis.plot([float(row[x]) for row in run], [float(row["val_bpb"]) for row in run],
                           color=colour, linewidth=1, label=label)
-    for axis, title in zip(axes, ("steps", "seconds, one thread each")):
+    for axis, title in zip(axes, ("steps", "seconds, two runs at a time, one thread each")):
         axis.set_xlabel(title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("bits per byte")
