@@ -117,7 +117,7 @@ def test_a_study_trains_what_it_says(run, text, results, monkeypatch):
     tiny = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
             "--vocab_size=300", "--device=cpu", "--dtype=float32", f"--text={text}",
             f"--data_dir={results}/data"]
-    status, out, err = run(experiments.main, "depth", f"--train_flags={shlex.join(tiny)}")
+    status, out, err = run(experiments.main, "depth", "--jobs=2", f"--train_flags={shlex.join(tiny)}")
     assert (status, err) == (0, "") and "| SA | 0.001 | 2 |" in out
     rows = {row["mode"]: row for row in csv.DictReader((results / "depth.csv").open())}
     assert rows.keys() == modes.keys() and {row["steps"] for row in rows.values()} == {"4"}
