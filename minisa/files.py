@@ -81,7 +81,12 @@ def write_file(path, data, private=False, named=False):
     if os.path.lexists(path) and not path.is_file():
         if not named:
             raise OSError(f"{path}: is no file; move it away, or choose another folder")
-        path.write_bytes(data)                          # such as /dev/stdout
+        try:
+            path.write_bytes(data)                      # such as /dev/stdout
+        except BrokenPipeError:                         # its reader left: cli.command() knows
+            raise
+        except OSError as error:
+            raise OSError(f"{path}: could not be written ({error.strerror})") from None
         return
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:

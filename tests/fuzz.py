@@ -340,7 +340,8 @@ def wrong(result, before, after, own, expected, words):
         return f"took {memory / 2**20:,.0f} MB"
     if "Traceback" in err + out:
         return "a traceback"
-    if status == 2 and len(re.findall(r"^\w+: error: .*\n\Z", err, re.MULTILINE)) != 1:
+    told = err.rpartition("\r\033[K")[2]                    # progress is wiped from the terminal
+    if status == 2 and len(re.findall(r"^\w+: error: .*\n\Z", told, re.MULTILINE)) != 1:
         return "not one line"
     if status == 0 and re.search(r"\bnan\b|ERROR|DIFFER", out) and "nan" not in str(words):
         return "a wrong answer"
