@@ -18,7 +18,7 @@ CPU = {                         # a laptop: three minutes on two cores
     "block_size": 128,          # some 330 characters: a speech
     "batch_size": 8,            # 1,024 tokens: small steps, and many, learn most in three minutes
     "max_iters": 6000,
-    "dropout": 0.0,             # each token is seen three times: too few to learn by heart
+    "dropout": 0.0,             # each token is seen four times: too few to learn by heart
     "learning_rate": 2.5e-3,
     "warmup_iters": 1000,       # long, as the rate is high
     "weight_decay": 0.3,

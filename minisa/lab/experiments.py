@@ -263,17 +263,19 @@ COMMANDS = {
 }
 
 def parse(line):
-    """A command of a study → its words, and what it writes: a file, a folder, or the model in a folder."""
+    """A command of a study → its words, and its flags as {"--csv": "…/axes.csv"}."""
     words = [word.replace("@", str(ASSETS)) for word in shlex.split(line)]
-    flags = dict(word.partition("=")[::2] for word in words)
-    return words, Path(flags.get("--csv") or flags.get("--out") or flags.get("--out_dir", "") + "/model.pt")
+    return words, dict(word.partition("=")[::2] for word in words)
 
 def run_commands(name):
     """Run the commands of a study one after the other; what one has written is not made again."""
     for line in COMMANDS[name]:
         print(f"$ {line.replace('@', 'assets')}", flush=True)
-        words, target = parse(line)
-        if target.exists():
+        words, flags = parse(line)
+        target = flags.get("--csv") or flags.get("--out")
+        if run := flags.get("--out_dir"):
+            target = f"{run}/model.pt"
+        if target and Path(target).exists():
             print(f"{target} is there", flush=True)
             continue
         words = [part for word in words for part in
@@ -284,11 +286,14 @@ def run_commands(name):
 
 def set_aside(name):
     """Rename the results of a study, to measure them anew."""
-    files = [RESULTS / f"{name}.csv"]
-    for _, target in map(parse, COMMANDS.get(name, [])):
-        files += target.parent.glob("*.csv") if target.name == "model.pt" else [target]
-    for file in files:
-        if file.suffix == ".csv" and file.exists():
+    files = {RESULTS / f"{name}.csv"}
+    for _, flags in map(parse, COMMANDS.get(name, [])):
+        if "--csv" in flags:
+            files.add(Path(flags["--csv"]))
+        if "--out_dir" in flags:                            # a scan goes on with the tables in its folder
+            files |= set(Path(flags["--out_dir"]).glob("*.csv"))
+    for file in sorted(files):
+        if file.exists():
             os.replace(file, f"{file}.old")
             print(f"{file} is now {file.name}.old")
 
@@ -334,6 +339,15 @@ def show_all():
     for name, lines in COMMANDS.items():
         print(f"{name}: {len(lines)} commands")
 
+def compare(update):
+    """Compare all pages with their results, or write them anew. → an exit status"""
+    differ = check_pages(update)
+    for name in differ:
+        print(f"{name}: {'written' if update else 'differs'}")
+    if not differ:
+        print("all tables are as their results")
+    return 1 if differ and not update else 0
+
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.experiments [STUDY] [--FLAG=VALUE ...]")
     names = [*TRAININGS, *COMMANDS]
@@ -347,17 +361,13 @@ def main():
     parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")
     parser.switch("update", "write the tables into the pages")
     args = parser.parse_args()
-    if args.check and args.update:
-        raise ValueError("--check, --update: give one of them")
+    for one, other in (("check", "update"), ("again", "table")):
+        if getattr(args, one) and getattr(args, other):
+            raise ValueError(f"--{one}, --{other}: give one of them")
     if args.check or args.update:
-        differ = check_pages(args.update)
-        print("\n".join([f"{name}: {'written' if args.update else 'differs'}" for name in differ])
-              or "all tables are as their results")
-        return 1 if differ and args.check else 0
+        return compare(args.update)
     if not args.study:
         return show_all()
-    if args.again and args.table:
-        raise ValueError("--again, --table: give one of them")
     if args.again:
         set_aside(args.study)
     run_study(args)

@@ -89,18 +89,20 @@ def seeds_table(name, modes):
                       number(runs[0]["cache B/token"]), number(runs[0]["FLOPs/token"])])
     return table
 
-def modes_table(name, modes=None):
-    """Each mode, or these, at its best settings: mean loss, difference from full attention, cost."""
+def modes_table(name, reference):
+    """Each mode at its best settings: mean loss, difference from full attention, which is the mode
+    `reference`, and cost; the reference first, then by loss."""
     found = at_best(read(name))
-    reference = next(iter(found.values()))
+    mean = {mode: statistics.fmean(losses(runs).values()) for mode, runs in found.items() if runs}
+    reference = found[reference]
     table = [["mode", "learning rate", "warm-up", "bits per byte", "over full attention", "cache, B/token",
               "FLOPs/token", "parameters"]]
-    for mode in modes or found:
+    for mode in sorted(mean, key=lambda mode: (found[mode] is not reference, mean[mode])):
         runs = found[mode]
         difference = percent(over(runs, reference)) if runs is not reference else ""
         costs = [number(runs[0][column]) for column in ("cache B/token", "FLOPs/token", "parameters")]
-        table.append([mode, runs[0]["learning_rate"], runs[0]["warmup_iters"],
-                      f"{statistics.fmean(losses(runs).values()):.4f}", difference, *costs])
+        table.append([mode, runs[0]["learning_rate"], runs[0]["warmup_iters"], f"{mean[mode]:.4f}",
+                      difference, *costs])
     return table
 
 def fair_table():
@@ -116,14 +118,14 @@ def fair_table():
 
 # ---- bills of sample.py, and others ----
 
-def bill_table(name, models, loss="val bpb"):
-    """These rows of a bill, models or {model: how it is named}."""
+def bill_table(name, models):
+    """These rows of a bill, {model: how it is named}."""
     rows = {row["model"]: row for row in read(name)}
     table = [["model", "parameters", "bits per byte", "cache, B/token", "cache, B at 1,024 tokens",
               "FLOPs/token"]]
-    for model, shown in (models if isinstance(models, dict) else dict(zip(models, models))).items():
+    for model, shown in models.items():
         row = rows[model]
-        table.append([shown, number(row["parameters"]), row[loss], number(row["cache B/token"]),
+        table.append([shown, number(row["parameters"]), row["val bpb"], number(row["cache B/token"]),
                       number(row["cache B"]), number(row["FLOPs/token"])])
     return table
 
@@ -174,7 +176,7 @@ def sets_table():
     return table
 
 def tuned_table():
-    """What training gives back: nats per token before and after, and over full attention."""
+    """What training gives back: bits per byte before and after, and over full attention."""
     bpb = {row["model"].removeprefix("out/tuned/"): float(row["val bpb"]) for row in read("tuned")}
     names = {"smollm2": "full attention", "eight": "eight reuse layers, mixed and refitted",
              "six": "six reuse layers, mixed"}
@@ -256,12 +258,12 @@ FULL, CLA = "full attention", "Cross-Layer Attention, `--share=1-3`"
 SA_1, SA_0 = "Shared Attention, `--share=1-3`", "Shared Attention, `--share=0-3`"
 TABLES = {
     "preset": lambda: seeds_table("preset", [FULL, SA_1, SA_0, CLA]),
-    "sharing": lambda: modes_table("sharing"),
-    "depth": lambda: modes_table("depth"),
+    "sharing": lambda: modes_table("sharing", "full"),
+    "depth": lambda: modes_table("depth", "8 layers, full"),
     "learned": lambda: seeds_table("preset", [FULL, SA_1, "`--share=1-3`, mixed", SA_0,
                                               "`--share=0-3`, `--share_rank=4`"]),
     "fair": fair_table,
-    "smollm2": lambda: bill_table("smollm2", ["smollm2", "out/mixed-26-28"]),
+    "smollm2": lambda: bill_table("smollm2", {"smollm2": "smollm2", "out/mixed-26-28": "out/mixed-26-28"}),
     "all": lambda: bill_table("all", {
         "smollm2": "smollm2", "smollm2, squeeze 614 heavy 0.5": "smollm2, squeezed to 614 tokens",
         "out/mixed": "out/mixed", "out/small": "out/small",

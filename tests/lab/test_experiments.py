@@ -108,7 +108,8 @@ def test_equal_parameters_are_as_many_as_those_of_full_attention(mode):
 
 @pytest.mark.slow
 def test_a_study_trains_what_it_says(run, text, results, monkeypatch):
-    modes = TWO | {"mixed": Mode(axis=["heads", "--share=1-2", "--heads=mix"])}
+    modes = {"8 layers, full": Mode(), "SA": TWO["SA"],
+             "mixed": Mode(axis=["heads", "--share=1-2", "--heads=mix"])}
     monkeypatch.setattr(experiments, "TRAININGS", {"depth": (modes, plan_sweep)})
     monkeypatch.setattr(experiments, "RATES", (1e-3,))
     monkeypatch.setattr(experiments, "WARMUPS", (2,))
@@ -122,7 +123,7 @@ def test_a_study_trains_what_it_says(run, text, results, monkeypatch):
     rows = {row["mode"]: row for row in csv.DictReader((results / "depth.csv").open())}
     assert rows.keys() == modes.keys() and {row["steps"] for row in rows.values()} == {"4"}
     caches = {mode: int(row["cache B/token"]) for mode, row in rows.items()}
-    assert caches == {"full": 384, "SA": 320, "mixed": 320}
+    assert caches == {"8 layers, full": 384, "SA": 320, "mixed": 320}
     assert int(rows["mixed"]["parameters"]) == int(rows["SA"]["parameters"]) + 4
     assert all([*row] == COLUMNS and row["learning_rate"] == "0.001" for row in rows.values())
     assert SETTINGS == COLUMNS[:len(SETTINGS)]
@@ -143,6 +144,14 @@ def test_a_table_without_results_is_refused(run, results):
 
 def test_flags_that_exclude_each_other_are_refused(run):
     assert run(experiments.main, "--check", "--update")[0] == 2
+
+def test_only_results_of_the_study_are_set_aside(results, tmp_path, monkeypatch):
+    for name in ("mine.csv", "other.csv", "picture.png"):
+        (results / name).write_text("x")
+    monkeypatch.setattr(experiments, "COMMANDS", {"x": ["python a.py --csv=@/mine.csv",
+                                                        "python b.py @/other.csv --file=@/picture.png"]})
+    experiments.set_aside("x")
+    assert sorted(path.name for path in results.iterdir()) == ["mine.csv.old", "other.csv", "picture.png"]
 
 def test_a_command_that_fails_stops_its_study(results, monkeypatch):
     monkeypatch.setattr(experiments, "COMMANDS", {"x": ["python -c 'raise SystemExit(2)'"]})

@@ -24,20 +24,29 @@ def results(tmp_path, monkeypatch):
 
 def test_all_tables_of_all_pages_are_those_of_their_results():
     assert check_pages() == []
+    marked = {name for page in tables.pages() for _, name, _ in tables.MARK.findall(page.read_text("utf-8"))}
+    assert marked >= {"preset", "learned", "all", "eigen", "spans", "squeeze", "smollm2", "scan", "sets",
+                      "tuned"}
 
 def test_modes_are_compared_at_their_own_best_seed_by_seed(results):
     runs = at_best(tables.read("sharing"))
     assert [row["learning_rate"] for row in runs["full"] + runs["SA"]] == ["0.001"] * 2 + ["0.002"] * 2
     assert over(runs["SA"], runs["full"]) == pytest.approx([5.0, 0.0])
-    table = tables.modes_table("sharing")
+    table = tables.make("sharing")
     assert table[1][3:5] == ["3.0000", ""] and table[2][3:5] == ["3.0500", "+2.50 ± 3.54 %"]
+
+def test_the_reference_is_full_attention_whatever_ended_first(results):
+    head, *runs = RUNS.splitlines(keepends=True)
+    (results / "sharing.csv").write_text(head + "".join(runs[::-1]))
+    assert [row[0] for row in tables.make("sharing")[1:]] == ["full", "SA"]
+    assert tables.make("sharing")[2][4] == "+2.50 ± 3.54 %"
 
 def test_a_minus_is_a_minus_and_one_seed_has_no_spread():
     assert percent([-1.234]) == "−1.23 %" and percent([1, 3], 1) == "+2.0 ± 1.4 %"
 
 def test_a_table_that_differs_is_named_and_written_anew(results):
     page = results / "README.md"
-    right = f"# x\n\n<!-- table: sharing -->\n{markdown(tables.modes_table('sharing'))}\nEnd.\n"
+    right = f"# x\n\n<!-- table: sharing -->\n{markdown(tables.make('sharing'))}\nEnd.\n"
     page.write_text(right)
     assert check_pages() == []
     page.write_text(right.replace("3.0500", "3.0400"))
