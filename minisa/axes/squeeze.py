@@ -153,11 +153,12 @@ class SqueezedCache(KVCache):
 # ---- to read a prompt, and to squeeze its cache ----
 
 @torch.no_grad()
-def read(model, idx, weights=True):
-    """Read a prompt idx (B, T) into a KVCache, and look. → the cache; cosine_l of each layer (L,);
-    and {unit: the attention weight (B, T) that each token received}, zeros unless `weights`."""
+def read(model, idx, weights=True, room=0):
+    """Read a prompt idx (B, T) into a KVCache with room for more tokens, and look. → the cache;
+    cosine_l of each layer (L,); and {unit: the attention weight (B, T) that each token received},
+    zeros unless `weights`."""
     (B, T), like = idx.shape, model.embed.weight
-    cache = KVCache(model, B, max(T, 1), like.dtype, like.device)
+    cache = KVCache(model, B, max(T + room, 1), like.dtype, like.device)
     cosines = [0.0] * model.config.n_layer
     received = {unit: torch.zeros(B, T, device=idx.device) for unit in units(model.config)}
     of_layer = {layer: got for unit, got in received.items() for layer in unit}

@@ -258,7 +258,8 @@ COMMANDS = {
     "recall": [
         *SMALL,
         f"{MIXED} --share={EIGHT} --refit --out=out/eight",
-        *(f"{RECALL} --lengths={length} --squeeze={round(0.6 * length)} --csv=@/results/recall/{length}.csv"
+        *(f"{RECALL} --lengths={length} --squeeze={round(0.6 * length)} --dtype=bfloat16 "
+          f"--csv=@/results/recall/{length}.csv"
           for length in tables.LENGTHS)],
 }
 

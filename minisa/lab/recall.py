@@ -24,6 +24,7 @@ from minisa.cli import Parser, at_least, command, count, device, table
 from minisa.data import data_of
 from minisa.fast import for_decoding
 from minisa.files import write_csv
+from minisa.lab.tables import share_of
 
 FACT, QUESTION = "\n\nThe secret number is {}.\n\n", "\n\nThe secret number is"
 BEFORE, BATCH = 16, 8           # tokens of text before the fact; prompts read at once
@@ -40,19 +41,23 @@ def prompts(data, tokenizer, n, length, seed):
         rows.append(text[:BEFORE] + fact + text[BEFORE:BEFORE + rest] + question)
     return torch.tensor(rows), torch.tensor(answers)
 
-def right_answers(model, idx, answers, way=None):
-    """idx (n, T), answers (n, D) → how many of the n are said. way: a squeeze.Squeezing, or None."""
-    right = 0
+def right_answers(model, idx, answers, ways):
+    """idx (n, T), answers (n, D) → {way: how many of the n are said}. A way is a squeeze.Squeezing, or None
+    for the full cache. A prompt is read once for all."""
+    right = dict.fromkeys(ways, 0)
+    look = any(way and way.policy == "heavy" for way in ways)
     for rows, expected in zip(idx.split(BATCH), answers.split(BATCH)):
-        rows = rows.to(model.embed.weight.device)
-        cache, rest = (way.cache_of(model, rows[:, :-1]), rows[:, -1:]) if way else (None, rows)
-        said = torch.cat([*model.stream(rest, expected.size(1), temperature=0, cache=cache)], dim=1)
-        right += (said.cpu() == expected).all(1).sum().item()
+        rows, D = rows.to(model.embed.weight.device), expected.size(1)
+        reading = squeeze.read(model, rows[:, :-1], look, room=D)
+        caches = {way: squeeze.squeeze(*reading, *way) if way else reading[0] for way in ways}
+        for way, cache in caches.items():
+            said = torch.cat([*model.stream(rows[:, -1:], D, temperature=0, cache=cache)], dim=1)
+            right[way] += (said.cpu() == expected).all(1).sum().item()
     return right
 
 def variants(args, source):
-    """Yield (name, model, tokenizer, info, way to squeeze) of what is to be asked."""
-    model, tokenizer, info = load(source, device=args.device)
+    """Yield (name, model, tokenizer, info) of what is to be asked."""
+    model, tokenizer, info = load(source, device=args.device, dtype=getattr(torch, args.dtype))
     size = model.config.block_size
     if max(args.lengths) > size:
         raise ValueError(f"--lengths: {max(args.lengths)} tokens are more than the context of {source}, "
@@ -61,29 +66,31 @@ def variants(args, source):
     if args.share and not model.config.share:
         models[f"{source}, share {args.share}"] = reconfigure(model, share=args.share)
     for name, each in models.items():
-        for_decoding(each)
-        yield name, each, tokenizer, info, None
-        for way in squeeze.settings(args, each) if args.squeeze else []:
-            yield f"{name}, {way}", each, tokenizer, info, way
+        yield name, for_decoding(each), tokenizer, info
 
 def ask(args):
-    """Ask all models at all lengths. → the header and the rows of a table, and rows for a CSV file."""
-    shown, rows = [["", *(f"{length} tokens" for length in args.lengths)]], []
+    """Ask all models at all lengths. → rows for a CSV file: name, tokens, prompts, right answers"""
+    rows = []
     for source in args.models:
-        for name, model, tokenizer, info, way in variants(args, source):
-            cells, data = [], data_of(info, tokenizer, args.text)
+        for name, model, tokenizer, info in variants(args, source):
+            data = data_of(info, tokenizer, args.text)
+            ways = [None, *(squeeze.settings(args, model) if args.squeeze else [])]
             for length in args.lengths:
                 begun = time.perf_counter()
                 idx, answers = prompts(data, tokenizer, args.prompts, length, args.seed)
-                right = right_answers(model, idx, answers, way)
-                near = (right + 2) / (args.prompts + 4)
-                error = (near * (1 - near) / (args.prompts + 4))**0.5
-                cells.append(f"{right / args.prompts:.1%} ± {error:.1%}")
-                rows.append([name, length, args.prompts, right])
-                print(f"{name}, {length} tokens: {right} of {args.prompts} right, in "
-                      f"{time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-            shown.append([name, *cells])
-    return shown, rows
+                right = right_answers(model, idx, answers, ways)
+                rows += [[name + f", {way}" * bool(way), length, args.prompts, n] for way, n in right.items()]
+                print(f"{name}, {length} tokens: {', '.join(map(str, right.values()))} of {args.prompts} "
+                      f"right, in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    return rows
+
+def table_of(rows):
+    """Rows of ask() → a table, a row for each model, a column for each length."""
+    tokens = dict.fromkeys(row[1] for row in rows)
+    cells = {(name, length): share_of(right, n) for name, length, n, right in rows}
+    names = dict.fromkeys(row[0] for row in rows)
+    return [["", *(f"{length} tokens" for length in tokens)],
+            *([name, *(cells[name, length] for length in tokens)] for name in names)]
 
 def lengths(text):
     """A type for a flag: numbers of tokens, with commas between them."""
@@ -108,10 +115,11 @@ def main():
     parser.flag("seed", at_least(int, 0), 1337, "of the numbers")
     parser.flag("csv", table, None, "file to write the counts to, as .csv", "none")
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
+    parser.flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
     args = parser.parse_intermixed_args()
     args.context = min(args.lengths)                        # the most that a squeezed cache may keep
-    shown, rows = ask(args)
-    print_table(shown)
+    rows = ask(args)
+    print_table(table_of(rows))
     if args.csv:
         write_csv(args.csv, ["model", "tokens", "prompts", "right"], rows)
 

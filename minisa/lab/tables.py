@@ -240,18 +240,19 @@ def nanogpt_table():
         table.append([shown, *(cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells)])
     return table
 
+def share_of(right, n):
+    """How many of n are right → their share and its standard error, as by Agresti and Coull, as text."""
+    near = (right + 2) / (n + 4)
+    return f"{right / n:.1%} ± {(near * (1 - near) / (n + 4))**0.5:.1%}"
+
 def recall_table():
-    """The share of right answers at each length, and its standard error as by Agresti and Coull."""
+    """The share of right answers at each length."""
     rows = [row for length in LENGTHS for row in read(f"recall/{length}")]
     table = [["model", *(f"{length:,} tokens" for length in LENGTHS)]]
     shown = {row["model"]: re.sub(r"squeeze \d+ heavy 0.5", "squeezed to 60 %", row["model"]) for row in rows}
     for model in dict.fromkeys(shown.values()):
-        cells = []
-        for row in (row for row in rows if shown[row["model"]] == model):
-            n, right = int(row["prompts"]), int(row["right"])
-            near = (right + 2) / (n + 4)
-            cells.append(f"{right / n:.1%} ± {(near * (1 - near) / (n + 4))**0.5:.1%}")
-        table.append([model, *cells])
+        table.append([model, *(share_of(int(row["right"]), int(row["prompts"]))
+                               for row in rows if shown[row["model"]] == model)])
     return table
 
 FULL, CLA = "full attention", "Cross-Layer Attention, `--share=1-3`"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minisa import checkpoint
+from minisa.axes import squeeze
 from minisa.data import Data, tokenize
 from minisa.lab import recall
 from minisa.model import GPT, GPTConfig
@@ -36,9 +37,28 @@ def test_an_answer_is_right_if_all_its_tokens_are_the_likeliest(model, monkeypat
     idx, answers = recall.prompts(data, data.tokenizer, 11, 70, seed=1)
     said = torch.cat([net.generate(row[None], answers.size(1), 0)[:, 70:] for row in idx])
     some = torch.where(torch.arange(11)[:, None] < 4, said, (said + 1) % 300)
-    assert recall.right_answers(net, idx, said) == 11 and recall.right_answers(net, idx, some) == 4
+    def right(expected):
+        return recall.right_answers(net, idx, expected, [None])[None]
+    assert right(said) == 11 and right(some) == 4
     some[0, -1] = (some[0, -1] + 1) % 300                   # one digit off
-    assert recall.right_answers(net, idx, some) == 3
+    assert right(some) == 3
+
+def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
+    net, data = model
+    for block in net.blocks:                                # else it repeats the last token, come what may
+        block.attn.out.weight.data *= 100
+    idx, answers = recall.prompts(data, data.tokenizer, 9, 70, seed=1)
+    ways = [None, squeeze.Squeezing(12), squeeze.Squeezing(12, "window"), squeeze.Squeezing(70)]
+    said = {}
+    for way in ways:
+        cache = way.cache_of(net, idx[:, :-1]) if way else None
+        rest = idx[:, -1:] if way else idx
+        said[way] = torch.cat([*net.stream(rest, answers.size(1), temperature=0, cache=cache)], dim=1)
+    assert not said[None].equal(said[ways[2]])              # what is forgotten shows
+    for way in ways:
+        together = recall.right_answers(net, idx, said[way], ways)
+        assert together[way] == 9
+        assert together == {each: (said[each] == said[way]).all(1).sum().item() for each in ways}
 
 def test_models_lengths_and_caches_are_rows_and_columns(run, model):
     status, out, _ = run(recall.main, "run", "--lengths=64,96", "--prompts=3", "--share=1-2", "--squeeze=16",
@@ -46,7 +66,8 @@ def test_models_lengths_and_caches_are_rows_and_columns(run, model):
     names = ["run", "run, squeeze 16 heavy 0.5", "run, share 1-2", "run, share 1-2, squeeze 16 heavy 0.5"]
     rows = list(csv.DictReader(open("new.csv")))
     assert status == 0 and "64 tokens" in out and all(name in out for name in names)
-    assert [(row["model"], row["tokens"]) for row in rows] == [(n, t) for n in names for t in ("64", "96")]
+    asked = sorted((row["model"], row["tokens"]) for row in rows)
+    assert asked == sorted((name, length) for name in names for length in ("64", "96"))
     assert all(row["prompts"] == "3" and 0 <= int(row["right"]) <= 3 for row in rows)
 
 @pytest.mark.parametrize("flags, message", [
