@@ -147,7 +147,7 @@ class SqueezedCache(KVCache):
     def add_up(self, P):
         """P (B, H, 1, S), of one layer after the other: what each token received of it."""
         kept = self.kept[self.watched]
-        kept.received[:, :kept.count] += P.detach().sum((1, 2))
+        kept.received[:, :kept.count] += P.detach().sum((1, 2), dtype=torch.float32)
         self.watched += 1
 
 # ---- to read a prompt, and to squeeze its cache ----
@@ -164,7 +164,7 @@ def read(model, idx, weights=True, room=0):
     of_layer = {layer: got for unit, got in received.items() for layer in unit}
 
     def watch(P):                                               # (B, H, T, S)
-        of_layer[layer][:, :P.size(3)] += P.sum((1, 2))
+        of_layer[layer][:, :P.size(3)] += P.sum((1, 2), dtype=torch.float32)
 
     def attended(attn, given, gave):                            # gave y (B, T, C), and more
         after = before + gave[0]

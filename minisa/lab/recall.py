@@ -22,12 +22,12 @@ from minisa.bill import print_table
 from minisa.checkpoint import load, reconfigure
 from minisa.cli import Parser, at_least, command, count, device, table
 from minisa.data import data_of
-from minisa.fast import for_decoding
+from minisa.fast import for_decoding, keep_memory
 from minisa.files import write_csv
 from minisa.lab.tables import share_of
 
 FACT, QUESTION = "\n\nThe secret number is {}.\n\n", "\n\nThe secret number is"
-BEFORE, BATCH = 16, 8           # tokens of text before the fact; prompts read at once
+BEFORE, BATCH = 16, 4           # tokens of text before the fact; prompts read at once
 
 def prompts(data, tokenizer, n, length, seed):
     """n prompts of `length` tokens (n, length), and what is to be said after each (n, digits)."""
@@ -118,6 +118,7 @@ def main():
     parser.flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
     args = parser.parse_intermixed_args()
     args.context = min(args.lengths)                        # the most that a squeezed cache may keep
+    keep_memory()
     rows = ask(args)
     print_table(table_of(rows))
     if args.csv:
