@@ -156,7 +156,9 @@ def frontier(points, file):
     """points: {mode: (cache bytes per token, FLOPs per token, [bits per byte of each seed])} → the loss, with
     its standard deviation, against both; a line joins the modes that no other beats in both."""
     plt = pyplot("the picture")
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    figure, (*axes, beside) = plt.subplots(1, 3, figsize=(13, 5.5), width_ratios=(5, 5, 1.4),
+                                           layout="constrained")
+    axes[1].sharey(axes[0])
     names = sorted(points, key=lambda name: statistics.fmean(points[name][2]))
     for column, (axis, title) in enumerate(zip(axes, ("cache, bytes per token", "FLOPs per token"))):
         places = {name: (points[name][column], statistics.fmean(points[name][2])) for name in names}
@@ -168,12 +170,14 @@ def frontier(points, file):
                 if all(place[1] < y for x, y in places.values() if x <= place[0] and (x, y) != place)]
         axis.step(*zip(*best), where="post", color=GREY, linewidth=0.8, linestyle="--", zorder=0)
         axis.set_xlabel(title)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(5))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.spines[["top", "right"]].set_visible(False)
         place_numbers(axis, [places[name] for name in names])
     axes[0].set_ylabel("bits per byte, mean and standard deviation")
     text = "\n".join(f"{n:>2}  {name}" for n, name in enumerate(names, start=1))
-    figure.text(1.01, 0.5, text, va="center", fontsize=8, family="monospace")
+    beside.set_axis_off()
+    beside.text(0, 1, text, va="top", fontsize=8, family="monospace")
     save(figure, file)
 
 def learning(rows, file):

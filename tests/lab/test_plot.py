@@ -138,7 +138,8 @@ def test_the_frontier_joins_what_no_other_mode_beats(figures):
     points = {"full": (40, 80, [2.0, 2.2]), "SA": (30, 60, [2.1, 2.1]), "CLA": (30, 70, [2.3, 2.5]),
               "MQA": (10, 75, [2.2, 2.2])}
     plot.frontier(points, "x.png")
-    cache, flops = figures[0].axes
+    cache, flops, key = figures[0].axes
+    assert key.texts[0].get_text().splitlines() == [" 1  full", " 2  SA", " 3  MQA", " 4  CLA"]
     joined = [sorted({tuple(map(float, point)) for point in axis.lines[-1].get_xydata()})
               for axis in (cache, flops)]
     assert joined == [[(10, 2.2), (30, 2.1)], [(60, 2.1)]]  # full is as good as SA, and dearer
