@@ -43,12 +43,13 @@ def prompts(data, tokenizer, n, length, seed):
 
 def right_answers(model, idx, answers, ways):
     """idx (n, T), answers (n, D) → {way: how many of the n are said}. A way is a squeeze.Squeezing, or None
-    for the full cache. A prompt is read once for all."""
+    for the full cache. BATCH prompts are read at once, and once for all ways; they share their budgets."""
     right = dict.fromkeys(ways, 0)
     look = any(way and way.policy == "heavy" for way in ways)
     for rows, expected in zip(idx.split(BATCH), answers.split(BATCH)):
         rows, D = rows.to(model.embed.weight.device), expected.size(1)
-        reading = squeeze.read(model, rows[:, :-1], look, room=D)
+        room = min(D, model.config.block_size + 1 - rows.size(1))       # then the oldest tokens go
+        reading = squeeze.read(model, rows[:, :-1], look, room)
         caches = {way: squeeze.squeeze(*reading, *way) if way else reading[0] for way in ways}
         for way, cache in caches.items():
             said = torch.cat([*model.stream(rows[:, -1:], D, temperature=0, cache=cache)], dim=1)

@@ -34,7 +34,7 @@ def read(name):
 
 def percent(over, digits=2):
     """Differences in percent, one or of several seeds → their mean and standard deviation, as text."""
-    text = f"{statistics.fmean(over):+.{digits}f}".replace("-", "−")
+    text = f"{statistics.fmean(over):+z.{digits}f}".replace("-", "−")       # z: never −0.00
     spread = f" ± {statistics.stdev(over):.{digits}f}" if len(over) > 1 else ""
     return f"{text}{spread} %"
 

@@ -43,12 +43,26 @@ def test_an_answer_is_right_if_all_its_tokens_are_the_likeliest(model, monkeypat
     some[0, -1] = (some[0, -1] + 1) % 300                   # one digit off
     assert right(some) == 3
 
+@pytest.mark.parametrize("length, size", [(70, 74), (158, 160), (160, 160)])
+def test_a_cache_has_room_for_the_answer_but_for_no_more_than_the_context(model, monkeypatch, length, size):
+    net, data = model
+    read, sizes = squeeze.read, []
+
+    def spy(*args):
+        sizes.append(read(*args)[0].size)
+        return read(*args)
+    monkeypatch.setattr(squeeze, "read", spy)
+    idx, answers = recall.prompts(data, data.tokenizer, 2, length, seed=1)
+    recall.right_answers(net, idx, answers, [None])
+    assert sizes == [size] and answers.size(1) == 5         # length - 1 are read, then 5 go in
+
 def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
     net, data = model
     for block in net.blocks:                                # else it repeats the last token, come what may
         block.attn.out.weight.data *= 100
-    idx, answers = recall.prompts(data, data.tokenizer, 9, 70, seed=1)
-    ways = [None, squeeze.Squeezing(12), squeeze.Squeezing(12, "window"), squeeze.Squeezing(70)]
+    idx, answers = recall.prompts(data, data.tokenizer, 30, 70, seed=1)
+    equal = 1                                               # other budgets depend on what is read together
+    ways = [None, *(squeeze.Squeezing(*way, equal) for way in ((12, "heavy"), (12, "window"), (70, "heavy")))]
     said = {}
     for way in ways:
         cache = way.cache_of(net, idx[:, :-1]) if way else None
@@ -57,7 +71,7 @@ def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
     assert not said[None].equal(said[ways[2]])              # what is forgotten shows
     for way in ways:
         together = recall.right_answers(net, idx, said[way], ways)
-        assert together[way] == 9
+        assert together[way] == 30
         assert together == {each: (said[each] == said[way]).all(1).sum().item() for each in ways}
 
 def test_models_lengths_and_caches_are_rows_and_columns(run, model):

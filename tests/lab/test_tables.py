@@ -42,6 +42,7 @@ def test_the_reference_is_full_attention_whatever_ended_first(results):
     assert tables.make("sharing")[2][4] == "+2.50 ± 3.54 %"
 
 def test_a_minus_is_a_minus_and_one_seed_has_no_spread():
+    assert percent([-0.001]) == "+0.00 %"
     assert percent([-1.234]) == "−1.23 %" and percent([1, 3], 1) == "+2.0 ± 1.4 %"
 
 def test_a_table_that_differs_is_named_and_written_anew(results):
