@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from minisa import pretrained
 from minisa.files import check, open_file, sha256, write_file
@@ -58,11 +59,19 @@ def change(model, by, **settings):
 def changes(model):
     return getattr(model, "changes", [])
 
+class Unfilled(TorchFunctionMode):
+    """Within it, nn.init fills nothing. (On the meta device there is nothing to fill, but to draw
+    from a normal distribution there makes torch import its compiler, for a second or more.)"""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
 def empty(config, changed=()):
     """A model on the meta device, without numbers. Raises ValueError if it would never end."""
     if config.n_layer > 1000:
         raise ValueError(f"n_layer={config.n_layer}: more than 1000")
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = GPT(config)
         for step in changed:
             change(model, step["by"], **step["settings"])

@@ -171,12 +171,10 @@ class KVCache:
     rotated; as only distances count in RoPE, they stay valid however far generation goes."""
     watch = None                    # a cache that must see every P has a function here: see Step
 
-    def __init__(self, model_or_config, batch_size, size, dtype=torch.float32, device="cpu"):
-        with torch.device("meta"):  # no memory: a GPT is only built to read its widths
-            blocks = getattr(model_or_config, "blocks", None) or GPT(model_or_config).blocks
-        G = blocks[0].attn.G
+    def __init__(self, model, batch_size, size, dtype=torch.float32, device="cpu"):
+        G = model.config.n_kv_head
         self.k, self.v = ([torch.empty(batch_size, G, size, block.attn.widths[i] // G, dtype=dtype,
-                                       device=device) for block in blocks] for i in (1, 2))
+                                       device=device) for block in model.blocks] for i in (1, 2))
         self.where = torch.zeros(1, 1, size, 1, dtype=torch.long, device=device)  # slot → position
         self.size, self.length = size, 0                        # length: tokens seen so far
 

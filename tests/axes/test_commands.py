@@ -1,4 +1,4 @@
-"""The commands of the axes as a user runs them, in processes of their own."""
+"""The commands of the axes as a user runs them, from a folder to a folder."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import torch
 
 import minisa
 from minisa import checkpoint
+from minisa.axes import eigen, heads, lowrank
 from minisa.axes.eigen import Narrow
 from minisa.axes.heads import Matched, Mixed
 from minisa.axes.lowrank import Corrected
@@ -18,25 +19,29 @@ from minisa.model import GPT, GPTConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPANS = "--share=1-2"
 COMMANDS = {
-    "mix": (["heads", SPANS, "--heads=mix", "--refit"], Mixed),
-    "match": (["heads", SPANS, "--heads=match"], Matched),
-    "lowrank": (["lowrank", SPANS, "--share_rank=4"], Corrected),
-    "eigen": (["eigen", "--rank=6"], Narrow),
+    "mix": (heads, [SPANS, "--heads=mix", "--refit"], Mixed),
+    "match": (heads, [SPANS, "--heads=match"], Matched),
+    "lowrank": (lowrank, [SPANS, "--share_rank=4"], Corrected),
+    "eigen": (eigen, ["--rank=6"], Narrow),
 }
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_writes_a_model_that_it_has_changed(text, tmp_path, name):
+@pytest.fixture
+def full(text, tmp_path):
+    """The folder of a model whose heads attend differently."""
     folder = tokenize(text, vocab_size=300, folder=tmp_path)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=3, n_head=4, n_kv_head=2, n_embd=64))
     for p in model.parameters():
-        p.data *= 6 if p.dim() == 2 else 1                  # so that heads attend differently
+        p.data *= 6 if p.dim() == 2 else 1
     info = {**checkpoint.UNKNOWN, "data": str(folder)}
     checkpoint.save(tmp_path / "full" / "model.pt", model, Data(folder).tokenizer, info)
-    (module, *flags), kind = COMMANDS[name]
-    command = [sys.executable, "-m", f"minisa.axes.{module}", tmp_path / "full", f"--out={tmp_path}/new"]
-    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return tmp_path / "full"
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_writes_a_model_that_it_has_changed(run, full, tmp_path, name):
+    module, flags, kind = COMMANDS[name]
+    status, _, err = run(module.main, full, f"--out={tmp_path}/new", *flags)
+    assert status == 0, err
     new, _, _ = minisa.load(tmp_path / "new")
     changed = [block.attn for block in new.blocks if isinstance(block.attn, kind)]
     assert changed
@@ -44,3 +49,10 @@ def test_a_command_writes_a_model_that_it_has_changed(text, tmp_path, name):
         assert not torch.allclose(changed[0].mix, torch.eye(4))
     if name == "match":
         assert changed[0].source.tolist() != [0, 1, 2, 3]
+
+def test_a_command_runs_in_a_process_of_its_own(full, tmp_path):
+    command = [sys.executable, "-m", "minisa.axes.eigen", full, "--rank=6", f"--out={tmp_path}/new"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    was, new = (minisa.load(folder)[0].blocks[1].attn for folder in (full, tmp_path / "new"))
+    assert sum(new.widths[1:]) < sum(was.widths[1:])

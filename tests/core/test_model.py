@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_plain_formulation(mode):
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2]], ids=str)
 def test_cached_logits_are_the_uncached_ones(mode, chunks):
     model, idx = make(**mode), tokens(3, 12)
-    cache = KVCache(model.config, 3, 12)
+    cache = KVCache(model, 3, 12)
     with torch.inference_mode():
         cached = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], 1)
         assert close(cached, model(idx)[0]) and close(cached, plainly(model, idx)[0])
@@ -69,7 +69,7 @@ WRAPPING = [[1] * 40, [12, 12, 12, 4], [7, 7, 1, 1, 7, 7, 7, 3], [11, 2, 12, 1, 
 @pytest.mark.parametrize("chunks", WRAPPING, ids=str)
 def test_after_wrapping_each_layer_attends_to_the_last_block_size_keys(mode, chunks):
     model, idx = make(**mode), tokens(2, 40)
-    cache = KVCache(model.config, 2, 12)
+    cache = KVCache(model, 2, 12)
     with torch.inference_mode():
         cached = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], 1)
         assert cache.length == 40 and close(cached, plainly(model, idx, window=12)[0])
@@ -83,7 +83,7 @@ def test_a_reuse_layer_makes_values_only_and_one_of_cla_queries_only():
 
 def test_a_reuse_layer_stores_values_only():
     def stored(**mode):
-        cache = KVCache(make(n_kv_head=2, **mode).config, batch_size=3, size=7)
+        cache = KVCache(make(n_kv_head=2, **mode), batch_size=3, size=7)
         return [(k.numel(), v.numel()) for k, v in zip(cache.k, cache.v)], cache.nbytes
     n = 3 * 2 * 7 * 8                           # B · G · size · D
     assert stored() == ([(n, n)] * 5, 10 * n * 4)
@@ -206,4 +206,4 @@ def test_too_many_tokens_at_once_are_refused():
     with pytest.raises(ValueError, match="13 tokens"):
         model(tokens(1, 13))
     with pytest.raises(ValueError, match="8 tokens"):
-        model(tokens(1, 8), cache=KVCache(model.config, 1, 7))
+        model(tokens(1, 8), cache=KVCache(model, 1, 7))
