@@ -116,6 +116,24 @@ def fair_table():
                       number(time[0]["steps"]), percent(over(wide, reference))])
     return table
 
+def standing_out_table():
+    """The differences from full attention that are 2.5 times their standard deviation or more, of the studies
+    `sharing`, `fair` and `depth`; the clearest first."""
+    found = {study: at_best(read(study)) for study in ("sharing", "fair", "depth")}
+    shallow, deep = found["sharing"]["full"], found["depth"]["8 layers, full"]
+    rows = []
+    for study, modes in found.items():
+        for mode, runs in modes.items():
+            differences = over(runs, deep if study == "depth" else shallow)
+            if len(differences) < 2:
+                raise KeyError(mode)                        # it has not run with all seeds
+            times = abs(statistics.fmean(differences)) / (statistics.stdev(differences) or 1)
+            if times >= 2.5:
+                name = mode if study == "fair" else f"{mode}, equal steps"
+                rows.append((times, [name, percent(differences), f"{times:.1f}"]))
+    head = ["what", "over full attention", "times its standard deviation"]
+    return [head, *(row for _, row in sorted(rows, reverse=True))]
+
 # ---- bills of sample.py, and others ----
 
 def bill_table(name, models):
@@ -264,6 +282,7 @@ TABLES = {
     "learned": lambda: seeds_table("preset", [FULL, SA_1, "`--share=1-3`, mixed", SA_0,
                                               "`--share=0-3`, `--share_rank=4`"]),
     "fair": fair_table,
+    "standing-out": standing_out_table,
     "smollm2": lambda: bill_table("smollm2", {"smollm2": "smollm2", "out/mixed-26-28": "out/mixed-26-28"}),
     "all": lambda: bill_table("all", {
         "smollm2": "smollm2", "smollm2, squeeze 614 heavy 0.5": "smollm2, squeezed to 614 tokens",
@@ -283,8 +302,8 @@ TABLES = {
     "speed-nanogpt": nanogpt_table,
 }
 
-STUDY = {"learned": "preset", "all": "axes", "eigen": "axes", "squeeze": "axes", "sets": "scan",
-         "speed-smollm2": "speed", "speed-nanogpt": "peers"}
+STUDY = {"learned": "preset", "standing-out": "depth", "all": "axes", "eigen": "axes", "squeeze": "axes",
+         "sets": "scan", "speed-smollm2": "speed", "speed-nanogpt": "peers"}
 
 def make(name):
     """The table of this name. Raises ValueError if there is none, or its results are not all there."""

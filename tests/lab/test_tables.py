@@ -26,7 +26,7 @@ def test_all_tables_of_all_pages_are_those_of_their_results():
     assert check_pages() == []
     marked = {name for page in tables.pages() for _, name, _ in tables.MARK.findall(page.read_text("utf-8"))}
     assert marked >= {"preset", "learned", "all", "eigen", "spans", "squeeze", "smollm2", "scan", "sets",
-                      "tuned", "sharing", "depth", "fair"}
+                      "tuned", "sharing", "depth", "fair", "standing-out"}
 
 def test_modes_are_compared_at_their_own_best_seed_by_seed(results):
     runs = at_best(tables.read("sharing"))
@@ -40,6 +40,17 @@ def test_the_reference_is_full_attention_whatever_ended_first(results):
     (results / "sharing.csv").write_text(head + "".join(runs[::-1]))
     assert [row[0] for row in tables.make("sharing")[1:]] == ["full", "SA"]
     assert tables.make("sharing")[2][4] == "+2.50 ± 3.54 %"
+
+def test_what_stands_out_from_the_luck_of_seeds_is_listed_the_clearest_first(results):
+    def write(study, losses):
+        runs = (f'"{mode}",9,0.001,5,{seed},{loss},40,80,7\n' for mode, each in losses.items()
+                for seed, loss in enumerate(each, start=1))
+        (results / f"{study}.csv").write_text(RUNS.splitlines(keepends=True)[0] + "".join(runs))
+    write("sharing", {"SA": [2.02, 2.04, 2.03], "full": [2, 2, 2], "lucky": [2, 2.1, 1.96]})
+    write("fair", {"SA, equal time": [1.9, 1.902, 1.898]})
+    write("depth", {"8 layers, full": [1, 1, 1], "8 layers, SA": [1, 1.1, 1]})
+    assert tables.make("standing-out")[1:] == [["SA, equal time", "−5.00 ± 0.10 %", "50.0"],
+                                               ["SA, equal steps", "+1.50 ± 0.50 %", "3.0"]]
 
 def test_a_minus_is_a_minus_and_one_seed_has_no_spread():
     assert percent([-0.001]) == "+0.00 %"
