@@ -26,7 +26,8 @@ def test_all_tables_of_all_pages_are_those_of_their_results():
     assert check_pages() == []
     marked = {name for page in tables.pages() for _, name, _ in tables.MARK.findall(page.read_text("utf-8"))}
     assert marked >= {"preset", "learned", "all", "eigen", "spans", "squeeze", "smollm2", "scan", "sets",
-                      "tuned", "sharing", "depth", "fair", "standing-out"}
+                      "tuned", "sharing", "depth", "fair", "standing-out", "speed",
+                      "speed-smollm2", "speed-nanogpt"}
 
 def test_modes_are_compared_at_their_own_best_seed_by_seed(results):
     runs = at_best(tables.read("sharing"))
