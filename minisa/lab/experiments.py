@@ -83,7 +83,7 @@ DEPTH = {
 # What a mode frees, given to the MLP: a width with which it has as many parameters as full attention.
 WIDER = {"SA 2-3": 373, "SA 1-3": 395, "SA 0-3": 416, "CLA 1-3": 395, "GQA 2": 395, "MQA": 416,
          "SA 1-3, MQA": 443, "CLA 1-3, MQA": 427}
-FAIR = {f"{name}, equal time": MODES[name] for name in WIDER} | {
+FAIR = {f"{name}, equal time": MODES[name] for name in ("full", *WIDER)} | {
     f"{name}, equal parameters": Mode([*MODES[name].flags, f"--n_hidden={width}"])
     for name, width in WIDER.items()}
 

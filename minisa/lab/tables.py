@@ -49,6 +49,7 @@ def markdown(table):
 # ---- studies of trained models ----
 
 SETTINGS = ["mode", "steps", "learning_rate", "warmup_iters", "seed"]
+FULL_AMONG_FAIR = "full, equal time"
 
 def best(rows, mode, **fixed):
     """Of the runs of a mode with the first seed, the one of least loss; None if there is none."""
@@ -106,25 +107,26 @@ def modes_table(name, reference):
     return table
 
 def fair_table():
-    """What a mode costs over full attention after as many steps, as much time, with as many parameters."""
+    """What a mode costs over full attention after as many steps, as much time, with as many parameters. The
+    runs of `fair` are compared with full attention trained among them, with the same flags."""
     steps, rest = at_best(read("sharing")), at_best(read("fair"))
-    reference = steps["full"]
+    modes = dict.fromkeys(name.partition(", equal")[0] for name in rest if not name.startswith("full"))
     table = [["mode", "equal steps", "equal time", "steps then", "equal parameters"]]
-    for mode in dict.fromkeys(name.partition(", equal")[0] for name in rest):
+    for mode in modes:
         time, wide = rest[f"{mode}, equal time"], rest[f"{mode}, equal parameters"]
-        table.append([mode, percent(over(steps[mode], reference)), percent(over(time, reference)),
-                      number(time[0]["steps"]), percent(over(wide, reference))])
+        cells = [percent(over(runs, rest[FULL_AMONG_FAIR])) for runs in (time, wide)]
+        table.append([mode, percent(over(steps[mode], steps["full"])), cells[0], number(time[0]["steps"]),
+                      cells[1]])
     return table
 
 def standing_out_table():
     """The differences from full attention that are 2.5 times their standard deviation or more, of the studies
     `sharing`, `fair` and `depth`; the clearest first."""
-    found = {study: at_best(read(study)) for study in ("sharing", "fair", "depth")}
-    shallow, deep = found["sharing"]["full"], found["depth"]["8 layers, full"]
     rows = []
-    for study, modes in found.items():
-        for mode, runs in modes.items():
-            differences = over(runs, deep if study == "depth" else shallow)
+    for study, full in {"sharing": "full", "fair": FULL_AMONG_FAIR, "depth": "8 layers, full"}.items():
+        found = at_best(read(study))
+        for mode, runs in found.items():
+            differences = over(runs, found[full])
             if len(differences) < 2:
                 raise KeyError(mode)                        # it has not run with all seeds
             times = abs(statistics.fmean(differences)) / (statistics.stdev(differences) or 1)

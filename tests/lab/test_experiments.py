@@ -86,7 +86,7 @@ def test_equal_time_takes_more_steps_for_a_mode_that_is_faster(results):
             rows += [measure(row) | {"minutes": "2.0" if mode == "full" else "1.6"} for row in left]
     experiments.write_csv(results / "sharing.csv", COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
     planned = experiments.plan_fair([], experiments.FAIR)
-    assert len(planned) == 2 * len(WIDER) * len(SEEDS)
+    assert len(planned) == (1 + 2 * len(WIDER)) * len(SEEDS)
     steps = {row["mode"].partition(", equal ")[2]: row["steps"] for row in planned}
     assert steps == {"time": 2500, "parameters": 2000}
 

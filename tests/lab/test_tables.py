@@ -27,7 +27,7 @@ def test_all_tables_of_all_pages_are_those_of_their_results():
     marked = {name for page in tables.pages() for _, name, _ in tables.MARK.findall(page.read_text("utf-8"))}
     assert marked >= {"preset", "learned", "all", "eigen", "spans", "squeeze", "smollm2", "scan", "sets",
                       "tuned", "sharing", "depth", "fair", "standing-out", "speed",
-                      "speed-smollm2", "speed-nanogpt"}
+                      "speed-smollm2", "speed-nanogpt", "recall"}
 
 def test_modes_are_compared_at_their_own_best_seed_by_seed(results):
     runs = at_best(tables.read("sharing"))
@@ -42,13 +42,23 @@ def test_the_reference_is_full_attention_whatever_ended_first(results):
     assert [row[0] for row in tables.make("sharing")[1:]] == ["full", "SA"]
     assert tables.make("sharing")[2][4] == "+2.50 ± 3.54 %"
 
-def test_what_stands_out_from_the_luck_of_seeds_is_listed_the_clearest_first(results):
+@pytest.fixture
+def write(results):
+    """write(study, {mode: [a loss for each seed]})"""
     def write(study, losses):
         runs = (f'"{mode}",9,0.001,5,{seed},{loss},40,80,7\n' for mode, each in losses.items()
                 for seed, loss in enumerate(each, start=1))
         (results / f"{study}.csv").write_text(RUNS.splitlines(keepends=True)[0] + "".join(runs))
+    return write
+
+def test_equal_time_and_parameters_are_over_full_attention_trained_alike(write):
+    write("sharing", {"full": [2, 2], "SA": [2.2, 2.2]})
+    write("fair", {"full, equal time": [4, 4], "SA, equal time": [3, 3], "SA, equal parameters": [5, 5]})
+    assert tables.make("fair")[1:] == [["SA", "+10.00 ± 0.00 %", "−25.00 ± 0.00 %", "9", "+25.00 ± 0.00 %"]]
+
+def test_what_stands_out_from_the_luck_of_seeds_is_listed_the_clearest_first(write):
     write("sharing", {"SA": [2.02, 2.04, 2.03], "full": [2, 2, 2], "lucky": [2, 2.1, 1.96]})
-    write("fair", {"SA, equal time": [1.9, 1.902, 1.898]})
+    write("fair", {"full, equal time": [4, 4, 4], "SA, equal time": [3.8, 3.804, 3.796]})
     write("depth", {"8 layers, full": [1, 1, 1], "8 layers, SA": [1, 1.1, 1]})
     assert tables.make("standing-out")[1:] == [["SA, equal time", "−5.00 ± 0.10 %", "50.0"],
                                                ["SA, equal steps", "+1.50 ± 0.50 %", "3.0"]]
