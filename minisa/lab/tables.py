@@ -250,6 +250,7 @@ def nanogpt_table():
              ("recipe", "train"): "training: recipe, nanoGPT's for a CPU, 12 × 64 characters",
              ("large", "train"): "training: large, on 8 × 256 tokens",
              ("small", "decode"): "decoding at context 256: small",
+             ("recipe", "decode"): "decoding at context 256: recipe",
              ("large", "decode"): "decoding at context 256: large"}
     table = [["", *(f"{mode}, {dtype}" for dtype in found for mode in ("full", "Shared Attention"))]]
     for (shape, work), shown in kinds.items():
