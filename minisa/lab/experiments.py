@@ -10,6 +10,7 @@ time and versions. What is there is not run again. Other studies are lists of co
 not run again while the file or folder that it writes is there. --again sets the results aside first.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -349,6 +350,13 @@ def compare(update):
         print("all tables are as their results")
     return 1 if differ and not update else 0
 
+def words(text):
+    """A type for a flag: words as a shell reads them."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: a quotation mark is not closed") from None
+
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.experiments [STUDY] [--FLAG=VALUE ...]")
     names = [*TRAININGS, *COMMANDS]
@@ -356,7 +364,7 @@ def main():
                         help=f"{', '.join(names)} (default none: list them)")
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
     parser.flag("dtype", choices=["float32", "bfloat16"], help="to train in", shown="the faster one here")
-    parser.flag("train_flags", shlex.split, [], "further flags of train.py, in quotes", "none")
+    parser.flag("train_flags", words, [], "further flags of train.py, in quotes", "none")
     parser.switch("again", "set the results of this study aside, as .csv.old, and measure anew")
     parser.switch("table", "only print the table, and draw the figure, of what was run")
     parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")

@@ -110,13 +110,13 @@ def fair_table():
     """What a mode costs over full attention after as many steps, as much time, with as many parameters. The
     runs of `fair` are compared with full attention trained among them, with the same flags."""
     steps, rest = at_best(read("sharing")), at_best(read("fair"))
+    reference = rest[FULL_AMONG_FAIR]
     modes = dict.fromkeys(name.partition(", equal")[0] for name in rest if not name.startswith("full"))
     table = [["mode", "equal steps", "equal time", "steps then", "equal parameters"]]
     for mode in modes:
         time, wide = rest[f"{mode}, equal time"], rest[f"{mode}, equal parameters"]
-        cells = [percent(over(runs, rest[FULL_AMONG_FAIR])) for runs in (time, wide)]
-        table.append([mode, percent(over(steps[mode], steps["full"])), cells[0], number(time[0]["steps"]),
-                      cells[1]])
+        table.append([mode, percent(over(steps[mode], steps["full"])), percent(over(time, reference)),
+                      number(time[0]["steps"]), percent(over(wide, reference))])
     return table
 
 def standing_out_table():

@@ -130,15 +130,17 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(folder, mon
         checkpoint.save(folder / "model.pt", make(), TOKENIZER, INFO)
     assert (folder / "model.pt").read_bytes() == before and os.listdir(folder) == ["model.pt"]
 
-def test_the_package_works_outside_the_checkout(tmp_path):
+def test_the_package_works_outside_the_checkout_and_loads_without_torchs_compiler(tmp_path):
     root = Path(minisa.__file__).parent
+    checkpoint.save(tmp_path / "run" / "model.pt", make(), TOKENIZER, INFO)
     shutil.copytree(root, tmp_path / "site" / "minisa", ignore=shutil.ignore_patterns("__pycache__"))
     code = ("import minisa; from minisa import load; from minisa.files import data_folder; "
-            "import minisa.axes.eigen, minisa.lab.scan; print(minisa.__file__, data_folder())")
+            "import minisa.axes.eigen, minisa.lab.scan; print(minisa.__file__, data_folder()); "
+            "import sys; load('run'); print('torch._dynamo' in sys.modules)")
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    found = [f"{tmp_path}/site/minisa/__init__.py", f"{tmp_path}/cache/minisa"]
+    found = [f"{tmp_path}/site/minisa/__init__.py", f"{tmp_path}/cache/minisa", "False"]
     assert done.stdout.split() == found, done.stderr
 
 def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):

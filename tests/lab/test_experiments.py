@@ -108,7 +108,8 @@ def test_equal_parameters_are_as_many_as_those_of_full_attention(mode):
 
 @pytest.mark.slow
 def test_a_study_trains_what_it_says(run, text, results, monkeypatch):
-    modes = {"8 layers, full": Mode(), "mixed": Mode(axis=["heads", "--share=1-2", "--heads=mix"])}
+    modes = {"8 layers, full": Mode(["--n_layer=4"]),
+             "mixed": Mode(axis=["heads", "--share=1-2", "--heads=mix"])}
     monkeypatch.setattr(experiments, "TRAININGS", {"depth": (modes, plan_sweep)})
     monkeypatch.setattr(experiments, "RATES", (1e-3,))
     monkeypatch.setattr(experiments, "WARMUPS", (2,))
@@ -122,9 +123,10 @@ def test_a_study_trains_what_it_says(run, text, results, monkeypatch):
     rows = {row["mode"]: row for row in csv.DictReader((results / "depth.csv").open())}
     assert rows.keys() == modes.keys() and {row["steps"] for row in rows.values()} == {"4"}
     caches = {mode: int(row["cache B/token"]) for mode, row in rows.items()}
-    assert caches == {"8 layers, full": 384, "mixed": 320}
+    assert caches == {"8 layers, full": 512, "mixed": 320}
     saved = int(rows["8 layers, full"]["parameters"]) - int(rows["mixed"]["parameters"])
-    assert saved == 2 * 16 * 16 - 2 * 2                     # W_q and W_k of a layer; a mixture of two heads
+    layer = 4 * 16 * 16 + 3 * 16 * 32
+    assert saved == layer + 2 * 16 * 16 - 2 * 2             # and W_q and W_k, but a mixture of two heads
     assert all([*row] == COLUMNS and row["learning_rate"] == "0.001" for row in rows.values())
     assert SETTINGS == COLUMNS[:len(SETTINGS)]
 
@@ -144,6 +146,8 @@ def test_a_table_without_results_is_refused(run, results):
 
 def test_flags_that_exclude_each_other_are_refused(run):
     assert run(experiments.main, "--check", "--update")[0] == 2
+    status, _, err = run(experiments.main, "fair", "--train_flags='--n_layer=3")
+    assert status == 2 and err.count("\n") == 1 and "a quotation mark is not closed" in err
 
 def test_only_results_of_the_study_are_set_aside(results, tmp_path, monkeypatch):
     for name in ("mine.csv", "other.csv", "picture.png"):
