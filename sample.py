@@ -18,8 +18,8 @@ from minisa import bill
 from minisa.axes import squeeze
 from minisa.checkpoint import load, reconfigure
 from minisa.cli import Parser, amount, at_least, command, count, device, picture, prompt, table
+from minisa.cost import predict
 from minisa.data import data_of
-from minisa.fast import for_decoding
 from minisa.model import SHARE_KINDS
 from minisa.picture import pyplot
 
@@ -43,11 +43,13 @@ def read_flags():
     flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
     flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
     flag("csv", table, None, "file to write the bill to, as .csv")
+    parser.switch("json", "print the bill once more as the last line, as JSON for programs")
     flag("plot", picture, None, "file to draw the bill in, as .png, .svg or .pdf; needs matplotlib")
     return parser.parse_intermixed_args()
 
 def write(model, tokenizer, args, way=None):
-    """Stream the texts to stdout. → decoded tokens per second, without the prompt; None for one token."""
+    """Stream the texts to stdout. → decoded tokens per second, without the prompt; None for one token. And
+    the tokens in the cache meanwhile, in the mean."""
     if not (tokens := tokenizer.encode(args.prompt)):
         raise ValueError("--prompt: this model has no token for any of it; take another text")
     far = model.config.block_size * (1 if way else len(model.blocks))   # back, for all layers together
@@ -69,7 +71,18 @@ def write(model, tokenizer, args, way=None):
             print(text, end="", flush=True)
         print("\n" + "-" * 80, flush=True)
         seconds += times[-1][0] - times[-args.max_new_tokens][0]
-    return args.num_samples * (args.max_new_tokens - 1) / seconds if seconds else None
+    visible = [min(ids.size(1) + n, model.config.block_size) for n in range(1, args.max_new_tokens)]
+    if not visible or not seconds:
+        return None, None
+    return args.num_samples * len(visible) / seconds, round(sum(visible) / len(visible))
+
+def share_of_limit(model, speed, visible, args, cache):
+    """→ bill.share_of_limit() of decoding at some speed, or None if that is not known."""
+    if speed is None:
+        return None
+    size, rooms = model.embed.weight.element_size(), cache and cache.rooms
+    cost = predict(model, visible, bytes_per_number=size, kept=rooms)
+    return bill.share_of_limit(cost.read_bytes, 1 / speed, args.device)
 
 def bits_per_byte(name, model, tokenizer, info, args, ways):
     """→ the loss on validation text with each of some ways to squeeze; None if the text that the model was
@@ -111,19 +124,22 @@ def main():
     for source in sources:
         for name, model, tokenizer, info, way, bpb in variants(source, args):
             print(f"{name}, sharing {bill.sharing(model)}\n" + "-" * 80)
-            speed = write(for_decoding(model), tokenizer, args, way)
+            speed, visible = write(model, tokenizer, args, way)
             cache = way and way.cache_for_bill(model, data_of(info, tokenizer), args.context)
-            row, met = bill.row(name, model, bpb, speed, args.context, cache)
+            reached = share_of_limit(model, speed, visible, args, cache)
+            row, met = bill.row(name, model, bpb, speed, args.context, cache, reached)
             rows.append(row)
             right = right and met
     bill.show(rows)
     verdict = "they agree" if right else "THEY DIFFER"
-    print("Parameters, cache and FLOPs were predicted in closed form, and counted on a real decode step: "
-          f"{verdict}.")
+    print("Parameters, cache, bytes read and FLOPs were predicted in closed form, and counted on a real "
+          f"decode step: {verdict}.")
     if args.csv:
         bill.write_csv(rows, args.csv)
     if args.plot:
         bill.draw(rows, args.plot)
+    if args.json:
+        print(bill.as_json(rows, right))
     return 0 if right else 1
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from minisa import checkpoint
 from minisa.cli import command
 from minisa.data import Data, tokenize
-from minisa.fast import compiled, keep_memory, number_format
 from minisa.files import lock
 from minisa.model import GPT, GPTConfig
-from minisa.run import Meter, Processes, Run, clock, refuse_too_large
+from minisa.run import Meter, Processes, Run, clock, compiled, keep_memory, number_format, refuse_too_large
 from minisa.settings import read_flags, saved_settings, settle
 
 EVAL_TOKENS = 20_000            # of an evaluation on the way; the last one reads all

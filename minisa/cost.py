@@ -9,14 +9,22 @@ that sees S keys, a layer spends
 and the model 2·C·V once, for the logits. Cached per token and layer, with b bytes per number: G·D·b
 for k and G·D·b for v. What a layer does not make falls away: q, k and scores in a reuse layer of
 Shared Attention, k and v in one of Cross-Layer Attention.
+
+A decode step also reads: each weight matrix once, and for each sequence S keys and S values in a
+full layer. A reuse layer of Shared Attention reads S values. One of Cross-Layer Attention stores
+nothing, but reads S keys and S values, the anchor's, once more.
 """
 
 from copy import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from minisa.decode import Decoder
 from minisa.model import GPT, PREFILL_CHUNK, KVCache
 
 @dataclass
@@ -24,7 +32,8 @@ class Cost:
     params: int                 # numbers
     cache_bytes_per_token: int  # bytes for one token of one sequence, all layers
     cache_bytes: int            # bytes for `context` tokens of `batch_size` sequences
-    decode_flops: int          # for one more token in each sequence, which then sees `context` keys
+    read_bytes: int             # bytes of weights and cache that a decode step multiplies with
+    decode_flops: int           # for one more token of each sequence, which sees `context` keys
     prefill_flops: int          # for reading a prompt of `context` tokens, and the token after it
 
 def layer_params(block):
@@ -42,6 +51,17 @@ def layer_flops(block, T, S):
     products = 2 * n_q * S + 2 * n_y * S            # scores, and weighted sum
     return T * (projections + products + 6 * C * M) + extra(block.attn, T, S)[1]
 
+def numbers_read(blocks, rooms):
+    """Numbers that a decode step reads of a sequence's cache. rooms: tokens in each layer."""
+    total = keys = values = 0                           # keys, values: numbers per token
+    for block, room in zip(blocks, rooms):
+        n_q, n_k, n_v = block.attn.widths
+        keys, values = n_k or keys, n_v or values       # its own, or the anchor's below
+        attends = n_q > 0                               # a reuse layer of Shared Attention does not
+        total += room * (keys * attends + values)
+        keys = getattr(block.attn, "keys_handed_up", keys)
+    return total
+
 def extra(attn, T, S):
     """(parameters, FLOPs) of what an axis added to a layer; the axis says it beside the layer."""
     return attn.extra_cost(T, S) if hasattr(attn, "extra_cost") else (0, 0)
@@ -58,43 +78,85 @@ def predict(model_or_config, context, batch_size=1, bytes_per_number=4, kept=Non
     if not 1 <= context <= config.block_size:
         raise ValueError(f"--context={context}: must be from 1 to block_size = {config.block_size}")
     C, V, kept = config.n_embd, config.vocab_size, kept or [context] * len(blocks)
-    head = 2 * C * V
+    head, rooms = 2 * C * V, [min(room, context) for room in kept]
+    matrices = V * C + sum(map(layer_params, blocks))
     cached = [bytes_per_number * sum(block.attn.widths[1:]) for block in blocks]   # bytes per token
     starts = range(0, context, PREFILL_CHUNK)
     chunks = [(start, min(start + PREFILL_CHUNK, context)) for start in starts]
-    decode = sum(layer_flops(block, 1, min(room, context)) for block, room in zip(blocks, kept))
+    decode = sum(layer_flops(block, 1, room) for block, room in zip(blocks, rooms))
     prefill = sum(layer_flops(block, end - start, end) for block in blocks for start, end in chunks)
     return Cost(
-        params=V * C * (1 if config.tied else 2) + C + sum(map(layer_params, blocks)),
+        params=matrices + C + (0 if config.tied else V * C),
         cache_bytes_per_token=sum(cached),
         cache_bytes=batch_size * sum(size * room for size, room in zip(cached, kept)),
+        read_bytes=bytes_per_number * (matrices + batch_size * numbers_read(blocks, rooms)),
         decode_flops=batch_size * (decode + head),
         prefill_flops=batch_size * (prefill + head))
 
+class Reads(TorchFunctionMode):
+    """Within it, adds up the bytes of weights and cache that enter matrix products."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.places = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+        self.bytes = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("matmul", "__matmul__", "linear"):
+            for t in args[:2]:
+                known = t.untyped_storage().data_ptr() in self.places
+                self.bytes += t.nbytes if known else 0
+        return function(*args, **kwargs or {})
+
 @torch.inference_mode()
-def measure(model, context, batch_size=1, cache_of=None):
+def measure(model, context, batch_size=1, cache_of=None, engine="torch"):
     """→ the same Cost, counted: parameters, the cache's storage, the matrix products of a real run.
 
     cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured.
+    engine: what decodes, "torch" (model.py) or "numpy" (decode.py).
     """
     weight, explicit = model.embed.weight, copy(model)
     explicit.fuse = False                           # the counter can't see into fused kernels
 
     def run(cache, tokens):
-        """FLOPs of what GPT.stream() does before it draws a token."""
-        with FlopCounterMode(display=False) as counter:
-            for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-                x = explicit.hidden(chunk, cache)
-            model.head(x[:, -1])
-        return counter.get_total_flops()
+        """FLOPs and bytes read of what GPT.read() does."""
+        reads = Reads([*model.parameters(), *cache.k, *cache.v])
+        with FlopCounterMode(display=False) as counter, reads:
+            explicit.read(tokens, cache)
+        return counter.get_total_flops(), reads.bytes
 
     tokens = torch.zeros(batch_size, context, dtype=torch.long, device=weight.device)
     cache = KVCache(model, batch_size, context, weight.dtype, weight.device)
-    prefill, per_token = run(cache, tokens), cache.nbytes // (context * batch_size)
+    (prefill, _), per_token = run(cache, tokens), cache.nbytes // (context * batch_size)
     if cache_of:
         cache = cache_of(tokens[:, :-1])
     else:
         cache.length = context - 1                  # forget the last token, and decode it once more
-    decode = run(cache, tokens[:, -1:])
+    last = tokens[:, -1:]
+    decode, read = run(cache, last) if engine == "torch" else run_in_numpy(Decoder(model, cache))
     params = sum(p.numel() for p in model.parameters())
-    return Cost(params, per_token, cache.nbytes, decode, prefill)
+    return Cost(params, per_token, cache.nbytes, read, decode, prefill)
+
+def run_in_numpy(decoder):
+    """FLOPs and bytes read of a Decoder's step, whose arrays are replaced by ones that count."""
+
+    class Counted(np.ndarray):
+        flops = read = 0
+
+        def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+            plain = [np.asarray(array) for array in inputs]
+            result = getattr(ufunc, method)(*plain, **kwargs)
+            if ufunc is np.matmul:
+                Counted.flops += 2 * result.size * plain[0].shape[-1]
+                Counted.read += sum(array.nbytes for array in inputs if isinstance(array, Counted))
+            return result
+
+    def counted(parts):
+        return SimpleNamespace(**{
+            name: part.view(Counted) if isinstance(part, np.ndarray) and name != "embed" else part
+            for name, part in vars(parts).items()})
+
+    decoder.layers = [counted(layer) for layer in decoder.layers]
+    decoder.weights = counted(decoder.weights)
+    decoder.step(0)
+    return Counted.flops, Counted.read

@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from minisa import decode
+
 PREFILL_CHUNK = 256     # tokens of a prompt read at once, so that P is (B, H, 256, S) at most
 
 @dataclass
@@ -111,6 +113,7 @@ class Attention(nn.Module):
     """A full layer: in no span. forward() takes x (B, T, C) and what the layer below handed up, and
     gives y (B, T, C) and what this one hands up."""
     makes = "qkv"                   # what it computes itself. Of that, the cache holds k and v
+    in_numpy = decode.full_attention
 
     def __init__(self, config, layer):
         super().__init__()
@@ -136,6 +139,8 @@ class Attention(nn.Module):
 
 class Anchor(Attention):
     """The first layer of a span of Shared Attention: it forms P (so: not fused), hands it up."""
+    in_numpy = decode.full_attention
+
     def forward(self, x, step, shared=None):
         q, k, v = self.project(x, step)
         P = step.attention_weights(q, k)                        # (B, H, T, S)
@@ -145,6 +150,8 @@ class SharedAttention(Attention):
     """A reuse layer, as in the paper: the anchor's P over values of its own. No q and no k, so
     nothing to rotate; and nothing to mask, as P is 0 wherever a token must not look."""
     makes = "v"
+    in_numpy = decode.shared_attention
+
     def forward(self, x, step, P):
         v = split_heads(self.qkv(x), self.G)                    # qkv is v only here: (B, G, T, D)
         v = step.visible("v", self.layer, v)                    # (B, G, S, D)
@@ -152,6 +159,8 @@ class SharedAttention(Attention):
 
 class KVAnchor(Attention):
     """The first layer of a span of Cross-Layer Attention: it hands up k and v."""
+    in_numpy = decode.full_attention
+
     def forward(self, x, step, shared=None):
         q, k, v = self.project(x, step)
         return self.merge(step.fused(q, k, v)), (k, v)
@@ -159,6 +168,8 @@ class KVAnchor(Attention):
 class CrossLayerAttention(Attention):
     """A reuse layer of the rival: the anchor's k and v under a q of its own."""
     makes = "q"
+    in_numpy = decode.cross_layer_attention
+
     def forward(self, x, step, kv):
         q = rotate(split_heads(self.qkv(x), self.H), step.rope)
         return self.merge(step.fused(q, *kv)), kv
@@ -170,6 +181,7 @@ class KVCache:
     A ring: position p lives in slot p mod size, so a new token overwrites the oldest. Keys are kept
     rotated; as only distances count in RoPE, they stay valid however far generation goes."""
     watch = None                    # a cache that must see every P has a function here: see Step
+    in_numpy = True                 # decode.py can go on from it. A subclass must say so itself
 
     def __init__(self, model, batch_size, size, dtype=torch.float32, device="cpu"):
         G = model.config.n_kv_head
@@ -205,6 +217,8 @@ class KVCache:
 
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
+    in_numpy = True
+
     def __init__(self, config):
         super().__init__()
         C, M = config.n_embd, config.n_hidden
@@ -215,6 +229,8 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))     # (B, T, M) inside
 
 class Block(nn.Module):
+    in_numpy = True
+
     def __init__(self, config, layer, kind):
         super().__init__()
         self.attn, self.mlp = kind(config, layer), MLP(config)
@@ -230,6 +246,8 @@ class Block(nn.Module):
         return x + F.dropout(y, self.dropout, self.training), shared
 
 class GPT(nn.Module):
+    in_numpy = True
+
     def __init__(self, config):
         super().__init__()
         self.config, self.fuse = config, True                   # fuse: see Step
@@ -289,16 +307,29 @@ class GPT(nn.Module):
         return seen
 
     @torch.inference_mode()
+    def read(self, idx, cache):
+        """Read idx (B, T ≥ 1) into a cache → logits (B, V) of the token after it."""
+        for chunk in idx.split(min(PREFILL_CHUNK, cache.size), dim=1):
+            x = self.hidden(chunk, cache)
+        return self.head(x[:, -1]).float()
+
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
         """Continue idx (B, T ≥ 1), past block_size by forgetting the oldest: yield each next token
-        (B, 1), drawn from softmax(logits / temperature) among the top_k; at 0 the likeliest."""
+        (B, 1), drawn from softmax(logits / temperature) among the top_k; at 0 the likeliest. The
+        prompt is read here; what follows is written by decode.py, where it can."""
+        B, device = len(idx), idx.device
         if cache is None:
-            like = self.embed.weight
-            cache = KVCache(self, len(idx), self.config.block_size, like.dtype, like.device)
-        for _ in range(max_new_tokens):
-            for chunk in idx.split(min(PREFILL_CHUNK, cache.size), dim=1):      # first the prompt
-                x = self.hidden(chunk, cache)
-            idx = draw(self.head(x[:, -1]).float(), temperature, top_k, generator)
+            cache = KVCache(self, B, self.config.block_size, self.embed.weight.dtype, device)
+        randoms, decoder = uniform(B, generator, device), None
+        for n in range(max_new_tokens):
+            if n == 1 and decode.handles(self, cache):
+                decoder = decode.Decoder(self, cache)
+            if decoder:
+                logits = decoder.step(idx.item())
+                token = decode.draw(logits, temperature, top_k, next(randoms).item())
+                idx = torch.tensor([[token]])
+            else:
+                idx = draw(self.read(idx, cache), temperature, top_k, next(randoms))
             yield idx
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
@@ -307,12 +338,18 @@ class GPT(nn.Module):
         new = self.stream(idx, max_new_tokens, temperature, top_k, generator, cache)
         return torch.cat((idx, *new), dim=1)
 
-def draw(logits, temperature, top_k, generator):
-    """logits (B, V) → a token for each row (B, 1)."""
+def uniform(B, generator, device):
+    """Yield random numbers (B, 1) for draw(), 64 made at once: starting takes most of the time."""
+    while True:
+        yield from torch.rand(64, B, 1, generator=generator, device=device)
+
+def draw(logits, temperature, top_k, u):
+    """logits (B, V) → tokens (B, 1). u (B, 1) is random, uniform in [0, 1): the token drawn is the
+    first at which the sum of all probabilities up to it exceeds u."""
     if temperature < 1e-6:                                      # so small a divisor would overflow
         return logits.argmax(-1, keepdim=True)
     if top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    p = (logits / temperature).softmax(-1)                      # of clocks at rates p, the first
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    total = (logits / temperature).softmax(-1).cumsum(-1)       # (B, V)
+    return (total <= u * total[:, -1:]).sum(-1, keepdim=True)

@@ -73,6 +73,11 @@ class Narrow:
             step.rope_of_keys = rope_angles(self.config, step.cache.positions)
         return step.rope_of_keys
 
+    @property
+    def keys_handed_up(self):
+        """Numbers of a cached key that a reuse layer of CLA reads: none, if it is restored."""
+        return self.widths[1] if self.restore is None else 0
+
     def extra_cost(self, T, S):
         restoring = 0 if self.restore is None else self.restore.numel()
         return restoring, 2 * restoring * S

@@ -26,12 +26,29 @@ import torch.nn as nn
 
 from minisa import checkpoint
 from minisa.axes.common import calibration, parser, rewrite, run_main, walk
+from minisa.decode import shared_attention
 from minisa.model import SHARE_KINDS, CrossLayerAttention, SharedAttention
 
 # ---- layers ----
 
+def matched_in_numpy(now, layer, x, below):
+    """decode.shared_attention() with P[source]."""
+    P, k, v = below                                             # P (G, H/G, S)
+    chosen = P.reshape(len(layer.source), -1)[layer.source]     # (H, S)
+    y, _ = shared_attention(now, layer, x, (chosen.reshape(P.shape), k, v))
+    return y, below
+
+def mixed_in_numpy(now, layer, x, below):
+    """decode.shared_attention() with mix · P."""
+    P, k, v = below                                             # P (G, H/G, S)
+    mixed = layer.mix @ P.reshape(len(layer.mix), -1)           # (H, S)
+    y, _ = shared_attention(now, layer, x, (mixed.reshape(P.shape), k, v))
+    return y, below
+
 class Matched(SharedAttention):
     """A reuse layer in which head h takes P of the anchor's head source[h]."""
+    in_numpy = matched_in_numpy
+
     def forward(self, x, step, P):
         return super().forward(x, step, P[:, self.source])[0], P
 
@@ -41,6 +58,8 @@ class Matched(SharedAttention):
 
 class Mixed(SharedAttention):
     """A reuse layer in which head h takes Σ_g mix[h, g] · P of the anchor's head g."""
+    in_numpy = mixed_in_numpy
+
     def forward(self, x, step, P):
         mixed = (self.mix @ P.flatten(2)).view_as(P)            # (B, H, T, S)
         return super().forward(x, step, mixed)[0], P

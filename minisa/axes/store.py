@@ -55,6 +55,7 @@ class Damaged(Exception):
 
 class StoredCache(KVCache):
     """A KVCache whose layers are still arriving, at `places`, the slots of each block."""
+    in_numpy = True                                     # after a prompt, when all layers are there
     arriving, places = {}, ()                           # layer → a future of its blocks
 
     def write(self, name, layer, new):

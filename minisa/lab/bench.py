@@ -6,17 +6,21 @@
     python -m minisa.lab.bench smollm2 out/mixed        models from files: load, prefill, decode
     python -m minisa.lab.bench smollm2 --share=26-28    and zero-shot sharing
     python -m minisa.lab.bench --sweep=context          what a token costs at a context of 256 to 32,768
+    python -m minisa.lab.bench smollm2 --share=26-28 --sweep=context        and one of a model from a file
 
 Every figure is a median over rounds, in each of which all modes run in turn, so that a machine that gets
-slower or faster meanwhile is the same for all. A decode step must read all weights and the whole cache once;
-the limit is the time which that takes at the speed at which this machine reads a large tensor, measured in
-the same rounds.
+slower or faster meanwhile is the same for all. Tokens are made as generate() makes them: by numpy where
+minisa/decode.py can, by torch elsewhere; --torch adds rows that decode in torch. The limit of a decode step
+is the time that main memory takes to deliver what it reads (`read_bytes` of minisa/cost.py), at the speed at
+which this machine reads a large tensor, measured in the same rounds. What the processor's cache holds has no
+limit.
 """
 
 import statistics
 import sys
 import time
 from contextlib import redirect_stdout
+from copy import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,15 +29,15 @@ import torch
 from torch.nn import functional as F
 
 from minisa import checkpoint, pretrained
-from minisa.bill import print_table
+from minisa.bill import LARGE, in_cache, print_table, reader, timed
 from minisa.cli import Parser, command, count, device, picture, table
 from minisa.cost import predict
-from minisa.fast import for_decoding, keep_memory, number_format
 from minisa.files import write_csv
 from minisa.lab import plot
 from minisa.lab.scan import mean_loss
 from minisa.model import GPT, SHARE_KINDS, GPTConfig, KVCache
 from minisa.picture import pyplot
+from minisa.run import keep_memory, number_format
 from minisa.settings import choose_dtype
 
 #         config, batch and tokens of a training step (None: not trained), batch of a decode step
@@ -48,6 +52,7 @@ SWEPT = {                                                   # (context, batch si
     "context": [(2**i, 1) for i in range(8, 16)],
     "batch_size": [(1024, 2**i) for i in range(7)],
 }
+SWEPT_MODEL = 128, 512, 2048, 8192                          # contexts
 SWEEP_MODES = {
     "full": {},
     "SA": {"share": "1-5"},
@@ -56,18 +61,9 @@ SWEEP_MODES = {
     "SA, GQA": {"share": "1-5", "n_kv_head": 1},
 }
 MACHINE = "machine", "read"
+PAUSE = 0.1     # seconds, in which the waiting threads of torch and numpy fall asleep
 
 # ---- measuring ----
-
-def timed(f, where, at_least=0.05):
-    """Seconds that f() takes on the device `where`, from as many calls as fill at_least seconds."""
-    calls, elapsed, begun = 0, 0.0, time.perf_counter()
-    while elapsed < at_least:
-        f()
-        if where.type != "cpu":
-            torch.accelerator.synchronize(where)
-        calls, elapsed = calls + 1, time.perf_counter() - begun
-    return elapsed / calls
 
 def medians(work, rounds, title):
     """work: {(name, what): a function → seconds}, which run in turn, each once a round → {key: median}. One
@@ -76,19 +72,15 @@ def medians(work, rounds, title):
     for i in range(rounds + 1):
         for key, measure in work.items():
             print(f"\r\033[K{title}: round {i} of {rounds},", *key, end="", file=sys.stderr, flush=True)
+            time.sleep(PAUSE)
             seconds[key].append(measure())
     print("\r\033[K", end="", file=sys.stderr, flush=True)
     return {key: statistics.median(values[1:]) for key, values in seconds.items()}
 
-def reader(where):
-    """→ a function that measures how long this machine reads a byte, in seconds."""
-    ballast = torch.ones(2**26, device=where)               # 256 MB: more than any cache of a processor
-    return lambda: timed(ballast.sum, where) / ballast.nbytes
-
 def print_speeds(seconds, tokens, must_read):
-    """seconds: {(name, what): median}; tokens: {what: tokens made at once}; must_read: {name: bytes that a
-    decode step must read, if known}."""
-    print(f"this machine reads {1e-9 / seconds[MACHINE]:.1f} GB/s")
+    """seconds: {(name, what): median}; tokens: {what: tokens made at once}; must_read: {name: to_read(),
+    if known}."""
+    print(f"this machine reads {1e-9 * LARGE / seconds[MACHINE]:.1f} GB/s")
     names = [name for name, what in seconds if what == "decode"]
     titles = [title for what in tokens for title in (f"{what} tok/s", "÷ first")]
     rows = [["", *titles, "÷ limit", "MB read/step"]]
@@ -98,8 +90,9 @@ def print_speeds(seconds, tokens, must_read):
             first, took = (seconds.get((other, what)) for other in (names[0], name))
             row += [f"{n / took:,.1f}" if took else "-", f"{first / took:.2f}" if first and took else "-"]
         if name in must_read:
-            share = must_read[name] * seconds[MACHINE] / seconds[name, "decode"]
-            limit = [f"{share:.2f}", f"{must_read[name] / 1e6:.1f}"]
+            n_bytes, cached = must_read[name]
+            share = n_bytes / LARGE * seconds[MACHINE] / seconds[name, "decode"]
+            limit = ["-" if cached else f"{share:.2f}", f"{n_bytes / 1e6:.1f}"]
         rows.append(row + limit)
     print_table(rows)
 
@@ -134,23 +127,30 @@ def trainer(model, batch_size, T, dtype):
         optimizer.zero_grad(set_to_none=True)
     return step
 
-def decode_step(model, cache, batch_size):
-    """→ a function that makes the next token of each sequence in a cache."""
-    idx = tokens_for(model, batch_size, 1)
-
-    @torch.inference_mode()
-    def step():
-        model.head(model.hidden(idx, cache)[:, -1]).argmax(-1)
-    return step
-
-def decoder(model, batch_size, context):
-    """→ a function that makes one token per sequence, of which each sees `context` keys."""
+def full_cache(model, batch_size, context):
+    """→ a cache in which every new token overwrites the oldest."""
     like = model.embed.weight
     cache = KVCache(model, batch_size, context, like.dtype, like.device)
     for t in cache.k + cache.v:
-        t.zero_()
-    cache.length = context                                  # full: every new token overwrites the oldest
-    return decode_step(model, cache, batch_size)
+        t.normal_()
+    cache.length = context
+    return cache
+
+def decoder(model, batch_size, context):
+    """→ a function that makes one token per sequence, of which each sees `context` keys, as generate()."""
+    first, cache = tokens_for(model, batch_size, 1), full_cache(model, batch_size, context)
+    stream = model.stream(first, 2**62, temperature=0.8, cache=cache)
+    next(stream)                                            # the prompt, read by torch
+    return partial(next, stream)
+
+class OnTorch(GPT):
+    """A GPT of which decode.py knows nothing, so that it decodes in torch on every machine."""
+
+def on_torch(model):
+    """→ the same model, in the same memory, which decodes in torch."""
+    other = copy(model)
+    other.__class__ = OnTorch
+    return other
 
 def token_times(model, idx, n):
     """→ when a prompt idx (1, T) was there, and when each of n tokens after it, in seconds. model: a GPT, or
@@ -180,10 +180,10 @@ def per_token(model, idx, n):
     return (last - first) / n
 
 def to_read(model, context, batch_size=1):
-    """Bytes that a decode step must read: all weights, and the cache."""
-    size = model.embed.weight.element_size()
-    cost = predict(model, context, batch_size, size)
-    return size * cost.params + cost.cache_bytes
+    """Bytes that a decode step reads, and whether the processor's cache holds them all."""
+    weight = model.embed.weight
+    read = predict(model, context, batch_size, weight.element_size()).read_bytes
+    return read, in_cache(read, weight.device)
 
 # ---- shapes: models without training ----
 
@@ -209,25 +209,25 @@ def nanogpt_work(config, training, where):
     work["nanoGPT", "decode"] = partial(timed, one_token, where)
     return work
 
-def bench_shape(shape, rounds, where, dtype, plain=False, beside_nanogpt=False):
-    """Measure one shape and print its table; with `plain`, full attention a second time. → rows for CSV"""
+def bench_shape(shape, rounds, where, dtype, torch_too=False, beside_nanogpt=False):
+    """Measure one shape and print its table; torch_too: each mode also decodes in torch. → rows for CSV"""
     fields, training, batch = SHAPES[shape]
     context, (train_batch, length) = fields["block_size"], training or (0, 0)
-    T, work, models = min(context, 2048), {MACHINE: reader(where)}, {}
+    T, work, models = min(context, 2048), {MACHINE: partial(timed, reader(where), where)}, {}
     if beside_nanogpt:
         with redirect_stdout(sys.stderr):                   # it prints how large it is
             work |= nanogpt_work(GPTConfig(**fields), training, where)
-    for mode in ("full", *SHARE_KINDS, *["plain"] * plain):
-        sharing = {"share": f"1-{fields['n_layer'] - 1}", "share_kind": mode} if mode in SHARE_KINDS else {}
-        config = GPTConfig(**fields, **sharing)
+    for mode in ("full", *SHARE_KINDS):
+        config = GPTConfig(**fields, **sharing_of(mode, fields))
         models[mode] = model = GPT(config).to(where).eval()
-        if mode != "plain":
-            for_decoding(model)
         if training:
             step = trainer(GPT(config).to(where), train_batch, length, dtype)
             work[mode, "train"] = partial(timed, step, where)
         prefill = partial(first_token, model, tokens_for(model, 1, T))
         work[mode, "prefill"] = partial(timed, prefill, where)
+        if torch_too:
+            models[f"{mode}, torch"] = on_torch(model)
+    for mode, model in models.items():
         work[mode, "decode"] = partial(timed, decoder(model, batch, context), where)
     seconds = medians(work, rounds, shape)
     trained = f"training on {train_batch} × {length} tokens in {dtype}; " if training else ""
@@ -238,6 +238,11 @@ def bench_shape(shape, rounds, where, dtype, plain=False, beside_nanogpt=False):
     print_speeds(seconds, tokens, {mode: to_read(model, context, batch) for mode, model in models.items()})
     print(flush=True)
     return speeds(f"{shape}, {dtype}", seconds, tokens)
+
+def sharing_of(mode, fields):
+    """Full attention, or a kind of sharing, in all layers from 1 on → fields of its GPTConfig."""
+    last = fields["n_layer"] - 1
+    return {"share": f"1-{last}", "share_kind": mode} if mode in SHARE_KINDS else {}
 
 # ---- models from files ----
 
@@ -257,25 +262,23 @@ def transformers_model(source, where):
     first_token(model.eval().to(where), torch.zeros(1, 16, dtype=torch.long, device=where))
     return model, time.perf_counter() - begun
 
-def variants(source, share, plain, where):
+def variants(source, share, torch_too, where):
     """A model and others made of it → {name: model}, the first in float32; and the seconds from its file to
     its first token."""
     begun = time.perf_counter()
     model, _, _ = checkpoint.load(source, device=where)
-    before = checkpoint.reconfigure(model)                  # the same memory, as it was stored
-    for_decoding(model)
     first_token(model, tokens_for(model, 1, min(128, model.config.block_size // 4)))
     seconds = time.perf_counter() - begun
     half, _, _ = checkpoint.load(source, device=where, dtype=torch.bfloat16)
     models = {f"{source}, float32": model, f"{source}, bfloat16": half}
-    if plain:
-        models[f"{source}, float32, plain"] = before
+    if torch_too:
+        models[f"{source}, float32, torch"] = on_torch(model)
     if share:
         for dtype, full in (("float32", model), ("bfloat16", half)):
-            models[f"share {share}, {dtype}"] = for_decoding(checkpoint.reconfigure(full, share=share))
+            models[f"share {share}, {dtype}"] = checkpoint.reconfigure(full, share=share)
     return models, seconds
 
-def bench_models(sources, share, plain, beside_transformers, rounds, where):
+def bench_models(sources, share, torch_too, beside_transformers, rounds, where):
     """Measure models from files, beside each other and beside transformers, and print a table. → rows for
     CSV"""
     models, theirs, loading = {}, {}, []
@@ -283,7 +286,7 @@ def bench_models(sources, share, plain, beside_transformers, rounds, where):
         theirs["transformers"], seconds = transformers_model(sources[0], where)
         loading.append(f"transformers {seconds:.1f} s")
     for source in sources:
-        made, seconds = variants(source, share if source == sources[0] else None, plain, where)
+        made, seconds = variants(source, share if source == sources[0] else None, torch_too, where)
         models |= made
         loading.append(f"{source} {seconds:.1f} s")
     first = next(iter(models.values()))
@@ -291,7 +294,7 @@ def bench_models(sources, share, plain, beside_transformers, rounds, where):
     n, prompt, T = 32, min(128, size // 4), min(2048, size // 2)
     fewest = min(models.values(), key=lambda model: model.config.vocab_size)    # all know its tokens
     short, long, text = (tokens_for(fewest, 1, length) for length in (prompt, T, min(513, size)))
-    work = {MACHINE: reader(where)}
+    work = {MACHINE: partial(timed, reader(where), where)}
     for name, model in (models | theirs).items():
         work[name, "decode"] = partial(per_token, model, short, n)
         if "bfloat16" not in name:
@@ -312,21 +315,46 @@ def bench_models(sources, share, plain, beside_transformers, rounds, where):
 
 # ---- sweeps: what a token costs as context or batch grow ----
 
-def bench_sweep(what, rounds, where):
-    """Time a decode step of each mode at each point. → the header and the rows of a table."""
-    rows = [["mode", "context", "batch size", "cache bytes", "ms per token", "ms at the limit"]]
+SWEEP_COLUMNS = ["model", "mode", "context", "batch size", "cache bytes", "bytes read", "ms per token",
+                 "ms at the limit"]
+
+def sweep_shapes():
+    """Yield (name, context, batch size, {mode: model}): the shapes, each full and sharing."""
+    for shape, (fields, _, batch) in SHAPES.items():
+        if shape != "recipe":
+            yield shape, fields["block_size"], batch, {
+                mode: GPT(GPTConfig(**fields, **sharing_of(mode, fields))) for mode in ("full", *SHARE_KINDS)}
+
+def sweep_modes(what):
+    """Yield the same for one shape in five modes, while the context or the batch grows."""
     for context, batch in SWEPT[what]:
-        work, models = {MACHINE: reader(where)}, {}
-        for mode, fields in SWEEP_MODES.items():
-            models[mode] = model = GPT(GPTConfig(**SWEEP, **fields, block_size=context)).to(where).eval()
-            step = decoder(for_decoding(model), batch, context)
-            work[mode, "decode"] = partial(timed, step, where)
-        seconds = medians(work, rounds, f"context {context}, batch size {batch}")
+        yield "6 × 256", context, batch, {mode: GPT(GPTConfig(**SWEEP, **fields, block_size=context))
+                                          for mode, fields in SWEEP_MODES.items()}
+
+def sweep_model(source, share, where):
+    """Yield the same for a model from a file, full and zero-shot, while the context grows."""
+    full, _, _ = checkpoint.load(source, device=where)
+    models = {"full": full} | {kind: checkpoint.reconfigure(full, share=share, share_kind=kind)
+                               for kind in SHARE_KINDS if share}
+    for context in SWEPT_MODEL:
+        if context <= full.config.block_size:
+            yield source, context, 1, models
+
+def bench_sweep(points, rounds, where):
+    """Time a decode step of each mode at each point. → the header and the rows of a table."""
+    rows = [SWEEP_COLUMNS]
+    for name, context, batch, models in points:
+        work = {MACHINE: partial(timed, reader(where), where)}
         for mode, model in models.items():
-            limit = to_read(model, context, batch) * seconds[MACHINE]
-            times = (1e3 * t / batch for t in (seconds[mode, "decode"], limit))
+            work[mode, "decode"] = partial(timed, decoder(model.to(where).eval(), batch, context), where)
+        seconds = medians(work, rounds, f"{name}, context {context}, batch size {batch}")
+        for mode, model in models.items():
+            n_bytes, cached = to_read(model, context, batch)
+            ms = 1e3 * seconds[mode, "decode"] / batch
+            limit = 1e3 * n_bytes / LARGE * seconds[MACHINE] / batch
             cache = predict(model, context, batch).cache_bytes
-            rows.append([mode, *map(str, (context, batch, cache)), *(f"{ms:.4f}" for ms in times)])
+            rows.append([name, mode, *map(str, (context, batch, cache, n_bytes)), f"{ms:.4f}",
+                         "" if cached else f"{limit:.4f}"])
     return rows
 
 # ---- the command ----
@@ -336,15 +364,15 @@ def read_args():
     parser.add_argument("models", nargs="*", metavar="MODEL", help="runs' or models' folders, .gguf files, "
                         "or smollm2, beside each other (default none: shapes)")
     parser.flag("shapes", default=",".join(SHAPES), help="without MODEL: which shapes to measure")
-    parser.switch("plain", "also without what minisa/fast.py does")
+    parser.switch("torch", "also decoded in torch (minisa/model.py), where numpy (minisa/decode.py) does it")
     parser.flag("dtype", choices=["float32", "bfloat16"], help="without MODEL: to train in",
                 shown="the faster one")
     parser.switch("beside_nanogpt", "without MODEL: also nanoGPT, whose model.py is on PYTHONPATH, first")
     parser.flag("share", help="with MODEL: spans that share, zero-shot, beside the first one", shown="none")
     parser.switch("beside_transformers", "with MODEL: also Hugging Face transformers, if installed, from the "
                   "first model, a .gguf file")
-    parser.flag("sweep", choices=list(SWEPT), help="without MODEL: time decoding while this grows",
-                shown="none")
+    parser.flag("sweep", choices=["shapes", *SWEPT], help="time decoding while this grows; with MODEL only "
+                "context: full attention and, with --share, both kinds of sharing", shown="none")
     parser.flag("csv", table, help="file to write the speeds to as CSV", shown="none")
     parser.flag("plot", picture, help="with --sweep: file to draw it in, as .png, .svg or .pdf; needs "
                 "matplotlib", shown="none")
@@ -358,8 +386,9 @@ def refuse(args):
         ((args.share or args.beside_transformers) and not args.models,
          "--share and --beside_transformers: go with a model, as in: "
          "python -m minisa.lab.bench smollm2 --share=26-28"),
-        (args.plot and not args.sweep or args.sweep and args.models,
-         "--sweep: goes without a model, and --plot goes with it, as in: "
+        (args.plot and args.sweep not in SWEPT or args.models[1:] and args.sweep
+         or args.models and args.sweep not in (None, "context"),
+         "--sweep: goes without a model, or with one as --sweep=context; --plot goes with it, as in: "
          "python -m minisa.lab.bench --sweep=context --plot=context.png"),
         ((args.dtype or args.beside_nanogpt) and (args.models or args.sweep),
          "--dtype and --beside_nanogpt: go with shapes, without a model and without --sweep, as in: "
@@ -371,7 +400,11 @@ def refuse(args):
 def sweep(args):
     if args.plot:
         pyplot("--plot")                                    # refused before the work if it is missing
-    columns, *rows = bench_sweep(args.sweep, args.rounds, args.device)
+    if args.models:
+        points = sweep_model(args.models[0], args.share, args.device)
+    else:
+        points = sweep_shapes() if args.sweep == "shapes" else sweep_modes(args.sweep)
+    columns, *rows = bench_sweep(points, args.rounds, args.device)
     print_table([columns, *rows])
     if args.plot:
         plot.token_times(rows, args.sweep, args.plot)
@@ -382,16 +415,16 @@ def main():
     refuse(args)
     keep_memory()
     shapes, where, columns = args.shapes.split(","), args.device, SPEEDS
-    if args.models:
-        rows = bench_models(args.models, args.share, args.plain, args.beside_transformers, args.rounds, where)
-    elif args.sweep:
+    if args.sweep:
         columns, rows = sweep(args)
+    elif args.models:
+        rows = bench_models(args.models, args.share, args.torch, args.beside_transformers, args.rounds, where)
     elif unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"--shapes={args.shapes}: '{min(unknown)}' is none of {', '.join(SHAPES)}")
     else:
         dtype = args.dtype or choose_dtype(where, None)
         rows = [row for shape in shapes for row in
-                bench_shape(shape, args.rounds, where, dtype, args.plain, args.beside_nanogpt)]
+                bench_shape(shape, args.rounds, where, dtype, args.torch, args.beside_nanogpt)]
     if args.csv:
         write_csv(args.csv, columns, rows)
 

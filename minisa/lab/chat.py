@@ -29,7 +29,6 @@ from minisa import bill
 from minisa.axes.store import Damaged, Store
 from minisa.checkpoint import load
 from minisa.cli import Parser, amount, at_least, command, count, device
-from minisa.fast import for_decoding
 from minisa.files import check, lock, read_file, write_file
 from minisa.model import SHARE_KINDS
 
@@ -229,7 +228,6 @@ def main():
         sys.stdin.reconfigure(errors="surrogateescape")     # odd bytes cost their line, not all input
     dtype = getattr(torch, args.dtype)
     model, tokenizer, _ = load(args.model, args.share, args.share_kind, args.device, dtype)
-    for_decoding(model)
     block_size = model.config.block_size
     store = Store(model, args.store, args.store_memory * MB, args.store_disk * MB,
                   min(args.context or block_size, block_size))

@@ -207,18 +207,18 @@ def token_times(rows, what, file):
     machine's limit as dashed lines."""
     plt = pyplot("the picture")
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
-    x = 1 if what == "context" else 2
-    for colour, mode in zip((RED, BLUE, GREEN, GREY, "black"), dict.fromkeys(row[0] for row in rows)):
-        points = [[float(cell) for cell in row[1:]] for row in rows if row[0] == mode]
-        ms, limit = [point[3] for point in points], [point[4] for point in points]
+    x = 2 if what == "context" else 3
+    for colour, mode in zip((RED, BLUE, GREEN, GREY, "black"), dict.fromkeys(row[1] for row in rows)):
+        points = [[float(cell or "nan") for cell in row[2:]] for row in rows if row[1] == mode]
+        ms, limit = [point[4] for point in points], [point[5] for point in points]
         caches = [point[2] / point[1] / 1e6 for point in points]            # MB of a sequence
-        for axis, xs in zip(axes, ([point[x - 1] for point in points], caches)):
+        for axis, xs in zip(axes, ([point[x - 2] for point in points], caches)):
             axis.plot(xs, ms, marker="o", markersize=4, color=colour, label=mode)
             axis.plot(xs, limit, linestyle="--", linewidth=0.8, color=colour)
     for axis, title in zip(axes, (what.replace("_", " "), "cache of a sequence, MB")):
         axis.set(xscale="log", yscale="log", xlabel=title)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("ms per token; dashed: reading weights and cache once")
+    axes[0].set_ylabel("ms per token; dashed: reading its bytes from main memory")
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, file)
 

@@ -22,9 +22,9 @@ from minisa.bill import print_table
 from minisa.checkpoint import load, reconfigure
 from minisa.cli import Parser, at_least, command, count, device, table
 from minisa.data import data_of
-from minisa.fast import for_decoding, keep_memory
 from minisa.files import write_csv
 from minisa.lab.tables import share_of
+from minisa.run import keep_memory
 
 FACT, QUESTION = "\n\nThe secret number is {}.\n\n", "\n\nThe secret number is"
 BEFORE, BATCH = 16, 4           # tokens of text before the fact; prompts read at once
@@ -67,7 +67,7 @@ def variants(args, source):
     if args.share and not model.config.share:
         models[f"{source}, share {args.share}"] = reconfigure(model, share=args.share)
     for name, each in models.items():
-        yield name, for_decoding(each), tokenizer, info
+        yield name, each, tokenizer, info
 
 def ask(args):
     """Ask all models at all lengths. → rows for a CSV file: name, tokens, prompts, right answers"""

@@ -1,5 +1,6 @@
 """The benchmark measures what it says, on tiny models and with a clock that always says the same."""
 
+import csv
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisa import checkpoint, fast
+from minisa import bill, checkpoint
 from minisa.cost import measure
-from minisa.fast import for_decoding
 from minisa.lab import bench
 from minisa.model import GPT, GPTConfig
 from minisa.tokenizer import Tokenizer
@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def half_a_second(monkeypatch):
     """Whatever is timed is done once, and took half a second."""
-    monkeypatch.setattr(bench, "timed", lambda f, where, at_least=0.05: (f(), 0.5)[1])
+    for file in (bench, bill):
+        monkeypatch.setattr(file, "timed", lambda f, where, at_least=0.05: (f(), 0.5)[1])
+    monkeypatch.setattr(bench, "PAUSE", 0)
     token_times = bench.token_times
     monkeypatch.setattr(bench, "token_times", lambda model, idx, n: [
         i / 2 for i, _ in enumerate(token_times(model, idx, n))])
@@ -77,7 +79,7 @@ def test_the_prompt_and_the_first_token_are_not_counted_as_decoding(monkeypatch,
 
 @pytest.mark.parametrize("share", ["", "0-2"])
 def test_a_decode_step_sees_a_full_cache(share):
-    model = GPT(GPTConfig(**TINY, share=share)).eval()
+    model = bench.on_torch(GPT(GPTConfig(**TINY, share=share)).eval())
     step = bench.decoder(model, 1, 32)
     for _ in range(3):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -94,17 +96,19 @@ def test_a_training_step_trains():
 
 def test_it_prints_a_row_for_each_mode(run, monkeypatch, half_a_second):
     monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, (2, 32), 2)})
-    status, out, err = run(bench.main, "--shapes=tiny", "--rounds=2", "--plain", "--dtype=float32",
+    status, out, err = run(bench.main, "--shapes=tiny", "--rounds=2", "--torch", "--dtype=float32",
                            "--csv=speed.csv")
-    rows = rows_of(out, "full", "weights", "kv", "plain")
+    rows = rows_of(out, "full", "weights", "kv", "full, torch", "kv, torch")
     assert status == 0 and "round 2 of 2" in err and out.count("÷ first") == 3
     assert rows["full"][:5] == ["128.0", "1.00", "64.0", "1.00", "4.0"]   # 2 · 32 tokens in half a second
-    assert set(rows) == {"full", "weights", "kv", "plain"} and all(row[5] == "1.00" for row in rows.values())
+    assert len(rows) == 5 and all(row[5] == "1.00" for row in rows.values())
+    assert rows["full, torch"][:4] == ["-"] * 4             # training and prefill are torch's anyway
     header, *lines = Path("speed.csv").read_text().splitlines()
-    assert header == "measured,mode,work,tokens/s" and len(lines) == 3 * 4
+    assert header == "measured,mode,work,tokens/s" and len(lines) == 3 * 3 + 3
     assert '"tiny, float32",full,train,128.00' in lines and '"tiny, float32",kv,decode,4.00' in lines
     full = measure(GPT(GPTConfig(**TINY)), 32, 2)
-    assert rows["full"][-1] == rows["plain"][-1] == f"{(4 * full.params + full.cache_bytes) / 1e6:.1f}"
+    assert rows["full"][-1] == rows["full, torch"][-1] == f"{full.read_bytes / 1e6:.1f}"
+    assert rows["full"][-2] == f"{2 * full.read_bytes / bill.LARGE / 2:.2f}"    # both took half a second
 
 def test_a_shape_that_is_not_trained_has_no_figure_for_it(run, monkeypatch, half_a_second):
     monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, None, 1)})
@@ -129,16 +133,15 @@ def test_nanogpt_comes_first_and_speeds_are_over_its(run, monkeypatch, half_a_se
 def test_models_are_timed_beside_each_other_as_they_are_and_shared(run, tmp_path, half_a_second):
     save_model(tmp_path / "one")
     save_model(tmp_path / "two", share="0-1", n_head=4)
-    status, out, _ = run(bench.main, "one", "two", "--share=1-2", "--plain", "--rounds=1")
-    rows = rows_of(out, "one, float32", "one, bfloat16", "one, float32, plain", "share 1-2, float32",
-                   "share 1-2, bfloat16", "two, float32", "two, bfloat16", "two, float32, plain")
+    status, out, _ = run(bench.main, "one", "two", "--share=1-2", "--torch", "--rounds=1")
+    rows = rows_of(out, "one, float32", "one, bfloat16", "one, float32, torch", "share 1-2, float32",
+                   "share 1-2, bfloat16", "two, float32", "two, bfloat16", "two, float32, torch")
     assert status == 0 and len(rows) == 8 and "decoding after a prompt of 16 tokens, prefill of 32" in out
     assert rows["two, float32"][:4] == ["2.0", "1.00", "64.0", "1.00"]
     assert rows["two, bfloat16"][2:4] == ["-", "-"]
     assert [line.split()[0] for line in out.splitlines() if line.startswith("from the file")] == ["from"]
 
-def test_variants_decode_what_the_model_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(fast, "LARGE", 0)
+def test_variants_decode_what_the_model_does(tmp_path):
     model = save_model(tmp_path / "one").eval()
     models, seconds = bench.variants(str(tmp_path / "one"), "1-2", True, CPU)
     idx = torch.randint(256, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -149,8 +152,8 @@ def test_variants_decode_what_the_model_does(tmp_path, monkeypatch):
         if "bfloat16" not in name:
             torch.testing.assert_close(made(idx)[0], logits, atol=1e-5, rtol=1e-4)
             assert torch.equal(made.generate(idx, 1, 0), expected)
-    assert seconds > 0 and [name for name, m in models.items() if m.embed.weight.stride(0) != 1] == [
-        name for name in models if "bfloat16" in name or "plain" in name]   # not stored for decoding
+    assert seconds > 0 and [name for name, model in models.items() if bill.engine_of(model) == "torch"] == [
+        name for name in models if "bfloat16" in name or "torch" in name]
 
 class FakeTransformers:
     """What bench uses of the library, with a minisa model in it."""
@@ -196,18 +199,32 @@ def test_a_sweep_bills_each_mode_at_each_point(run, tmp_path, monkeypatch, half_
     monkeypatch.setattr(bench, "SWEPT", {"context": [(16, 1), (32, 1)], "batch_size": [(16, 1), (16, 4)]})
     for what, last in (("context", ("32", "1")), ("batch_size", ("16", "4"))):
         status, _, _ = run(bench.main, f"--sweep={what}", "--rounds=1", "--csv=sweep.csv", "--plot=sweep.png")
-        header, *rows = [line.rsplit(",", 5) for line in Path("sweep.csv").read_text().splitlines()]
-        modes = [row[0].strip('"') for row in rows[5:]]
+        header, *rows = csv.reader(Path("sweep.csv").read_text().splitlines())
+        modes = [row[1] for row in rows[5:]]
         assert status == 0 and modes == ["full", "SA", "CLA", "GQA", "SA, GQA"] and len(rows) == 10
         full, *others = [int(row[header.index("cache bytes")]) for row in rows[5:]]
         context, batch = map(int, last)
         assert full == 6 * 2 * 16 * 4 * context * batch             # 6 layers, k and v of 16 numbers
         assert [other / full for other in others] == [8 / 12, 4 / 12, 6 / 12, 4 / 12]
-        assert all(row[1:3] == [*last] and float(row[4]) == 500 / batch for row in rows[5:])
+        assert all(row[2:4] == [*last] and float(row[6]) == 500 / batch for row in rows[5:])
         assert Path("sweep.png").stat().st_size > 5000
 
+def test_shapes_and_a_model_from_a_file_are_swept_full_and_sharing(run, tmp_path, monkeypatch, half_a_second):
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, None, 1), "recipe": (TINY, None, 1)})
+    monkeypatch.setattr(bench, "SWEPT_MODEL", (16, 64, 128))            # 128: more than its context
+    save_model(tmp_path / "one")
+    swept = {"--sweep=shapes": [("tiny", "32")], "--sweep=context": [("one", "16"), ("one", "64")]}
+    for flag, points in swept.items():
+        flags = ["one", "--share=1-2"] if flag == "--sweep=context" else []
+        status, _, _ = run(bench.main, *flags, flag, "--rounds=1", "--csv=sweep.csv")
+        rows = list(csv.DictReader(Path("sweep.csv").read_text().splitlines()))
+        assert status == 0 and [(row["model"], row["context"], row["mode"]) for row in rows] == [
+            (*point, mode) for point in points for mode in ("full", "weights", "kv")]
+        full, weights, kv = (int(row["bytes read"]) for row in rows[-3:])
+        assert full > kv > weights              # CLA reads the anchor's keys and values again
+
 def test_a_step_of_a_sweep_sees_all_of_its_context():
-    model = GPT(GPTConfig(**TINY, n_kv_head=1)).eval()
+    model = bench.on_torch(GPT(GPTConfig(**TINY, n_kv_head=1)).eval())
     step = bench.decoder(model, 3, 32)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step()
@@ -224,7 +241,9 @@ def test_a_step_of_a_sweep_sees_all_of_its_context():
     (["--beside_nanogpt"], "--beside_nanogpt: where is nanoGPT?"),
     (["run", "--beside_nanogpt"], "--dtype and --beside_nanogpt: go with shapes"),
     (["--sweep=context", "--dtype=float32"], "--dtype and --beside_nanogpt: go with shapes"),
-    (["run", "--sweep=context"], "--sweep: goes without a model"),
+    (["run", "--sweep=batch_size"], "--sweep: goes without a model"),
+    (["run", "run", "--sweep=context"], "--sweep: goes without a model"),
+    (["--sweep=shapes", "--plot=some.png"], "--sweep: goes without a model"),
     (["--plot=some.png"], "--plot goes with it"),
     (["--sweep=context", "--plot=some.txt"], "some.txt must end in .png"),
     (["run", "--beside_transformers"], "transformers reads .gguf files; run is none"),
@@ -241,10 +260,3 @@ def test_missing_transformers_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ValueError, match="pip install transformers accelerate"):
         bench.transformers_model("smollm2", CPU)
-
-def test_a_model_stored_for_decoding_can_share(tmp_path):
-    model = for_decoding(save_model(tmp_path / "one").eval())
-    idx = torch.arange(9)[None]
-    expected = checkpoint.reconfigure(checkpoint.load(tmp_path / "one")[0], share="0-2")(idx)[0]
-    shared = for_decoding(checkpoint.reconfigure(model, share="0-2"))
-    torch.testing.assert_close(shared(idx)[0], expected, atol=1e-5, rtol=1e-4)

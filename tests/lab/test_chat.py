@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from minisa import checkpoint
+from minisa import checkpoint, decode
 from minisa.files import lock
 from minisa.lab import chat
 from minisa.model import GPT, Block, GPTConfig
@@ -111,14 +111,22 @@ def test_nothing_can_be_taken_back_before_the_first_turn(talk):
 
 @pytest.mark.parametrize("layer, call", [(0, 1), (1, 3), (2, 3), (2, 9)])
 def test_ctrl_c_stops_an_answer_and_leaves_no_half_computed_cache(talk, tmp_path, monkeypatch, layer, call):
-    forward, calls = Block.forward, []
+    forward, mlp, passed = Block.forward, decode.mlp, []
 
-    def interrupted(self, *args):
-        calls.append(self.attn.layer)
-        if calls.count(layer) == 1 + call and self.attn.layer == layer:     # it is loaded with the first
+    def count(number):
+        passed.append(number)
+        if passed.count(layer) == 1 + call and number == layer:     # it is loaded with the first
             raise KeyboardInterrupt
+
+    def in_torch(self, *args):
+        count(self.attn.layer)
         return forward(self, *args)
-    monkeypatch.setattr(Block, "forward", interrupted)
+
+    def in_numpy(part, x):
+        count((passed[-1] + 1) % 3)
+        return mlp(part, x)
+    monkeypatch.setattr(Block, "forward", in_torch)
+    monkeypatch.setattr(decode, "mlp", in_numpy)
     status, out, err = talk(["Hello there, how are you? " * 3, "Why?"], "--store=s")
     assert (status, err) == (0, "") and ("[stopped]" in out) == (call == 1)
     tokens = history(tmp_path / "s")["tokens"]
