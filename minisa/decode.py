@@ -91,8 +91,8 @@ class Decoder:
 
     def __init__(self, model, cache):
         if not handles(model, cache):
-            raise ValueError("Decoder takes a GPT in eval mode, in float32 on the CPU, and its cache "
-                             "of one sequence; for anything else use model.generate()")
+            raise ValueError("Decoder takes a GPT in eval mode, in float32 on the CPU, and its "
+                             "cache of one sequence; for anything else use model.generate()")
         self.cache, self.weights = cache, prepare(model)
         self.D, self.eps = model.config.head_dim, model.config.norm_eps
         self.frequencies = model.config.rope_base ** (-np.arange(0, self.D, 2) / self.D)    # (D/2,)

@@ -248,11 +248,15 @@ COMMANDS = {
         "python -m minisa.lab.similarity smollm2 --out_dir=@/smollm2",
         f"python -m minisa.lab.similarity smollm2 {LOOK} --share=26-28 --out_dir=@/smollm2"],
     "speed": [
-        "python -m minisa.lab.bench --shapes=small,large,long --csv=@/results/speed.csv",
-        f"python -m minisa.lab.bench smollm2 --share={EIGHT} --plain --beside_transformers --rounds=5 "
+        "python -m minisa.lab.bench --shapes=small,large,long --torch --csv=@/results/speed.csv",
+        f"python -m minisa.lab.bench smollm2 --share={EIGHT} --torch --beside_transformers --rounds=5 "
         "--csv=@/results/speed-smollm2.csv",
         *(f"python -m minisa.lab.bench --sweep={what} --rounds=5 --csv=@/results/{what}.csv "
           f"--plot=@/{what}.png" for what in ("context", "batch_size"))],
+    "latency": [
+        "python -m minisa.lab.bench --sweep=shapes --csv=@/results/latency-shapes.csv",
+        f"python -m minisa.lab.bench smollm2 --share={EIGHT} --sweep=context --csv=@/results/latency.csv "
+        "--plot=@/latency.png"],
     "peers": [                                              # with nanoGPT's folder on PYTHONPATH
         *(f"python -m minisa.lab.bench --shapes=small,recipe,large --beside_nanogpt --dtype={dtype} "
           f"--csv=@/results/speed-nanogpt-{dtype}.csv" for dtype in ("float32", "bfloat16"))],
