@@ -1,13 +1,14 @@
-"""The same GPT as it writes: one token at a time, on a CPU, in numpy. And what a KV cache is.
+"""The GPT of plain.py, generating text one token at a time, in numpy. And what a KV cache is.
 
-The keys and values of a token stay the same while the text grows, so they are computed once and
-stored: that is the KV cache. A step computes q, k and v of the newest token only, stores its k and
-v, and lets its q attend to all that is stored. A reuse layer of Shared Attention has no q and no k,
-and stores v alone.
+The keys and values of a token stay the same while the text grows, as no token sees a later one. So
+they are computed once and stored: that is the KV cache. A step computes q, k and v of the newest
+token only, stores its k and v, and lets its q attend to all stored keys; q is needed only once. In
+a reuse layer of Shared Attention q and k would have no use: they only serve to make the attention
+weights P, and those come from the layer below. It computes v, stores v, and nothing else.
 
-model.py does the same, for training, GPUs and batches. In a step, every matrix meets just a vector,
-so most of the time goes into reading: the matrices (see by_columns) and the cache. The rest goes
-into starting operations, and numpy starts one in a tenth of the time that torch takes.
+model.py does the same for training, GPUs and batches. In a step every matrix is multiplied by a
+single vector, so most of the time goes into reading: the matrices (see by_columns) and the cache.
+The rest goes into starting operations. numpy starts one in a tenth of the time that torch takes.
 
 Shapes: S visible tokens, the newest included; H query heads, G key/value heads, D head dim, C = H·D
 width of the model, M width of the MLP, V vocabulary.
@@ -25,47 +26,50 @@ def rotate(heads, turn):
     holds the numbers of length 1 by which the pairs of this position are multiplied."""
     return (heads.view(np.complex64) * turn).view(np.float32)
 
-def attention_weights(q, k):
-    """q (H, D), k (G, S, D) → P (G, H/G, S): the heads that share a key stand together."""
-    G, S, D = k.shape
+def attention_weights(q, keys):
+    """q (H, D), keys (G, S, D) → P (G, H/G, S): heads that share keys stand together."""
+    G, S, D = keys.shape
     q = q.reshape(G, -1, D) / math.sqrt(D)
-    scores = k @ q.swapaxes(1, 2)                           # (G, S, H/G)
+    scores = keys @ q.swapaxes(1, 2)                        # (G, S, H/G): faster this way round
     P = np.ascontiguousarray(scores.swapaxes(1, 2))
     P -= np.maximum.reduce(P, axis=-1, keepdims=True)       # so that exp() cannot overflow
     np.exp(P, out=P)
     P /= np.add.reduce(P, axis=-1, keepdims=True)
     return P
 
-def weighted_sum(P, v):
-    """P (G, H/G, S), v (G, S, D) → y (C,)."""
-    return (P @ v).reshape(-1)
+def weighted_sum(P, values):
+    """P (G, H/G, S), values (G, S, D) → y (C,)."""
+    return (P @ values).reshape(-1)
 
-# A function for each kind of layer. It takes the Decoder, the layer, x (C,), and what the layer
-# below handed up; it returns y (C,) and what it hands up, the P, k and v that it attended with.
+# A function for each kind of layer: x (C,) → y (C,), and what a reuse layer above may take. `now`
+# is the Decoder: it has the newest token's slot in the cache, S, and its turn for rotate().
+# layer.qkv has rows for what the layer makes; layer.k and layer.v (G, size, D) are its cache.
 
 def full_attention(now, layer, x, below):
     """A full layer, or an anchor: makes q, k and v, and stores k and v."""
     heads = (layer.qkv @ x).reshape(-1, now.D)              # (H + G + G, D): q, k, v
-    G, slot, S = len(layer.k), now.slot, now.S
+    G = len(layer.k)
     turned = rotate(heads[:-G], now.turn)                   # (H + G, D): q, k
-    layer.k[:, slot] = turned[-G:]
-    layer.v[:, slot] = heads[-G:]
-    k, v = layer.k[:, :S], layer.v[:, :S]                   # (G, S, D)
-    P = attention_weights(turned[:-G], k)
-    return weighted_sum(P, v), (P, k, v)
+    layer.k[:, now.slot] = turned[-G:]
+    layer.v[:, now.slot] = heads[-G:]
+    keys, values = layer.k[:, :now.S], layer.v[:, :now.S]   # (G, S, D)
+    P = attention_weights(turned[:-G], keys)
+    return weighted_sum(P, values), (P, keys, values)
 
 def shared_attention(now, layer, x, below):
-    """A reuse layer of Shared Attention: makes v and stores v; P comes from below."""
-    P, k, v = below
-    layer.v[:, now.slot] = (layer.qkv @ x).reshape(-1, now.D)
-    return weighted_sum(P, layer.v[:, :now.S]), below
+    """A reuse layer of Shared Attention: makes v and stores v. P is the anchor's."""
+    P, _, _ = below
+    layer.v[:, now.slot] = (layer.qkv @ x).reshape(-1, now.D)       # qkv is W_v alone: (G·D, C)
+    values = layer.v[:, :now.S]
+    return weighted_sum(P, values), below
 
 def cross_layer_attention(now, layer, x, below):
-    """A reuse layer of Cross-Layer Attention: makes q, stores nothing; k and v come from below."""
-    P, k, v = below
-    q = rotate((layer.qkv @ x).reshape(-1, now.D), now.turn)
-    P = attention_weights(q, k)
-    return weighted_sum(P, v), below
+    """A reuse layer of Cross-Layer Attention: makes q, stores nothing. Keys and values are the
+    anchor's."""
+    _, keys, values = below
+    q = rotate((layer.qkv @ x).reshape(-1, now.D), now.turn)        # qkv is W_q alone: (C, C)
+    P = attention_weights(q, keys)
+    return weighted_sum(P, values), below
 
 # ---- the whole model ----
 
@@ -78,11 +82,11 @@ def mlp(layer, x):
     """SwiGLU: x (C,) → (C,)."""
     gate, up = (layer.gate_up @ x).reshape(2, -1)           # (M,) each
     up *= gate
-    up /= 1 + np.exp(-gate)                                 # up · gate · sigmoid(gate)
+    up /= 1 + np.exp(-gate)                                 # where that is inf, / inf is 0: right
     return layer.down @ up
 
 class Decoder:
-    """Decoder(model, cache).step(token) → logits (V,): a model goes on from a cache.
+    """Decoder(model, cache).step(token) → logits (V,), continuing the text that a cache holds.
 
     model: a GPT in eval mode, in float32 on the CPU. cache: its KVCache of one sequence, empty or
     not. Its memory is used, so that model.py can go on from what a Decoder leaves.
@@ -97,14 +101,18 @@ class Decoder:
         self.D, self.eps = model.config.head_dim, model.config.norm_eps
         self.frequencies = model.config.rope_base ** (-np.arange(0, self.D, 2) / self.D)    # (D/2,)
         self.positions = cache.where.view(-1).numpy()       # (size,): slot → position
-        self.layers = [SimpleNamespace(**vars(layer), k=k[0].numpy(), v=v[0].numpy())
+        self.layers = [SimpleNamespace(**vars(layer), k=k[0].numpy(), v=v[0].numpy())   # sequence 0
                        for layer, k, v in zip(self.weights.layers, cache.k, cache.v)]
 
-    @np.errstate(over="ignore")                             # 1 / (1 + inf) is 0, and right
+    @np.errstate(over="ignore")                             # of exp() in mlp()
     def step(self, token):
-        """The newest token's id → logits (V,) of the next one."""
+        """The newest token's id → logits (V,) of the next one.
+
+        The cache is a ring: when it is full, a new token takes the oldest one's slot. A sum needs no
+        order of slots, and each stored key has been rotated by its position.
+        """
         position, size = self.cache.length, self.cache.size
-        self.slot = position % size                         # when full, that of the oldest token
+        self.slot = position % size
         self.S = min(position + 1, size)
         self.turn = np.exp(1j * position * self.frequencies).astype(np.complex64)
         self.positions[self.slot] = position
@@ -120,7 +128,7 @@ class Decoder:
         return self.weights.unembed @ (rms_norm(x, self.eps) * self.weights.gain)
 
 def draw(logits, temperature, top_k, u):
-    """logits (V,) → a token's id: the same as model.py's draw() with the same u."""
+    """logits (V,) → a token's id, as model.py's draw() with the same u, up to rounding."""
     if temperature < 1e-6:
         return int(logits.argmax())
     if top_k:
@@ -133,34 +141,41 @@ def draw(logits, temperature, top_k, u):
 
 # ---- what is decoded here, and its weights as arrays ----
 
+def known(part):
+    """Whether this file knows what a part of a model, or a cache, does. Each class names its numpy
+    counterpart in in_numpy; a subclass must name its own, as it may compute something else."""
+    kind = type(part)
+    torchs = kind.__module__.startswith("torch.nn.modules.")
+    plain = ("Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList")
+    return "in_numpy" in vars(kind) or torchs and kind.__name__ in plain
+
 def handles(model, cache):
-    """Whether Decoder can go on from this cache with this model. What a layer computes, its class
-    says itself, by in_numpy: one that only inherits that may compute something else."""
-    like, G = model.embed.weight, model.config.n_kv_head
-    parts, shapes = [model, cache], []
-    for block in model.blocks:
-        parts += [block, block.attn, block.mlp]
-        shapes += [(1, G, cache.size, n // G) for n in block.attn.widths[1:]]
-    known = all("in_numpy" in vars(type(part)) for part in parts)
-    watched = any(part._forward_hooks or "forward" in vars(part) for part in model.modules())
-    here = like.device.type == "cpu" and str(like.dtype) == "torch.float32"
-    fits = shapes == [t.shape for pair in zip(cache.k, cache.v) for t in pair]
-    fits = fits and (cache.k[0].device, cache.k[0].dtype) == (like.device, like.dtype)
-    return known and not watched and not model.training and here and fits
+    """Whether Decoder can continue this cache with this model."""
+    G, parts = model.config.n_kv_head, list(model.modules())
+    changed = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+                  for part in parts)
+    tensors = {**model.state_dict(), **dict(enumerate(cache.k + cache.v))}
+    types = {(t.device.type, str(t.dtype)) for t in tensors.values() if t.is_floating_point()}
+    biased = any(str(name).endswith("bias") for name in tensors)
+    widths = [n for block in model.blocks for n in block.attn.widths[1:]]       # of each k and v
+    shapes = [t.shape for pair in zip(cache.k, cache.v) for t in pair]
+    fits = shapes == [(1, G, cache.size, n // G) for n in widths] and not cache.watch
+    return (all(map(known, [cache, *parts])) and types == {("cpu", "torch.float32")} and fits
+            and not (changed or biased or model.training))
 
 def by_columns(matrix):
-    """A matrix with more rows than columns is read fastest column after column, as each is added to
-    all of y; so a copy of it is stored that way. Any other array stays what and where it is."""
+    """A matrix with more rows than columns is multiplied fastest column by column, each added to
+    all of y, so a copy is stored that way. Any other array stays what and where it is."""
     return np.asfortranarray(matrix) if len(matrix) > matrix.shape[-1] else matrix
 
-def checksum(array):
-    """The sum of its bits, as whole numbers: a fused optimizer does not tell what it changed."""
-    return np.add.reduce(array.reshape(-1).view(np.int32), dtype=np.int32)
+def fingerprint(array):
+    """Its product with a vector. If that is as before, so are other products, up to rounding."""
+    return (array @ np.sqrt(np.arange(array.shape[-1], dtype=np.float32))).tobytes()
 
 def prepare(model):
-    """→ the model's weights. They are kept with it, and made anew once its numbers have changed."""
+    """→ the model's weights. They are kept on the model, and rebuilt when its weights change."""
     tensors = model.state_dict()
-    state = [(t.data_ptr(), t._version, checksum(t.numpy())) for t in tensors.values()]
+    state = [(t.data_ptr(), fingerprint(t.numpy())) for t in tensors.values()]
     if getattr(model, "prepared_of", None) != state:
         embed = tensors["embed.weight"].numpy()             # (V, C)
         unembed = tensors["unembed.weight"].numpy() if "unembed.weight" in tensors else embed

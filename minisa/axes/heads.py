@@ -33,16 +33,16 @@ from minisa.model import SHARE_KINDS, CrossLayerAttention, SharedAttention
 
 def matched_in_numpy(now, layer, x, below):
     """decode.shared_attention() with P[source]."""
-    P, k, v = below                                             # P (G, H/G, S)
+    P, keys, values = below                                     # P (G, H/G, S)
     chosen = P.reshape(len(layer.source), -1)[layer.source]     # (H, S)
-    y, _ = shared_attention(now, layer, x, (chosen.reshape(P.shape), k, v))
+    y, _ = shared_attention(now, layer, x, (chosen.reshape(P.shape), keys, values))
     return y, below
 
 def mixed_in_numpy(now, layer, x, below):
     """decode.shared_attention() with mix · P."""
-    P, k, v = below                                             # P (G, H/G, S)
+    P, keys, values = below                                     # P (G, H/G, S)
     mixed = layer.mix @ P.reshape(len(layer.mix), -1)           # (H, S)
-    y, _ = shared_attention(now, layer, x, (mixed.reshape(P.shape), k, v))
+    y, _ = shared_attention(now, layer, x, (mixed.reshape(P.shape), keys, values))
     return y, below
 
 class Matched(SharedAttention):

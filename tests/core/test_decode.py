@@ -159,10 +159,23 @@ def change_in_place(model):
 def change_by_data(model):
     model.blocks[1].mlp.up.weight.data[3, 4] += 2
 
+def flip_signs(model):
+    model.blocks[1].mlp.gate.weight.data.neg_()
+
+def double(model):
+    model.blocks[0].attn.qkv.weight.data.mul_(2)
+
+def reorder(model):
+    model.embed.weight.data.copy_(model.embed.weight.flip(0))
+
+def exchange(model):
+    model.blocks[0].mlp.down = model.blocks[1].mlp.down
+
 def replace_tensors(model):
     model.load_state_dict({name: t.flip(0) for name, t in model.state_dict().items()}, assign=True)
 
-@pytest.mark.parametrize("change", [change_in_place, change_by_data, replace_tensors])
+@pytest.mark.parametrize("change", [change_in_place, change_by_data, flip_signs, double, reorder,
+                                    exchange, replace_tensors])
 def test_a_change_of_the_weights_is_noticed_and_else_nothing_is_made_anew(change):
     model = make()
     first = decode.prepare(model)
@@ -238,6 +251,22 @@ def replaced(model):
 class OtherCache(KVCache):
     pass
 
+def with_pre_hook(model):
+    model.blocks[2].mlp.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    return model
+
+class Adapted(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+def with_another(model, linear):
+    model.blocks[1].attn.out = linear
+    return model
+
+def watching(cache):
+    cache.watch = lambda P: None
+    return cache
+
 REFUSED = {
     "another class": lambda model: (on_torch(model), KVCache(model, 1, 12)),
     "another cache": lambda model: (model, OtherCache(model, 1, 12)),
@@ -250,6 +279,13 @@ REFUSED = {
     "other heads": lambda model: (model, KVCache(make(n_head=2, n_kv_head=2), 1, 12)),
     "training": lambda model: (model.train(), KVCache(model, 1, 12)),
     "a hook": lambda model: (watched(model), KVCache(model, 1, 12)),
+    "a hook before": lambda model: (with_pre_hook(model), KVCache(model, 1, 12)),
+    "a subclass of Linear": lambda model: (with_another(model, Adapted(32, 32, False)), KVCache(model, 1, 12)),
+    "a bias": lambda model: (with_another(model, torch.nn.Linear(32, 32)), KVCache(model, 1, 12)),
+    "no matrix": lambda model: (with_another(model, torch.nn.Identity()), KVCache(model, 1, 12)),
+    "float64 in one place": lambda model: (with_another(model, torch.nn.Linear(32, 32, False).double()),
+                                           KVCache(model, 1, 12)),
+    "a cache that watches": lambda model: (model, watching(KVCache(model, 1, 12))),
     "a forward of its own": lambda model: (replaced(model), KVCache(model, 1, 12)),
 }
 
