@@ -48,8 +48,8 @@ def read_flags():
     return parser.parse_intermixed_args()
 
 def write(model, tokenizer, args, way=None):
-    """Stream the texts to stdout. → decoded tokens per second, without the prompt; None for one token. And
-    the tokens in the cache meanwhile, in the mean."""
+    """Stream the texts to stdout. → decoded tokens per second, after the prompt and the first step, which
+    makes the weights ready; None for two tokens. And the tokens in the cache meanwhile, in the mean."""
     if not (tokens := tokenizer.encode(args.prompt)):
         raise ValueError("--prompt: this model has no token for any of it; take another text")
     far = model.config.block_size * (1 if way else len(model.blocks))   # back, for all layers together
@@ -70,8 +70,8 @@ def write(model, tokenizer, args, way=None):
         for text in tokenizer.decode_stream(timed(stream)):
             print(text, end="", flush=True)
         print("\n" + "-" * 80, flush=True)
-        seconds += times[-1][0] - times[-args.max_new_tokens][0]
-    visible = [min(ids.size(1) + n, model.config.block_size) for n in range(1, args.max_new_tokens)]
+        seconds += times[-1][0] - times[-args.max_new_tokens:][:2][-1][0]       # from the second token on
+    visible = [min(ids.size(1) + n, model.config.block_size) for n in range(2, args.max_new_tokens)]
     if not visible or not seconds:
         return None, None
     return args.num_samples * len(visible) / seconds, round(sum(visible) / len(visible))

@@ -29,7 +29,7 @@ def sharing(model):
 
 # ---- speed, and the most that this machine's memory allows ----
 
-LARGE = 2**28           # bytes, more than any cache of a processor
+LARGE = 2**28           # bytes, more than the cache of nearly any processor
 IN_CACHE = 2.0          # what is read so many times as fast as main memory lies in the cache
 
 def timed(f, where, at_least=0.05):
@@ -48,6 +48,8 @@ def reader(where, n_bytes=LARGE):
 
 def in_cache(n_bytes, where):
     """Whether so many bytes, read over and over, come from the processor's cache."""
+    if n_bytes >= LARGE:
+        return False
     speed, memory = (n / timed(reader(where, n), where) for n in (n_bytes, LARGE))
     return speed > IN_CACHE * memory
 

@@ -16,6 +16,7 @@ width of the model, M width of the MLP, V vocabulary.
 
 import math
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -81,9 +82,8 @@ def rms_norm(x, eps):
 def mlp(layer, x):
     """SwiGLU: x (C,) → (C,)."""
     gate, up = (layer.gate_up @ x).reshape(2, -1)           # (M,) each
-    up *= gate
-    up /= 1 + np.exp(-gate)                                 # where that is inf, / inf is 0: right
-    return layer.down @ up
+    gate /= 1 + np.exp(-gate)                               # if that is inf, gate becomes 0: right
+    return layer.down @ (gate * up)
 
 class Decoder:
     """Decoder(model, cache).step(token) → logits (V,), continuing the text that a cache holds.
@@ -98,7 +98,7 @@ class Decoder:
             raise ValueError("Decoder takes a GPT in eval mode, in float32 on the CPU, and its "
                              "cache of one sequence; for anything else use model.generate()")
         self.cache, self.weights = cache, prepare(model)
-        self.D, self.eps = model.config.head_dim, model.config.norm_eps
+        self.D, self.eps = model.config.head_dim, model.norm.eps
         self.frequencies = model.config.rope_base ** (-np.arange(0, self.D, 2) / self.D)    # (D/2,)
         self.positions = cache.where.view(-1).numpy()       # (size,): slot → position
         self.layers = [SimpleNamespace(**vars(layer), k=k[0].numpy(), v=v[0].numpy())   # sequence 0
@@ -108,8 +108,8 @@ class Decoder:
     def step(self, token):
         """The newest token's id → logits (V,) of the next one.
 
-        The cache is a ring: when it is full, a new token takes the oldest one's slot. A sum needs no
-        order of slots, and each stored key has been rotated by its position.
+        The cache is a ring: when it is full, a new token takes the oldest one's slot. A sum needs
+        no order of slots, and each stored key has been rotated by its position.
         """
         position, size = self.cache.length, self.cache.size
         self.slot = position % size
@@ -120,9 +120,9 @@ class Decoder:
         x = self.weights.embed[token].copy()                # (C,)
         handed_up = None
         for layer in self.layers:
-            y, handed_up = layer.attention(self, layer, rms_norm(x, self.eps), handed_up)
+            y, handed_up = layer.attention(self, layer, rms_norm(x, layer.eps), handed_up)
             x += layer.out @ y
-            x += mlp(layer, rms_norm(x, self.eps))
+            x += mlp(layer, rms_norm(x, layer.eps))
 
         self.cache.length = position + 1
         return self.weights.unembed @ (rms_norm(x, self.eps) * self.weights.gain)
@@ -141,27 +141,33 @@ def draw(logits, temperature, top_k, u):
 
 # ---- what is decoded here, and its weights as arrays ----
 
+MLP = ["gate.weight", "up.weight", "down.weight"]
+
 def known(part):
     """Whether this file knows what a part of a model, or a cache, does. Each class names its numpy
     counterpart in in_numpy; a subclass must name its own, as it may compute something else."""
     kind = type(part)
-    torchs = kind.__module__.startswith("torch.nn.modules.")
-    plain = ("Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList")
-    return "in_numpy" in vars(kind) or torchs and kind.__name__ in plain
+    torchs = kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in (
+        "Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList")
+    replaced = vars(part).keys() & set(dir(kind))           # such as a forward() of its own
+    return (torchs or "in_numpy" in vars(kind)) and not replaced
 
 def handles(model, cache):
     """Whether Decoder can continue this cache with this model."""
-    G, parts = model.config.n_kv_head, list(model.modules())
-    changed = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
-                  for part in parts)
-    tensors = {**model.state_dict(), **dict(enumerate(cache.k + cache.v))}
-    types = {(t.device.type, str(t.dtype)) for t in tensors.values() if t.is_floating_point()}
-    biased = any(str(name).endswith("bias") for name in tensors)
-    widths = [n for block in model.blocks for n in block.attn.widths[1:]]       # of each k and v
+    parts = list(model.modules())
+    if not all(map(known, [cache, *parts])):
+        return False
+    watched = any(p.training or p._forward_hooks or p._forward_pre_hooks for p in parts)
+    tensors = model.state_dict()
+    names = all(list(block.mlp.state_dict()) == MLP and block.attn.layer == index
+                for index, block in enumerate(model.blocks)) and "norm.weight" in tensors
+    biased = any(name.endswith("bias") for name in tensors)
+    types = {(t.device.type, str(t.dtype)) for t in (*tensors.values(), *cache.k, *cache.v)
+             if t.is_floating_point()}
+    G, widths = model.config.n_kv_head, [n for block in model.blocks for n in block.attn.widths[1:]]
     shapes = [t.shape for pair in zip(cache.k, cache.v) for t in pair]
-    fits = shapes == [(1, G, cache.size, n // G) for n in widths] and not cache.watch
-    return (all(map(known, [cache, *parts])) and types == {("cpu", "torch.float32")} and fits
-            and not (changed or biased or model.training))
+    fits = shapes == [(1, G, cache.size, n // G) for n in widths]
+    return fits and names and types == {("cpu", "torch.float32")} and not (watched or biased)
 
 def by_columns(matrix):
     """A matrix with more rows than columns is multiplied fastest column by column, each added to
@@ -170,20 +176,25 @@ def by_columns(matrix):
 
 def fingerprint(array):
     """Its product with a vector. If that is as before, so are other products, up to rounding."""
-    return (array @ np.sqrt(np.arange(array.shape[-1], dtype=np.float32))).tobytes()
+    array = np.atleast_1d(array)
+    vector = np.sqrt(np.arange(1, array.shape[-1] + 1, dtype=np.float32))
+    return (array @ vector).tobytes()
+
+PREPARED = WeakKeyDictionary()      # model → its weights, and what they were made of
 
 def prepare(model):
-    """→ the model's weights. They are kept on the model, and rebuilt when its weights change."""
+    """→ the weights of a model, kept as long as it is, and rebuilt when they have changed."""
     tensors = model.state_dict()
     state = [(t.data_ptr(), fingerprint(t.numpy())) for t in tensors.values()]
-    if getattr(model, "prepared_of", None) != state:
+    weights, made_of = PREPARED.get(model, (None, None))
+    if made_of != state:
         embed = tensors["embed.weight"].numpy()             # (V, C)
-        unembed = tensors["unembed.weight"].numpy() if "unembed.weight" in tensors else embed
+        unembed = embed if model.config.tied else tensors["unembed.weight"].numpy()
         layers = [prepare_layer(block) for block in model.blocks]
-        model.prepared = SimpleNamespace(embed=embed, layers=layers, unembed=by_columns(unembed),
-                                         gain=tensors["norm.weight"].numpy())
-        model.prepared_of = state
-    return model.prepared
+        weights = SimpleNamespace(embed=embed, layers=layers, unembed=by_columns(unembed),
+                                  gain=tensors["norm.weight"].numpy())
+        PREPARED[model] = weights, state
+    return weights
 
 def prepare_layer(block):
     """→ a layer's weights: those of its attention by their names, as qkv and out, and the MLP's."""
@@ -191,4 +202,5 @@ def prepare_layer(block):
             for name, tensor in block.attn.state_dict().items()}
     gate, up, down = (tensor.numpy() for tensor in block.mlp.state_dict().values())
     gate_up = by_columns(np.concatenate((gate, up)))        # (2·M, C): one product in place of two
-    return SimpleNamespace(attention=type(block.attn).in_numpy, **attn, gate_up=gate_up, down=down)
+    return SimpleNamespace(attention=type(block.attn).in_numpy, **attn, gate_up=gate_up, down=down,
+                           eps=block.eps)

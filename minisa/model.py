@@ -316,7 +316,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
         """Continue idx (B, T ≥ 1), past block_size by forgetting the oldest: yield each next token
         (B, 1), drawn from softmax(logits / temperature) among the top_k; at 0 the likeliest. The
-        prompt is read here; what follows is written by decode.py, where it can."""
+        prompt is read here; what follows is written by decode.py, where it can, with the weights of
+        that moment."""
         B, device = len(idx), idx.device
         if cache is None:
             cache = KVCache(self, B, self.config.block_size, self.embed.weight.dtype, device)
@@ -327,7 +328,7 @@ class GPT(nn.Module):
             if decoder:
                 logits = decoder.step(idx.item())
                 token = decode.draw(logits, temperature, top_k, next(randoms).item())
-                idx = torch.tensor([[token]])
+                idx = torch.tensor([[token]], device=device)
             else:
                 idx = draw(self.read(idx, cache), temperature, top_k, next(randoms))
             yield idx

@@ -175,9 +175,9 @@ def first_token(model, idx):
     return first - prompt
 
 def per_token(model, idx, n):
-    """Seconds per token of n tokens, after a prompt and the first one."""
-    _, first, *_, last = token_times(model, idx, n + 1)
-    return (last - first) / n
+    """Seconds per token of n tokens, after a prompt and two: the second step makes the weights ready."""
+    _, _, second, *_, last = token_times(model, idx, n + 2)
+    return (last - second) / n
 
 def to_read(model, context, batch_size=1):
     """Bytes that a decode step reads, and whether the processor's cache holds them all."""
@@ -291,7 +291,7 @@ def bench_models(sources, share, torch_too, beside_transformers, rounds, where):
         loading.append(f"{source} {seconds:.1f} s")
     first = next(iter(models.values()))
     size = min(model.config.block_size for model in models.values())
-    n, prompt, T = 32, min(128, size // 4), min(2048, size // 2)
+    n, prompt, T = 32, max(1, min(128, size // 4)), max(1, min(2048, size // 2))
     fewest = min(models.values(), key=lambda model: model.config.vocab_size)    # all know its tokens
     short, long, text = (tokens_for(fewest, 1, length) for length in (prompt, T, min(513, size)))
     work = {MACHINE: partial(timed, reader(where), where)}
@@ -336,9 +336,12 @@ def sweep_model(source, share, where):
     full, _, _ = checkpoint.load(source, device=where)
     models = {"full": full} | {kind: checkpoint.reconfigure(full, share=share, share_kind=kind)
                                for kind in SHARE_KINDS if share}
-    for context in SWEPT_MODEL:
-        if context <= full.config.block_size:
-            yield source, context, 1, models
+    contexts = [context for context in SWEPT_MODEL if context <= full.config.block_size]
+    if not contexts:
+        raise ValueError(f"--sweep=context: starts at {SWEPT_MODEL[0]} tokens, but {source} has a context of "
+                         f"{full.config.block_size}; take another model")
+    for context in contexts:
+        yield source, context, 1, models
 
 def bench_sweep(points, rounds, where):
     """Time a decode step of each mode at each point. → the header and the rows of a table."""
@@ -363,7 +366,7 @@ def read_args():
     parser = Parser(__doc__, usage="python -m minisa.lab.bench [MODEL ...] [--FLAG=VALUE ...]")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="runs' or models' folders, .gguf files, "
                         "or smollm2, beside each other (default none: shapes)")
-    parser.flag("shapes", default=",".join(SHAPES), help="without MODEL: which shapes to measure")
+    parser.flag("shapes", help="without MODEL: which shapes to measure", shown=",".join(SHAPES))
     parser.switch("torch", "also decoded in torch (minisa/model.py), where numpy (minisa/decode.py) does it")
     parser.flag("dtype", choices=["float32", "bfloat16"], help="without MODEL: to train in",
                 shown="the faster one")
@@ -390,6 +393,10 @@ def refuse(args):
          or args.models and args.sweep not in (None, "context"),
          "--sweep: goes without a model, or with one as --sweep=context; --plot goes with it, as in: "
          "python -m minisa.lab.bench --sweep=context --plot=context.png"),
+        (args.sweep and (args.torch or args.beside_transformers),
+         "--torch and --beside_transformers: go without --sweep; drop one of them"),
+        (args.shapes and (args.models or args.sweep),
+         "--shapes: goes without a model and without --sweep; drop one of them"),
         ((args.dtype or args.beside_nanogpt) and (args.models or args.sweep),
          "--dtype and --beside_nanogpt: go with shapes, without a model and without --sweep, as in: "
          "python -m minisa.lab.bench --dtype=float32"),
@@ -414,7 +421,7 @@ def main():
     args = read_args()
     refuse(args)
     keep_memory()
-    shapes, where, columns = args.shapes.split(","), args.device, SPEEDS
+    shapes, where, columns = (args.shapes or ",".join(SHAPES)).split(","), args.device, SPEEDS
     if args.sweep:
         columns, rows = sweep(args)
     elif args.models:

@@ -1,6 +1,7 @@
 """decode.py beside model.py and plain.py: the same logits, the same cache, the same text."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -168,6 +169,10 @@ def double(model):
 def reorder(model):
     model.embed.weight.data.copy_(model.embed.weight.flip(0))
 
+def change_a_column(model):
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[:, 0] = 9.0
+
 def exchange(model):
     model.blocks[0].mlp.down = model.blocks[1].mlp.down
 
@@ -175,11 +180,11 @@ def replace_tensors(model):
     model.load_state_dict({name: t.flip(0) for name, t in model.state_dict().items()}, assign=True)
 
 @pytest.mark.parametrize("change", [change_in_place, change_by_data, flip_signs, double, reorder,
-                                    exchange, replace_tensors])
+                                    change_a_column, exchange, replace_tensors])
 def test_a_change_of_the_weights_is_noticed_and_else_nothing_is_made_anew(change):
     model = make()
     first = decode.prepare(model)
-    assert decode.prepare(model) is first and decode.prepare(copy.copy(model)) is first
+    assert decode.prepare(model) is first
     change(model)
     cache = KVCache(model, 1, 12)
     logits = decode.Decoder(model, cache).step(7)
@@ -248,6 +253,32 @@ def replaced(model):
     attn.forward = attn.forward
     return model
 
+def untie(model):
+    model.unembed = torch.nn.Linear(32, 50, False)      # config.tied says that it is not used
+    return model
+
+def test_the_head_is_the_one_that_torch_takes():
+    model, idx = untie(make()), tokens(1, 5)
+    assert torch.equal(model.generate(idx, 20, 0), on_torch(model).generate(idx, 20, 0))
+
+def test_a_model_is_pickled_and_copied_without_what_was_prepared():
+    model = make()
+    size = len(pickle.dumps(model))
+    model.generate(tokens(1, 5), 5)
+    assert len(pickle.dumps(model)) == len(pickle.dumps(copy.deepcopy(model))) == size
+
+def with_its_own(part, name):
+    setattr(part, name, getattr(part, name))
+    return part
+
+def reordered(model):
+    model.blocks[0], model.blocks[1] = model.blocks[1], model.blocks[0]
+    return model
+
+def partly_training(model):
+    model.blocks[1].train()
+    return model
+
 class OtherCache(KVCache):
     pass
 
@@ -287,6 +318,11 @@ REFUSED = {
     "float64 in one place": lambda model: (with_another(model, torch.nn.Linear(32, 32, False).double()),
                                            KVCache(model, 1, 12)),
     "a cache that watches": lambda model: (model, watching(KVCache(model, 1, 12))),
+    "a head of its own": lambda model: (with_its_own(model, "head"), KVCache(model, 1, 12)),
+    "a norm of its own": lambda model: (with_its_own(model.blocks[1], "norm") and model,
+                                        KVCache(model, 1, 12)),
+    "another order": lambda model: (reordered(model), KVCache(model, 1, 12)),
+    "a layer in training": lambda model: (partly_training(model), KVCache(model, 1, 12)),
     "a forward of its own": lambda model: (replaced(model), KVCache(model, 1, 12)),
 }
 

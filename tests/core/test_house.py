@@ -53,7 +53,8 @@ def test_imports_point_from_scripts_to_lab_to_axes_to_core(file):
     assert not wrong, f"{file} is below {wrong}"
 
 def test_decoding_imports_numpy_alone():
-    assert set(imports("minisa/decode.py")) == {"math", "types.SimpleNamespace", "numpy"}
+    assert set(imports("minisa/decode.py")) == {
+        "math", "types.SimpleNamespace", "weakref.WeakKeyDictionary", "numpy"}
 
 @pytest.mark.parametrize("file", ["minisa/cli.py", "minisa/files.py", "minisa/plain.py"])
 def test_the_lowest_files_import_nothing_of_minisa_but_files(file):
@@ -71,7 +72,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 # ---- lengths ----
 
-BUDGETS = {"train.py": 2700, "sample.py": 1900, "minisa/plain.py": 700, "minisa/decode.py": 1600,
+BUDGETS = {"train.py": 2700, "sample.py": 1900, "minisa/plain.py": 700, "minisa/decode.py": 1690,
            "minisa/model.py": 3310, "minisa/cost.py": 1350, "minisa/bill.py": 1200}    # tokens of code
 
 def docstrings(tree):

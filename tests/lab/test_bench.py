@@ -72,7 +72,7 @@ class Generated:
 def test_the_prompt_and_the_first_token_are_not_counted_as_decoding(monkeypatch, model):
     def perf_counter(times):
         monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
-    perf_counter(iter((0.0, 10.0, 11.0, 12.0, 13.0)))       # the prompt, then 4 tokens
+    perf_counter(iter((0.0, 10.0, 15.0, 16.0, 17.0, 18.0)))     # the prompt, then 5 tokens
     assert bench.per_token(model, None, 3) == 1.0
     perf_counter(iter((0.0, 10.0)))
     assert bench.first_token(model, None) == 10.0
@@ -244,6 +244,9 @@ def test_a_step_of_a_sweep_sees_all_of_its_context():
     (["run", "--sweep=batch_size"], "--sweep: goes without a model"),
     (["run", "run", "--sweep=context"], "--sweep: goes without a model"),
     (["--sweep=shapes", "--plot=some.png"], "--sweep: goes without a model"),
+    (["run", "--sweep=context"], "starts at 128 tokens"),
+    (["run", "--shapes=small"], "--shapes: goes without a model"),
+    (["--sweep=context", "--torch"], "go without --sweep"),
     (["--plot=some.png"], "--plot goes with it"),
     (["--sweep=context", "--plot=some.txt"], "some.txt must end in .png"),
     (["run", "--beside_transformers"], "transformers reads .gguf files; run is none"),
