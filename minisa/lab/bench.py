@@ -61,6 +61,7 @@ SWEEP_MODES = {
     "SA, GQA": {"share": "1-5", "n_kv_head": 1},
 }
 MACHINE = "machine", "read"
+LONG_ENOUGH = 0.25      # seconds of decoding in a round: at first, caches are cold and threads asleep
 PAUSE = 0.1     # seconds, in which the waiting threads of torch and numpy fall asleep
 
 # ---- measuring ----
@@ -228,7 +229,7 @@ def bench_shape(shape, rounds, where, dtype, torch_too=False, beside_nanogpt=Fal
         if torch_too:
             models[f"{mode}, torch"] = on_torch(model)
     for mode, model in models.items():
-        work[mode, "decode"] = partial(timed, decoder(model, batch, context), where)
+        work[mode, "decode"] = partial(timed, decoder(model, batch, context), where, LONG_ENOUGH)
     seconds = medians(work, rounds, shape)
     trained = f"training on {train_batch} × {length} tokens in {dtype}; " if training else ""
     print(f"{shape}: {config.n_layer} layers, {config.n_embd} wide, "
@@ -349,7 +350,8 @@ def bench_sweep(points, rounds, where):
     for name, context, batch, models in points:
         work = {MACHINE: partial(timed, reader(where), where)}
         for mode, model in models.items():
-            work[mode, "decode"] = partial(timed, decoder(model.to(where).eval(), batch, context), where)
+            step = decoder(model.to(where).eval(), batch, context)
+            work[mode, "decode"] = partial(timed, step, where, LONG_ENOUGH)
         seconds = medians(work, rounds, f"{name}, context {context}, batch size {batch}")
         for mode, model in models.items():
             n_bytes, cached = to_read(model, context, batch)
