@@ -248,13 +248,13 @@ COMMANDS = {
         "python -m minisa.lab.similarity smollm2 --out_dir=@/smollm2",
         f"python -m minisa.lab.similarity smollm2 {LOOK} --share=26-28 --out_dir=@/smollm2"],
     "speed": [
-        "python -m minisa.lab.bench --shapes=small,large,long --torch --csv=@/results/speed.csv",
+        "python -m minisa.lab.bench --shapes=small,large,long --torch --rounds=15 --csv=@/results/speed.csv",
         f"python -m minisa.lab.bench smollm2 --share={EIGHT} --torch --beside_transformers --rounds=5 "
         "--csv=@/results/speed-smollm2.csv",
         *(f"python -m minisa.lab.bench --sweep={what} --rounds=5 --csv=@/results/{what}.csv "
           f"--plot=@/{what}.png" for what in ("context", "batch_size"))],
     "latency": [
-        "python -m minisa.lab.bench --sweep=shapes --csv=@/results/latency-shapes.csv",
+        "python -m minisa.lab.bench --sweep=shapes --rounds=15 --csv=@/results/latency-shapes.csv",
         f"python -m minisa.lab.bench smollm2 --share={EIGHT} --sweep=context --csv=@/results/latency.csv "
         "--plot=@/latency.png"],
     "peers": [                                              # with nanoGPT's folder on PYTHONPATH
