@@ -216,17 +216,40 @@ def ratios(name, over):
             for (measured, mode, work), speed in speeds.items() if (measured, over, work) in speeds}
 
 def speed_table():
-    """What sharing does to speed: a model's shape by a kind of work, over full attention."""
-    found = ratios("speed", "full")
+    """What sharing does to speed: a model's shape by a kind of work, over full attention; and what numpy
+    does to decoding, over torch."""
+    speeds = {tuple(row.values())[:3]: float(row["tokens/s"]) for row in read("speed")}
     shapes = {"small": "4 layers, 128 wide, context 256", "large": "6 layers, 384 wide, context 256",
               "long": "6 layers, 128 wide, context 8,192"}
-    table = [["shape", "mode", "training", "prefill", "decode"]]
-    for measured in dict.fromkeys(key[0] for key in found):
+    modes = {"full": "full attention", "weights": "Shared Attention", "kv": "Cross-Layer Attention"}
+    table = [["shape", "mode", "training", "prefill", "decode", "decode, numpy over torch"]]
+    for measured in dict.fromkeys(key[0] for key in speeds):
         shape = measured.partition(",")[0]
-        for mode, shown in {"weights": "Shared Attention", "kv": "Cross-Layer Attention"}.items():
-            cells = [found.get((measured, mode, work)) for work in ("train", "prefill", "decode")]
-            title = f"{shape}: {shapes[shape]}" if mode == "weights" else ""
-            table.append([title, shown, *(f"{cell:.2f}" if cell else "" for cell in cells)])
+        for mode, shown in modes.items():
+            cells = []
+            for work in ("train", "prefill", "decode"):
+                speed = speeds.get((measured, mode, work))
+                cells.append(f"{speed / speeds[measured, 'full', work]:.2f}" if speed else "")
+            engines = speeds[measured, mode, "decode"] / speeds[measured, f"{mode}, torch", "decode"]
+            title = f"{shape}: {shapes[shape]}" if mode == "full" else ""
+            table.append([title, shown, *cells, f"{engines:.1f}"])
+    return table
+
+def latency_table():
+    """What a token takes: milliseconds, over full attention and as the bytes that are read predict."""
+    names = {"full": "full attention", "weights": "Shared Attention", "kv": "Cross-Layer Attention"}
+    models = {"small": "4 × 128", "large": "6 × 384", "long": "6 × 128", "smollm2": "SmolLM2"}
+    table = [["model", "visible tokens", "attention", "MB read", "ms per token", "over full attention",
+              "as bytes predict", "of the limit"]]
+    for row in read("latency-shapes") + read("latency"):
+        ms, n_bytes = float(row["ms per token"]), int(row["bytes read"])
+        if row["mode"] == "full":
+            full_ms, full_bytes = ms, n_bytes
+        limit = float(row["ms at the limit"]) / ms if row["ms at the limit"] else None
+        over = ["", ""] if row["mode"] == "full" else [f"{full_ms / ms:.2f}", f"{full_bytes / n_bytes:.2f}"]
+        model = [models[row["model"]], f"{int(row['context']):,}"] if row["mode"] == "full" else ["", ""]
+        table.append([*model, names[row["mode"]], f"{n_bytes / 1e6:.1f}", f"{ms:.3g}", *over,
+                      f"{100 * limit:.0f} %" if limit else "in cache"])
     return table
 
 def speed_smollm2_table():
@@ -234,7 +257,7 @@ def speed_smollm2_table():
     found = ratios("speed-smollm2", "smollm2, float32")
     eight = next(mode for _, mode, _ in found if mode.startswith("share ")).rpartition(", ")[0]
     names = {"smollm2, bfloat16": "full, bfloat16",
-             "smollm2, float32, plain": "full, float32, without `fast.py`",
+             "smollm2, float32, torch": "full, float32, decoded in torch",
              f"{eight}, float32": "eight reuse layers, float32",
              f"{eight}, bfloat16": "eight reuse layers, bfloat16", "transformers": "transformers, float32"}
     table = [["", "decode", "prefill of 2,048 tokens"]]
@@ -303,6 +326,7 @@ TABLES = {
     "speed": speed_table,
     "speed-smollm2": speed_smollm2_table,
     "speed-nanogpt": nanogpt_table,
+    "latency": latency_table,
 }
 
 STUDY = {"learned": "preset", "standing-out": "depth", "all": "axes", "eigen": "axes", "squeeze": "axes",
