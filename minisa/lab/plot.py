@@ -217,8 +217,13 @@ def token_times(rows, what, file):
             axis.plot(xs, limit, linestyle="--", linewidth=0.8, color=colour)
     for axis, title in zip(axes, (what.replace("_", " "), "cache of a sequence, MB")):
         axis.set(xscale="log", yscale="log", xlabel=title)
+        for side, places in (axis.xaxis, [1.0]), (axis.yaxis, [1.0, 2.0, 3.0, 5.0]):
+            side.set_major_locator(plt.LogLocator(subs=places))
+            side.set_major_formatter("{x:,g}")
+            side.set_minor_formatter(plt.NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("ms per token; dashed: reading its bytes from main memory")
+    axes[0].set_xticks(sorted({float(row[x]) for row in rows}))
+    axes[0].set_ylabel("ms per token (dashed: the limit)")
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, file)
 
