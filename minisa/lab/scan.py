@@ -22,13 +22,12 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from minisa import checkpoint
 from minisa.axes.common import walk
 from minisa.axes.heads import head_products, refit, share
 from minisa.bill import print_table
 from minisa.cli import at_least, command, count
 from minisa.cost import layer_flops, predict
-from minisa.files import check, read_file, sha256, write_csv
+from minisa.files import check, read_file, write_csv
 from minisa.lab import plot
 from minisa.lab.similarity import open_data, parser
 from minisa.model import SHARE_KINDS
@@ -210,7 +209,7 @@ def find(args, model, data, out, T):
     fit, search = windows[::2, :-1], windows[1::2]
     name = args.share_kind if args.heads == "same" else f"{args.share_kind}-{args.heads}"
     file = out / f"scan-{name}.csv"
-    version = sha256(checkpoint.source_file(args.model))[:8]            # trained anew, it is another model
+    version = model.origin[1][:8]                           # trained anew, it is another model
     origin = [f"{args.model} {version}", f"{args.windows} of {data.name}", str(T)]
     found = read_scan(file, origin, model.config.n_layer)
     sharing = {"share_kind": args.share_kind, "heads": args.heads, "products": None}

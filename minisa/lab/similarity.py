@@ -138,7 +138,7 @@ def main():
         raise ValueError("--history, --look: give one of them")
     if args.share and not args.look:
         raise ValueError("--share: goes with --look, as in --look=\"To be, or not to be\" --share=1-3")
-    steps = sorted(path.parent for path in Path(args.model).glob("steps/[0-9]*/model.pt"))
+    steps = sorted(path.parent for path in Path(args.model).glob("steps/[0-9]*/config.json"))
     if args.history and not steps:
         raise ValueError(f"{args.model}/steps: no weights of past steps; train with: "
                          "python train.py --keep_every=200")

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import minisa
-from minisa import checkpoint
+from minisa import checkpoint, cost
 from minisa.axes import eigen, heads, lowrank
 from minisa.axes.eigen import Narrow
 from minisa.axes.heads import Matched, Mixed
 from minisa.axes.lowrank import Corrected
 from minisa.data import Data, tokenize
-from minisa.model import GPT, GPTConfig
+from minisa.model import GPT, Attention, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPANS = "--share=1-2"
@@ -34,7 +34,7 @@ def full(text, tmp_path):
     for p in model.parameters():
         p.data *= 6 if p.dim() == 2 else 1
     info = {**checkpoint.UNKNOWN, "data": str(folder)}
-    checkpoint.save(tmp_path / "full" / "model.pt", model, Data(folder).tokenizer, info)
+    checkpoint.save(tmp_path / "full", model, Data(folder).tokenizer, info)
     return tmp_path / "full"
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -56,3 +56,41 @@ def test_a_command_runs_in_a_process_of_its_own(full, tmp_path):
     assert done.returncode == 0, done.stderr
     was, new = (minisa.load(folder)[0].blocks[1].attn for folder in (full, tmp_path / "new"))
     assert sum(new.widths[1:]) < sum(was.widths[1:])
+
+# ---- every kind of layer with every axis ----
+
+class SlidingAttention(Attention):
+    """A kind that no axis has heard of."""
+
+KINDS = {
+    "full": {}, "weights": {"share": "1-2"}, "kv": {"share": "1-2", "share_kind": "kv"},
+    "gqa": {"n_kv_head": 1}, "unknown": {},
+}
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_axis_changes_a_kind_or_refuses_it_in_one_line(run, full, tmp_path, kind, name, monkeypatch):
+    info = {**checkpoint.UNKNOWN, "data": str(next(tmp_path.glob("text-*")))}
+    fields = {"n_kv_head": 2, **KINDS[kind]}
+    model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=3, n_head=4, n_embd=64, **fields))
+    tokenizer = minisa.load(full)[1]
+    checkpoint.save(tmp_path / "kind", model, tokenizer, info)
+    if kind == "unknown":
+        load = checkpoint.load
+        def changed(*args, **more):
+            model, *rest = load(*args, **more)
+            model.blocks[1].attn.__class__ = SlidingAttention
+            return model, *rest
+        monkeypatch.setattr(checkpoint, "load", changed)
+    module, flags, _ = COMMANDS[name]
+    status, _, err = run(module.main, tmp_path / "kind", f"--out={tmp_path}/new", *flags)
+    monkeypatch.undo()
+    if status == 0:
+        made, _, _ = minisa.load(tmp_path / "new")
+        logits, _ = made(torch.arange(20)[None])
+        assert logits.isfinite().all() and kind != "unknown" or name != "eigen"
+        assert cost.measure(made, 20) == cost.predict(made, 20)
+    else:
+        assert status == 2 and len(err.splitlines()) <= 2 and "--" in err and "Traceback" not in err
+        assert not (tmp_path / "new/config.json").exists()
+    assert not (kind == "unknown" and name == "eigen" and status == 0)

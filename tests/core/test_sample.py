@@ -30,7 +30,8 @@ def trained(text, tmp_path_factory):
 
 @pytest.fixture
 def runs(trained, tmp_path):
-    shutil.copytree(trained / "out", tmp_path / "out")
+    for name in ("out", "data"):
+        shutil.copytree(trained / name, tmp_path / name)
 
 def table(file):
     return list(csv.DictReader(io.StringIO(Path(file).read_text())))
@@ -74,7 +75,7 @@ def test_the_same_seed_writes_the_same_text(run, runs):
     one, again, two = texts(1), texts(1), texts(2)
     assert one == again != two and one[0] != one[1] and one[1] == two[0]
 
-def test_zero_shot_sharing_is_billed_beside_full_attention_with_its_own_loss(run, runs, trained):
+def test_zero_shot_sharing_is_billed_beside_full_attention_with_its_own_loss(run, runs):
     flags = ["out/full", "--share=0-2", "--max_new_tokens=5", "--csv=bill.csv"]
     assert run(sample.main, *flags)[0] == 0
     full, shared = table("bill.csv")
@@ -82,9 +83,8 @@ def test_zero_shot_sharing_is_billed_beside_full_attention_with_its_own_loss(run
     model, _, info = minisa.load("out/full", share="0-2")
     loss = Data(info["data"]).evaluate(model)[1]
     assert float(shared["val bpb"]) == pytest.approx(loss, abs=1e-4)
-    shutil.move(trained / "data", trained / "moved")
+    shutil.move("data", "moved")
     run(sample.main, *flags)
-    shutil.move(trained / "moved", trained / "data")
     assert table("bill.csv")[1]["val bpb"] == "?"           # the text is gone
 
 def test_a_prediction_that_misses_is_an_error_in_the_table(run, runs, monkeypatch):
@@ -163,9 +163,9 @@ def test_wrong_files_get_one_line_and_status_2(run, runs):
     assert "not UTF-8" in run(sample.main, "out/full", "--prompt=FILE:latin.txt")[2]
     status, _, err = run(sample.main, "out/weights-0-2", "--share=0-1")
     assert status == 2 and "layer 2 has no k q of its own, as the model was trained with --share=0-2" in err
-    Path("out/full/model.pt").write_bytes(b"junk")
+    Path("out/full/model.safetensors").write_bytes(b"junk")
     status, _, err = run(sample.main)
-    assert status == 2 and "out/full/model.pt: damaged" in err
+    assert status == 2 and "out/full: damaged" in err
     shutil.rmtree("out")
     status, _, err = run(sample.main)
     assert status == 2 and "python train.py" in err

@@ -11,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 
+import sample
 import train
 from minisa import checkpoint, settings
+from minisa.run import SAVED, STATE, Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
@@ -25,11 +28,19 @@ def log(folder, key):
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
 
-def weights(folder, file="train.pt"):
-    return checkpoint.read(Path(folder) / file)["model"]
+def state_of(folder):
+    return checkpoint.read_training(Path(folder) / STATE, SAVED)
+
+def weights(folder):
+    """Those of the last step."""
+    return state_of(folder)[0].state_dict()
+
+def best(folder):
+    """Those that others load."""
+    return checkpoint.load(folder)[0].state_dict()
 
 def stored_step(folder="."):
-    return checkpoint.read(Path(folder) / "out/full/train.pt")["progress"]["step"]
+    return state_of(Path(folder) / "out/full")[3]["progress"]["step"]
 
 def same(a, b, tolerance=0.0):
     return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
@@ -88,8 +99,8 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, 
 
     status, out, err = run(train.main, "--resume", "--out_dir=out/stopped")
     assert (status, err) == (0, "")
-    for file in ("train.pt", "model.pt"):
-        assert same(weights("out/whole", file), weights("out/stopped", file))
+    for those in (weights, best):
+        assert same(those("out/whole"), those("out/stopped"))
     assert log("out/whole", "val_loss") == log("out/stopped", "val_loss")
 
 def start(folder, *flags):
@@ -99,7 +110,7 @@ def start(folder, *flags):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
     until = time.time() + 60
-    while not (folder / "out/full/train.pt").exists() and process.poll() is None and time.time() < until:
+    while not (folder / "out/full" / STATE).exists() and process.poll() is None and time.time() < until:
         time.sleep(0.05)
     return process
 
@@ -162,7 +173,7 @@ def test_fine_tuning_starts_from_the_weights_of_a_run(run, text):
                          "--learning_rate=0")
     assert status == 0
     tuned = weights("out/weights-0-2-from-full")
-    assert torch.equal(tuned["embed.weight"], weights("out/full", "model.pt")["embed.weight"])
+    assert torch.equal(tuned["embed.weight"], best("out/full")["embed.weight"])
     assert tuned["blocks.2.attn.qkv.weight"].shape == (16, 16)
     assert log("out/weights-0-2-from-full", "val_loss")[10] < 5.2           # random weights have ln 300 = 5.7
 
@@ -232,7 +243,7 @@ def test_a_damaged_checkpoint_and_a_changed_text_are_not_resumed(run, text, tmp_
     mine.write_text(text.read_text() * 2)
     status, _, err = run(train.main, "--resume", "--out_dir=out/a", "--data_dir=data")
     assert status == 2 and "the text is not the one" in err
-    file = Path("out/a/train.pt")
+    file = Path("out/a") / STATE
     file.write_bytes(file.read_bytes()[:1000])
     status, _, err = run(train.main, "--resume", "--out_dir=out/a")
     assert status == 2 and "damaged" in err and err.count("\n") == 1
@@ -247,7 +258,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_kept(run, text, monkeyp
     write, written = checkpoint.write_file, []
     def full(path, data):
         written.append(path)
-        if sum(Path(p).name == "train.pt" for p in written) > 1:
+        if sum(Path(p).name == STATE for p in written) > 1:
             raise OSError(28, "No space left on device", str(path))
         write(path, data)
     monkeypatch.setattr(checkpoint, "write_file", full)
@@ -260,9 +271,9 @@ def test_models_of_single_steps_are_kept_and_an_untrained_one_can_be_saved(run, 
     assert run(train.main, *flags, "--keep_every=5", "--out_dir=out/a")[0] == 0
     kept = sorted(path.name for path in Path("out/a/steps").iterdir())
     assert kept == ["00000000", "00000005", "00000010", "00000012"]
-    assert same(weights("out/a/steps/00000012", "model.pt"), weights("out/a"))
+    assert same(best("out/a/steps/00000012"), weights("out/a"))
     assert run(train.main, *flags, "--max_iters=0", "--out_dir=out/b")[0] == 0
-    assert same(weights("out/b", "model.pt"), weights("out/a/steps/00000000", "model.pt"))
+    assert same(best("out/b"), best("out/a/steps/00000000"))
     status, _, _ = run(train.main, *flags, "--init_from=out/b", "--out_dir=out/c")
     assert status == 2                                              # it brings a shape of its own
     flags = [f"--text={text}", "--batch_size=4", "--max_iters=12", "--warmup_iters=2", "--eval_interval=5"]
@@ -310,11 +321,11 @@ def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(run, text):
     Path("out/full/mine.txt").write_text("mine")
     run(train.main, *tiny, "--overwrite", "--keep_every=6", "--max_iters=6", "--seed=2")
     run(train.main, *tiny, "--keep_every=6", "--max_iters=6", "--seed=2", "--out_dir=out/new")
-    steps = sorted(path.parent.name for path in Path("out/full/steps").glob("*/model.pt"))
+    steps = sorted(path.parent.name for path in Path("out/full/steps").glob("*/config.json"))
     assert steps == ["00000000", "00000006"] and Path("out/full/mine.txt").read_text() == "mine"
     assert same(weights("out/full"), weights("out/new")) and log("out/full", "loss") == log("out/new", "loss")
 
-@pytest.mark.parametrize("file", ["model.pt", "log.jsonl"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", STATE, "log.jsonl"])
 def test_a_folder_that_holds_any_part_of_a_run_is_not_overwritten_unless_told(run, text, file):
     Path("out/full").mkdir(parents=True)
     Path("out/full", file).write_text("mine")
@@ -328,35 +339,46 @@ def test_two_trainings_do_not_write_into_one_folder(run, text, tmp_path):
     process.communicate()
     assert status == 2 and "out/full: another program is writing there" in err and err.count("\n") == 1
 
+def flipped(data, at):
+    """Bytes with one bit changed."""
+    data = bytearray(data)
+    data[at] ^= 4
+    return bytes(data)
+
 def change_saved(change):
     def harm(file):
-        state = torch.load(file, weights_only=True)
-        change(state)
-        torch.save(state, file)
+        tensors = safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, "pt") as opened:
+            state = json.loads(opened.metadata()["minisa"])
+        change(state, tensors)
+        text = json.dumps(state)
+        more = {"minisa": text, "sha256": checkpoint.digest(text, tensors)}
+        file.write_bytes(safetensors.torch.save(tensors, more))
     return harm
 
-def wrong_optimizer(state):
-    state["optimizer"]["0.exp_avg"] = torch.zeros(3)        # a fused step would write beyond its end
+def wrong_optimizer(state, tensors):
+    tensors["optimizer.0.exp_avg"] = torch.zeros(3)         # a fused step would write beyond its end
 
 HARMS = {
-    "a model": lambda file: file.write_bytes((file.parent / "model.pt").read_bytes()),
+    "a model": lambda file: file.write_bytes((file.parent / "model.safetensors").read_bytes()),
     "an optimizer of another shape": change_saved(wrong_optimizer),
-    "a step that is not finite": change_saved(lambda state: state["optimizer"]["1.step"].fill_(float("nan"))),
-    "a step past the end": change_saved(lambda state: state["progress"].update(step=99)),
-    "no log": change_saved(lambda state: state["progress"].update(log=None)),
-    "a setting out of range": change_saved(lambda state: state["settings"].update(log_interval=0)),
-    "a setting of another type": change_saved(lambda state: state["settings"].update(batch_size="4")),
-    "a setting that is missing": change_saved(lambda state: state["settings"].pop("beta1")),
+    "a tensor too few": change_saved(lambda _, tensors: tensors.pop("optimizer.1.step")),
+    "a step past the end": change_saved(lambda state, _: state["progress"].update(step=99)),
+    "no log": change_saved(lambda state, _: state["progress"].update(log=None)),
+    "a setting out of range": change_saved(lambda state, _: state["settings"].update(log_interval=0)),
+    "a setting of another type": change_saved(lambda state, _: state["settings"].update(batch_size="4")),
+    "a setting that is missing": change_saved(lambda state, _: state["settings"].pop("beta1")),
+    "a flipped bit": lambda file: file.write_bytes(flipped(file.read_bytes(), -9)),
 }
 
 @pytest.mark.parametrize("name", HARMS)
-def test_what_is_no_train_pt_is_not_resumed(run, text, name):
+def test_what_is_no_state_of_a_run_is_not_resumed(run, text, name):
     run(train.main, *TINY, f"--text={text}")
-    file = Path("out/full/train.pt")
+    file = Path("out/full") / STATE
     HARMS[name](file)
     before = contents("out/full")
     status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
-    assert status == 2 and "train.pt" in err and err.count("\n") == 1 and contents("out/full") == before
+    assert status == 2 and STATE in err and err.count("\n") == 1 and contents("out/full") == before
 
 def test_going_on_with_other_threads_is_said_to_change_the_last_bits(run, text, monkeypatch):
     run(train.main, *TINY, f"--text={text}", "--max_iters=4", "--eval_interval=4")
@@ -382,3 +404,82 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
     rest = [line for line in process.stderr if not line.startswith("import time:")]
     process.stderr.close()
     assert process.wait(timeout=60) in (-signal.SIGINT, 130) and rest == []
+
+# ---- moved, shared, disturbed ----
+
+def test_a_run_that_is_moved_still_knows_its_text_and_goes_on(run, text, tmp_path):
+    flags = [*TINY[:-1], f"--text={text}", "--data_dir=one/data", "--out_dir=one/out/full"]
+    run(train.main, *flags)
+    before = best("one/out/full")
+    os.rename("one", "two")
+    for file in Path("two/out/full").glob("*.json"):
+        assert str(tmp_path) not in file.read_text()
+    assert same(best("two/out/full"), before)
+    status, _, err = run(sample.main, "two/out/full", "--share=1-2", "--max_new_tokens=3", "--csv=bill.csv")
+    assert status == 0 and "not known" not in err
+    assert "?" not in Path("bill.csv").read_text()              # its loss was measured
+    more = ["--resume", "--out_dir=two/out/full", "--data_dir=two/data"]
+    assert run(train.main, *more)[0] == 0
+
+def test_a_text_that_moved_can_be_named_and_another_is_refused(run, text, tmp_path):
+    (tmp_path / "a.txt").write_text(text.read_text())
+    run(train.main, *TINY, "--text=a.txt")
+    os.rename("a.txt", "b.txt")
+    assert run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")[0] == 2
+    assert run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data", "--text=b.txt")[0] == 0
+    (tmp_path / "b.txt").write_text(text.read_text()[::-1])
+    status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data", "--text=b.txt")
+    assert status == 2 and "--text=FILE" in err
+
+def test_tokens_of_another_tokenizer_are_not_taken_for_a_models_own(run, text):
+    run(train.main, *TINY, f"--text={text}")
+    where = next(Path("data").iterdir())
+    run(train.main, *TINY, f"--text={text}", "--vocab_size=280", "--data_dir=other", "--out_dir=out/b")
+    other = next(Path("other").iterdir())
+    for path in other.iterdir():
+        (where / path.name).write_bytes(path.read_bytes())
+    status, out, err = run(sample.main, "out/full", "--share=1-2", "--max_new_tokens=3", "--csv=bill.csv")
+    assert status == 0 and "not known" in err
+    assert Path("bill.csv").read_text().splitlines()[2].split(",")[3] == "?"
+
+def test_a_run_that_went_on_meanwhile_is_not_taken_back(run, text, monkeypatch):
+    run(train.main, *TINY, f"--text={text}", "--max_iters=4", "--eval_interval=2")
+    begin = Run.begin
+    def later(self, *args):
+        file = self.folder / STATE
+        data = file.read_bytes()
+        file.unlink()
+        file.write_bytes(data)
+        begin(self, *args)
+    monkeypatch.setattr(Run, "begin", later)
+    status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
+    assert status == 2 and "the run went on meanwhile" in err
+
+def test_what_a_killed_run_left_half_written_goes(run, text):
+    run(train.main, *TINY, f"--text={text}", "--max_iters=4", "--eval_interval=2")
+    left = [Path("out/full") / f"{name}.0123abcd" for name in (STATE, "model.safetensors", "log.jsonl")]
+    mine = [Path("out/full") / name for name in (f"{STATE}.original", "notes.0123abcd")]
+    for path in left + mine:
+        path.write_bytes(b"half")
+    run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
+    assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
+
+def test_a_full_disk_under_what_is_printed_saves_the_run(text, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    command = [sys.executable, ROOT / "train.py", *TINY, f"--text={text}", "--max_iters=100000"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr and done.returncode in (2, 130)
+
+@pytest.mark.parametrize("rank, world", [("abc", "1"), ("0", "0"), ("2", "2"), ("-1", "2")])
+def test_what_torchrun_does_not_set_is_refused(run, text, monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    status, _, err = run(train.main, *TINY, f"--text={text}")
+    assert status == 2 and "torchrun" in err and err.count("\n") == 1
+
+def test_attention_weights_that_do_not_fit_into_memory_are_refused(run, text):
+    status, _, err = run(train.main, *TINY, f"--text={text}", "--block_size=38000", "--n_layer=12",
+                         "--n_head=8", "--batch_size=8", "--share=1-11")
+    assert status == 2 and "--block_size=38000" in err and err.count("\n") == 1

@@ -33,7 +33,7 @@ def save_model(folder, **fields):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**TINY, "vocab_size": 256, "block_size": 64, **fields}))
     tokenizer = Tokenizer.from_tokens([bytes([b]) for b in range(256)])
-    checkpoint.save(folder / "model.pt", model, tokenizer, dict(checkpoint.UNKNOWN))
+    checkpoint.save(folder, model, tokenizer, dict(checkpoint.UNKNOWN))
     return model
 
 def rows_of(out, *names):
@@ -182,10 +182,12 @@ class FakeTransformers:
         streamer.end()
 
 def test_transformers_are_timed_beside_and_their_loss_is_compared(run, tmp_path, monkeypatch, half_a_second):
-    fake = SimpleNamespace(AutoModelForCausalLM=FakeTransformers(save_model(tmp_path / "one").eval()))
+    tiny_gguf = pytest.importorskip("tiny_gguf", reason="needs the gguf package: pip install gguf")
+    path = tiny_gguf.write(tmp_path / "x.gguf", tiny_gguf.tensors())
+    fake = SimpleNamespace(AutoModelForCausalLM=FakeTransformers(checkpoint.load(path)[0]))
     monkeypatch.setitem(sys.modules, "transformers", fake)
     monkeypatch.setitem(sys.modules, "accelerate", fake)
-    monkeypatch.setattr(bench.pretrained, "fetch", lambda: tmp_path / "one" / "model.pt")
+    monkeypatch.setattr(bench.pretrained, "fetch", lambda: path)
     status, out, _ = run(bench.main, "smollm2", "--beside_transformers", "--rounds=1")
     assert status == 0 and "to the first token: transformers 0." in out and ", smollm2 0." in out
     words = next(line for line in out.splitlines() if line.startswith("loss on 63 random")).split()

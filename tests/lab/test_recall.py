@@ -19,7 +19,7 @@ def model(text, tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = GPTConfig(block_size=160, vocab_size=300, n_layer=3, n_head=2, n_embd=16)
     info = {**checkpoint.UNKNOWN, "data": str(data.folder)}
-    checkpoint.save("run/model.pt", GPT(config), data.tokenizer, info)
+    checkpoint.save("run", GPT(config), data.tokenizer, info)
     return checkpoint.load("run")[0], data
 
 def test_the_number_stands_early_and_is_asked_for_at_the_end(model):

@@ -59,9 +59,9 @@ def trained(text, tmp_path):
     folder = tokenize(text, vocab_size=300, folder=tmp_path / "data")
     tokenizer, info = Data(folder).tokenizer, {**checkpoint.UNKNOWN, "data": str(folder)}
     model = random_model(vocab_size=tokenizer.vocab_size, n_layer=3)
-    checkpoint.save(tmp_path / "run" / "model.pt", model, tokenizer, info)
+    checkpoint.save(tmp_path / "run", model, tokenizer, info)
     shared = checkpoint.reconfigure(model, share="1-2")
-    checkpoint.save(tmp_path / "shared" / "model.pt", shared, tokenizer, info)
+    checkpoint.save(tmp_path / "shared", shared, tokenizer, info)
     return tmp_path / "run"
 
 def rows_of(file):
@@ -94,7 +94,7 @@ def test_a_model_trained_anew_is_not_taken_for_the_old_one(run, trained):
     assert run(scanning.main, *flags)[0] == 0
     _, tokenizer, info = checkpoint.load(trained)
     model = random_model(vocab_size=tokenizer.vocab_size, n_layer=3, rope_base=500)
-    checkpoint.save(trained / "model.pt", model, tokenizer, info)
+    checkpoint.save(trained, model, tokenizer, info)
     status, _, err = run(scanning.main, *flags)
     assert status == 2 and "cannot be continued (it is of another model" in err
 

@@ -55,7 +55,7 @@ def trained(text, tmp_path):
     tokenizer, info = Data(folder).tokenizer, {**checkpoint.UNKNOWN, "data": str(folder)}
     for seed, path in enumerate(("steps/00000200", "steps/00000400", "steps/00010000", ".")):
         model = random_model(seed, vocab_size=tokenizer.vocab_size, n_layer=3)
-        checkpoint.save(tmp_path / "run" / path / "model.pt", model, tokenizer, info)
+        checkpoint.save(tmp_path / "run" / path, model, tokenizer, info)
     return tmp_path / "run"
 
 def read_csv(file):
@@ -123,7 +123,7 @@ def test_another_text_can_be_read(run, trained, monkeypatch, tmp_path):
     (["run", "--look=" + "a b " * 100], "--look: these are"),
     (["run", "--share=1-2"], "--share: goes with --look"),
     (["run", "--context=1"], "--context"),
-    (["run", "--out_dir=run/model.pt"], "is a file; name a folder"),
+    (["run", "--out_dir=run/config.json"], "is a file; name a folder"),
     (["run", "--device=none"], "none is not on this machine"),
     (["run", "--text=none.txt"], "--text=none.txt"),
     (["run/steps/00000200", "--history"], "--keep_every"),

@@ -127,10 +127,24 @@ def test_speeds_are_ratios_of_what_was_measured_together(results):
     rows = [("small, bfloat16", "full", "train", 100), ("small, bfloat16", "weights", "train", 125),
             ("small, bfloat16", "kv", "train", 90), ("long, bfloat16", "full", "decode", 50),
             ("long, bfloat16", "weights", "decode", 75), ("long, bfloat16", "kv", "decode", 60)]
+    rows += [("small, bfloat16", mode, "decode", 40) for mode in ("full", "weights", "kv")]
+    rows += [(f"{shape}, bfloat16", f"{mode}, torch", "decode", 20) for shape in ("small", "long")
+             for mode in ("full", "weights", "kv")]
     (results / "speed.csv").write_text("measured,mode,work,tokens/s\n" + "".join(
-        f'"{measured}",{mode},{work},{speed}\n' for measured, mode, work, speed in rows))
+        f'"{measured}","{mode}",{work},{speed}\n' for measured, mode, work, speed in rows))
     assert tables.make("speed")[1:] == [
-        ["small: 4 layers, 128 wide, context 256", "Shared Attention", "1.25", "", ""],
-        ["", "Cross-Layer Attention", "0.90", "", ""],
-        ["long: 6 layers, 128 wide, context 8,192", "Shared Attention", "", "", "1.50"],
-        ["", "Cross-Layer Attention", "", "", "1.20"]]
+        ["small: 4 layers, 128 wide, context 256", "full attention", "1.00", "", "1.00", "2.0"],
+        ["", "Shared Attention", "1.25", "", "1.00", "2.0"],
+        ["", "Cross-Layer Attention", "0.90", "", "1.00", "2.0"],
+        ["long: 6 layers, 128 wide, context 8,192", "full attention", "", "", "1.00", "2.5"],
+        ["", "Shared Attention", "", "", "1.50", "3.8"], ["", "Cross-Layer Attention", "", "", "1.20", "3.0"]]
+
+def test_a_latency_is_set_beside_what_its_bytes_predict(results):
+    head = "model,mode,context,batch size,cache bytes,bytes read,ms per token,ms at the limit\n"
+    (results / "latency-shapes.csv").write_text(head + "small,full,256,1,9,4000000,0.4,\n"
+                                                "small,weights,256,1,9,2000000,0.25,\n")
+    (results / "latency.csv").write_text(head + "smollm2,full,8192,1,9,8000000,40,20\n")
+    assert tables.make("latency")[1:] == [
+        ["4 × 128", "256", "full attention", "4.0", "0.4", "", "", "in cache"],
+        ["", "", "Shared Attention", "2.0", "0.25", "1.60", "2.00", "in cache"],
+        ["SmolLM2", "8,192", "full attention", "8.0", "40", "", "", "50 %"]]
