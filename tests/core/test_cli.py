@@ -180,3 +180,15 @@ def test_a_prompt_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     for text, message in wrong.items():
         with pytest.raises(argparse.ArgumentTypeError, match=message):
             cli.prompt(text)
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_closed_stream_is_no_traceback(tmp_path, closed):
+    script = Path(__file__).resolve().parents[2] / "sample.py"
+    command = f'"{sys.executable}" "{script}" none.gguf {closed}'
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+
+def test_control_characters_of_a_name_are_not_printed_as_they_are(tmp_path, run):
+    import sample
+    status, _, err = run(sample.main, "no\x1b[31m\u2028such.gguf")
+    assert status == 2 and "\x1b" not in err and err.count("\n") == 1

