@@ -4,9 +4,9 @@
     python tests/fuzz.py 1 --first=1234     that case again, with all that it printed
 
 Each case damages one file of a small world (runs, a derived model, a store, a .gguf file, token files,
-texts, tables), or gives a command odd flags, and runs it in a process of its own. Allowed is: status 0 with
-an answer that is right, or status 2 with one line that says what is wrong. Nothing may take more than
-20 seconds or 2 GB, and no file may be lost.
+texts, tables), or gives a command odd flags, and runs it in a process of its own; now and then beside
+another command on the same folders. Allowed is: status 0 with an answer that is right, or status 2 with one
+line that says what is wrong. Nothing may take more than 20 seconds or 2 GB, and no file may be lost.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import random
 import re
 import resource
@@ -31,6 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
 import sample  # noqa: E402
@@ -39,7 +39,6 @@ from minisa import checkpoint, cli  # noqa: E402
 from minisa.axes import eigen, heads, lowrank  # noqa: E402
 from minisa.lab import bench, chat, plot, scan, similarity  # noqa: E402
 from minisa.model import GPT, GPTConfig  # noqa: E402
-from minisa.run import SAVED  # noqa: E402
 from minisa.tokenizer import BYTES, Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
@@ -75,20 +74,22 @@ COMMANDS = {
     "bench": ("bench", ["out/full", "--rounds=1"], ""),
 }
 # the files that each reads
+MODEL = [f"out/full/{name}" for name in checkpoint.FILES[:3]]
 READS = {
     "train": ["text.txt", "DATA/meta.json", "DATA/train.npy", "DATA/val.npy"],
     "over": ["text.txt", "DATA/train.npy"],
-    "resume": ["out/half/train.pt", "out/half/log.jsonl", "out/half/model.pt", "DATA/meta.json", "text.txt"],
-    "tune": ["out/full/model.pt"],
-    "sample": ["out/full/model.pt", "prompt.txt"],
-    "mixed": ["out/mixed/model.pt", "out/full/model.pt", "DATA/val.npy"],
-    "squeeze": ["out/full/model.pt", "DATA/val.npy", "DATA/meta.json"],
+    "resume": ["out/half/train.safetensors", "out/half/log.jsonl", "out/half/config.json", "DATA/meta.json",
+               "text.txt"],
+    "tune": MODEL,
+    "sample": [*MODEL, "prompt.txt"],
+    "mixed": ["out/mixed/config.json", "out/mixed/model.safetensors", *MODEL, "DATA/val.npy"],
+    "squeeze": [*MODEL, "DATA/val.npy", "DATA/meta.json"],
     "gguf": ["x.gguf"] * 3,
-    "heads": ["out/full/model.pt"],
-    "eigen": ["out/full/model.pt", "DATA/train.npy"],
-    "scan": ["scan/scan-weights.csv", "out/full/model.pt"],
+    "heads": MODEL,
+    "eigen": [*MODEL, "DATA/train.npy"],
+    "scan": ["scan/scan-weights.csv", *MODEL],
     "plot": ["bill.csv"],
-    "chat": ["s/chat.json", "s/chat.json", "BLOCK", "BLOCK", "chatty/model.pt"],
+    "chat": ["s/chat.json", "s/chat.json", "BLOCK", "BLOCK", "chatty/config.json", "chatty/tokenizer.json"],
 }
 SLOW = {"bench", "scan", "similarity", "eigen", "heads", "tune"}        # cases of these are rarer
 
@@ -121,6 +122,23 @@ def must(*words, **more):
     status, out, err = run(*words, **more)
     assert status == 0, (words, out, err)
 
+def plain(tensors):
+    """Those of a dict that safetensors can write."""
+    def writable(t):
+        plain = isinstance(t, torch.Tensor) and t.layout == torch.strided
+        return plain and not t.is_meta and t.numel() < 10**7
+    return {str(name): t.contiguous().clone() for name, t in tensors.items() if writable(t)}
+
+def rewrite_state(path, change):
+    """Change the state of a training run, and say the right hash."""
+    data = Path(path).read_bytes()
+    tensors = safetensors.torch.load(data)
+    state = json.loads(json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]["minisa"])
+    change(state, tensors)
+    text, tensors = json.dumps(state, default=str), plain(tensors)
+    Path(path).write_bytes(safetensors.torch.save(tensors, {
+        "minisa": text, "sha256": checkpoint.digest(text, tensors)}))
+
 def make_world():
     """Fill the current folder."""
     text = (ROOT / "tests/text.txt").read_text()[:6000]
@@ -129,9 +147,7 @@ def make_world():
     Path("mine.txt").write_text("not to be lost\n")
     must("train", *TINY, "--out_dir=out/full")
     must("train", *TINY, "--out_dir=out/half", "--max_iters=2")
-    state = checkpoint.read("out/half/train.pt", SAVED)
-    state["settings"]["max_iters"] = 4
-    torch.save(state, "out/half/train.pt")
+    rewrite_state("out/half/train.safetensors", lambda state, _: state["settings"].update(max_iters=4))
     must("heads", "out/full", "--share=1-2", "--heads=mix", "--out=out/mixed")
     must("sample", "out/full", "--max_new_tokens=4", "--csv=bill.csv")
     must("scan", "out/full", "--windows=1", "--out_dir=scan")
@@ -139,7 +155,7 @@ def make_world():
     model = GPT(GPTConfig(block_size=128, vocab_size=258, n_layer=2, n_head=2, n_embd=16))
     tokenizer = Tokenizer.from_tokens([*BYTES, b"<|im_start|>", b"<|im_end|>"], [256, 257], "gpt-2")
     info = {**checkpoint.UNKNOWN, "val_loss": 1.0, "val_bpb": 1.0}
-    checkpoint.save("chatty/model.pt", model, tokenizer, info)
+    checkpoint.save("chatty", model, tokenizer, info)
     must("chat", *CHAT, stdin="Hello there, how are you?\n")
     Path("s/mine.kv").write_text("not a block\n")
     try:
@@ -195,10 +211,18 @@ def mutate_tree(rng, tree):
 def mutate_inside(rng, path):
     """Change what a file says, in its own format. → whether it did"""
     try:
-        if path.suffix == ".pt":
-            tree = torch.load(path, weights_only=True)
-            mutate_tree(rng, tree)
-            torch.save(tree, path)
+        if path.name == "train.safetensors":
+            rewrite_state(path, lambda state, tensors: mutate_tree(rng, rng.choice([state, tensors])))
+        elif path.suffix == ".safetensors":
+            tensors = safetensors.torch.load(path.read_bytes())
+            mutate_tree(rng, tensors)
+            path.write_bytes(safetensors.torch.save(plain(tensors)))
+            if rng.random() < 0.7:                              # a file that says the right hash
+                config = path.with_name("config.json")
+                content = json.loads(config.read_text())
+                known = [*content["minisa"]["states"].values()]
+                content["minisa"]["states"] = {hashlib.sha256(path.read_bytes()).hexdigest(): known[0]}
+                config.write_text(json.dumps(content))
         elif path.suffix == ".json":
             tree = json.loads(path.read_text())
             mutate_tree(rng, tree)
@@ -223,7 +247,7 @@ def mutate_inside(rng, path):
                         lambda: path.write_text(" x" * 300_000)])()
         else:
             return False
-    except (OverflowError, pickle.PicklingError):
+    except (OverflowError, KeyError, TypeError, ValueError, IndexError, AttributeError):
         return False
     return True
 
@@ -275,7 +299,7 @@ WORDS = [
     "out/full", "mine.txt", "/dev/null", "/dev/full", "/proc/x/y", "x" * 300, "a/" * 200, "n\udce9", "a\nb",
     "$\\frac$",
     "1-2", "0-1,1-2", "0-2", "2-1", "1-2,", "0-99999999999999999999", "True", "none", "kv", "weights",
-    "bpe", "meta", "cuda:7", "é日", "out/full/model.pt", "text.txt", "-", "FILE:none", "FILE:s", "sinks,x",
+    "bpe", "meta", "cuda:7", "é日", "out/full/config.json", "text.txt", "-", "FILE:none", "FILE:s", "sinks,x",
     "window,sinks,heavy", "0.5,1", "x.gguf", "smollm3", "new.png", "out/full.png", "new.csv", "s/new.csv"]
 LONG = {"--max_iters", "--max_new_tokens", "--num_samples", "--rounds"}     # work that was asked for
 OFFLINE = {"--tokenizer=gpt2"}
@@ -301,7 +325,7 @@ def without_speed(out):
     """What is printed, but for what may differ from run to run."""
     out = re.sub(r"\d+m\d+s left|[\d,]+ tokens/s|done in \S+|after [\d.]+ s", "", out)
     out = re.sub(r"[\d,]+ of [\d,]+ tokens reused", "", out)
-    lines = [re.sub(r"\s+[\d,]*$", "", line) for line in out.splitlines()]
+    lines = [re.sub(r"\s+[\d,]*(\s+[\d.]+)?(\s+(numpy|torch))?$", "", line) for line in out.splitlines()]
     return [" ".join(line.split()) for line in lines]
 
 def child(name, words, stdin):
@@ -329,8 +353,9 @@ def child(name, words, stdin):
         return -abs(os.waitstatus_to_exitcode(status)), "", low, seconds, usage.ru_maxrss * 1024
     return *json.loads(Path("../result").read_text()), seconds, usage.ru_maxrss * 1024
 
-def wrong(result, before, after, own, expected, words):
-    """What is wrong with how a case ended, or None."""
+def wrong(result, before, after, own, other, expected, words):
+    """What is wrong with how a case ended, or None. own, other: the folders of the command, and of the one
+    beside it."""
     status, out, err, seconds, memory = result
     if seconds > SECONDS - 0.5:
         return "hangs"
@@ -349,13 +374,14 @@ def wrong(result, before, after, own, expected, words):
     if status == 0 and expected is not None and without_speed(out) != expected and not unknown:
         return "another answer"
     lost = {path for path, content in before.items()
-            if content not in after.values() and not (own and path.startswith(own))}
+            if content not in after.values() and not path.startswith(tuple(filter(None, (own, other))))}
     if status == 2 and not re.search(r"validation loss|tokens reused|span ", out):
         lost |= {path for path, content in before.items()
-                 if content not in after.values() and not path.endswith(".kv")}
+                 if content not in after.values() and not path.endswith(".kv")
+                 and not (other and path.startswith(other))}
     return f"lost {', '.join(sorted(lost))}" if lost else None
 
-CHECKED = (".pt", ".npy", ".kv", "meta.json")       # damage is found, so an answer is that of the whole file
+CHECKED = (".safetensors", ".npy", ".kv", "meta.json")      # damage is found: an answer is the whole file's
 
 def case(number, world, flags, baselines):
     """Run one case in a copy of the world. → (what it was, what is wrong or None, its result)"""
@@ -372,7 +398,7 @@ def case(number, world, flags, baselines):
         done = damage(rng, path)
         what = f"{key}: {path.name} {done}"
         if str(path).endswith(CHECKED) and key in baselines and done != "mutated inside" \
-                and not done.endswith(".pt"):                       # another model that is whole
+                and not done.endswith((".safetensors", ".json")):           # another model that is whole
             expected = baselines[key]
     else:
         for _ in range(rng.choice([1, 1, 2])):
@@ -386,9 +412,19 @@ def case(number, world, flags, baselines):
             stdin = rng.choice(["\udce9\nWhy?\n", "a" * 10**6 + "\n", "/reset\n/undo\n/undo\n", "x\n" * 5,
                                 "\0\n", "/bill\n/x\n", "a " * 30000, "", "<|im_end|>" * 9 + "\n"])
         what = f"{key}: {' '.join(words)[:300]!a} < {stdin[:20]!a}"
-    before = files()
+    before, pid, beside = files(), 0, ""
+    if rng.random() < 0.05:                                     # another command, at the same time
+        other = rng.choice([key for key in COMMANDS if key not in SLOW])
+        what, expected = f"{what} beside {other}", None
+        beside = COMMANDS[other][2]
+        pid = os.fork()
+        if not pid:
+            run(COMMANDS[other][0], *COMMANDS[other][1], stdin="Why?\n")
+            os._exit(0)
     result = child(name, words, stdin)
-    return what, wrong(result, before, files(), own, expected, words), result
+    if pid:
+        os.waitpid(pid, 0)
+    return what, wrong(result, before, files(), own, beside, expected, words), result
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

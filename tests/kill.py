@@ -19,10 +19,15 @@ from pathlib import Path
 import fuzz
 from fuzz import CHAT, TINY, checkpoint, must, run, torch
 
+from minisa.run import SAVED
+
 LONG = [*TINY, "--max_iters=12", "--keep_every=3", "--dropout=0.2", "--share=1-2"]
 
 def weights(path):
-    return checkpoint.read(path)["model"]
+    """Those of a model's folder, or of the state of a run."""
+    path = Path(path)
+    model = checkpoint.load(path)[0] if path.is_dir() else checkpoint.read_training(path, SAVED)[0]
+    return model.state_dict()
 
 def same(a, b):
     a, b = weights(a), weights(b)
@@ -40,16 +45,18 @@ def killed(seconds, *words, stdin=""):
 
 def whole():
     """Every model that is there can be loaded; but for one whose parent is replaced."""
-    for path in Path(".").rglob("*.pt"):
-        if "mixed" not in str(path):
-            checkpoint.load(path)
+    for path in Path(".").rglob("config.json"):
+        if "mixed" not in str(path) and path.with_name("model.safetensors").exists():
+            checkpoint.load(path.parent)
+    for path in Path(".").rglob("train.safetensors"):
+        weights(path)
 
 def train(rng):
     was = killed(rng.uniform(0, 0.2), "train", *LONG, "--out_dir=out/new")
     whole()
-    resume = ["--resume"] if Path("out/new/train.pt").exists() else [*LONG, "--overwrite"]
+    resume = ["--resume"] if Path("out/new/train.safetensors").exists() else [*LONG, "--overwrite"]
     must("train", *resume, "--out_dir=out/new", "--data_dir=data")
-    assert same("out/new/train.pt", "../whole/train.pt") and same("out/new/model.pt", "../whole/model.pt")
+    assert same("out/new/train.safetensors", "../whole/train.safetensors") and same("out/new", "../whole")
     return was
 
 def overwrite(rng):
@@ -57,12 +64,12 @@ def overwrite(rng):
     was = killed(rng.uniform(0, 0.2), "train", *LONG, "--out_dir=out/full", "--overwrite")
     whole()
     after = fuzz.files()
-    if after["out/full/train.pt"] == before["out/full/train.pt"]:
+    if after["out/full/train.safetensors"] == before["out/full/train.safetensors"]:
         assert all(after[path] == content for path, content in before.items() if path.startswith("out/full/"))
     else:
         must("train", "--resume", "--out_dir=out/full", "--data_dir=data")
-        assert same("out/full/train.pt", "../whole/train.pt")
-        assert same("out/full/model.pt", "../whole/model.pt")
+        assert same("out/full/train.safetensors", "../whole/train.safetensors")
+        assert same("out/full", "../whole")
     return was
 
 def talk(rng):
@@ -76,7 +83,7 @@ def compress(rng):
                         ("eigen", "out/full", "--error=0.1"), ("lowrank", "out/full", "--share=1-2")])
     was = killed(rng.uniform(0, 0.06), *words, "--out=out/new")
     whole()
-    if not Path("out/new/model.pt").exists():
+    if not Path("out/new/model.safetensors").exists():
         must(*words, "--out=out/new")
     return was
 
