@@ -29,6 +29,7 @@ def sharing(model):
 
 # ---- speed, and the most that this machine's memory allows ----
 
+SMALL = 2**22           # bytes that the cache of any processor holds
 LARGE = 2**28           # bytes, more than the cache of nearly any processor
 IN_CACHE = 2.0          # what is read so many times as fast as main memory lies in the cache
 
@@ -48,8 +49,8 @@ def reader(where, n_bytes=LARGE):
 
 def in_cache(n_bytes, where):
     """Whether so many bytes, read over and over, come from the processor's cache."""
-    if n_bytes >= LARGE:
-        return False
+    if not SMALL < n_bytes < LARGE:                     # reading less would time starting to read
+        return n_bytes <= SMALL
     speed, memory = (max(n / timed(reader(where, n), where, 0.03) for _ in range(3))
                      for n in (n_bytes, LARGE))
     return speed > IN_CACHE * memory

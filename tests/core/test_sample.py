@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -109,6 +110,36 @@ def test_squeezed_caches_are_rows_of_the_bill(run, runs):
     assert sizes[0] == sizes[2] == int(full["cache B"]) // 2 and sizes[1] <= sizes[0]
     assert all(int(row["FLOPs/token"]) < int(full["FLOPs/token"]) for row in others)
     assert len({row["val bpb"] for row in others}) >= 2 and "they agree" in out
+
+def test_the_bill_for_programs_is_the_last_line(run, runs):
+    status, out, _ = run(sample.main, "--max_new_tokens=12", "--json", "--csv=bill.csv")
+    content = json.loads(out.splitlines()[-1])
+    assert status == 0 and content["predictions_met"] is True and len(content["bill"]) == 2
+    for row, text in zip(content["bill"], table("bill.csv")):
+        assert list(row) == bill.COLUMNS and row["engine"] == "numpy" and row["tokens/s"] > 0
+        assert row["of limit"] is None and bill.in_cache(2**20, torch.device("cpu"))
+        model, _, info = minisa.load(row["model"])
+        assert row["read B/token"] == cost.measure(model, 16).read_bytes == int(text["read B/token"])
+        assert row["val bpb"] == round(info["val_bpb"], 4) and row["parameters"] == int(text["parameters"])
+
+def test_the_share_of_the_limit_is_that_of_the_bytes_read(monkeypatch):
+    seconds = iter([1.0] * 3 + [4.0] * 3 + [0.5])               # it, main memory; then memory once more
+    monkeypatch.setattr(bill, "timed", lambda f, where, at_least=0.05: next(seconds))
+    read = bill.LARGE // 8
+    # 2^25 bytes in a second, 2^28 in four: memory is twice as fast, so they do not lie in the cache
+    assert bill.share_of_limit(read, 0.25, torch.device("cpu")) == 0.5 / 8 / 0.25
+    seconds = iter([0.1] * 3 + [4.0] * 3)
+    assert bill.share_of_limit(read, 0.25, torch.device("cpu")) is None
+
+def test_two_tokens_are_too_few_to_tell_a_speed(run, runs):
+    for n in (1, 2):
+        assert run(sample.main, "out/full", f"--max_new_tokens={n}", "--csv=bill.csv")[0] == 0
+        assert table("bill.csv")[0]["tokens/s"] == ""
+
+def test_a_model_in_bfloat16_is_decoded_and_billed_by_torch(run, runs):
+    status, out, _ = run(sample.main, "out/full", "--dtype=bfloat16", "--max_new_tokens=5", "--csv=bill.csv")
+    row, = table("bill.csv")
+    assert status == 0 and "they agree" in out and row["engine"] == "torch"
 
 def test_prompts_come_from_files_and_standard_input(run, runs, monkeypatch):
     Path("prompt.txt").write_text("import os, 日本\n")
