@@ -112,8 +112,9 @@ def test_a_parent_that_is_replaced_while_its_child_is_made_makes_the_child_refus
     with pytest.raises(ValueError, match="has changed since"):
         minisa.load(folder.parent / "small")
 
-def test_a_chain_of_derived_models_loads_and_a_longer_one_is_refused(folder):
+def test_a_chain_of_derived_models_loads_and_a_longer_one_is_refused(folder, monkeypatch):
     below = folder
+    monkeypatch.setattr(checkpoint, "LONGEST_CHAIN", 7)
     for n in range(checkpoint.LONGEST_CHAIN + 1):
         parent, _, info = minisa.load(below)
         below = folder.parent / f"derived-{n}"

@@ -29,9 +29,9 @@ def on_torch(model):
 # ---- logits and caches ----
 
 @modes
-@pytest.mark.parametrize("n_prompt", [1, 5, 12, 30], ids=str)
+@pytest.mark.parametrize("n_prompt", [1, 30], ids=str)
 def test_logits_are_those_of_the_plain_formulation_past_the_rings_end(mode, n_prompt):
-    model, idx = make(**mode), tokens(1, 60)
+    model, idx = make(**mode), tokens(1, 45)
     cache = filled(model, idx[:, :n_prompt])
     decoder = decode.Decoder(model, cache)
     logits = np.stack([decoder.step(token) for token in idx[0, n_prompt:].tolist()])
