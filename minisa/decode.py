@@ -97,12 +97,17 @@ class Decoder:
         if not handles(model, cache):
             raise ValueError("Decoder takes a GPT in eval mode, in float32 on the CPU, and its "
                              "cache of one sequence; for anything else use model.generate()")
-        self.cache, self.weights = cache, prepare(model)
-        self.D, self.eps = model.config.head_dim, model.norm.eps
-        self.frequencies = model.config.rope_base ** (-np.arange(0, self.D, 2) / self.D)    # (D/2,)
+        self.cache = cache
+        self.weights = prepare(model)
+        self.eps = model.norm.eps
+        self.D = model.config.head_dim
+        falling = -np.arange(0, self.D, 2) / self.D
+        self.frequencies = model.config.rope_base ** falling            # (D/2,)
         self.positions = cache.where.view(-1).numpy()       # (size,): slot → position
-        self.layers = [SimpleNamespace(**vars(layer), k=k[0].numpy(), v=v[0].numpy())   # sequence 0
-                       for layer, k, v in zip(self.weights.layers, cache.k, cache.v)]
+        self.layers = []
+        for layer, k, v in zip(self.weights.layers, cache.k, cache.v):
+            k, v = k[0].numpy(), v[0].numpy()               # of sequence 0: (G, size, D)
+            self.layers.append(SimpleNamespace(**vars(layer), k=k, v=v))
 
     @np.errstate(over="ignore")                             # of exp() in mlp()
     def step(self, token):
@@ -114,18 +119,22 @@ class Decoder:
         position, size = self.cache.length, self.cache.size
         self.slot = position % size
         self.S = min(position + 1, size)
-        self.turn = np.exp(1j * position * self.frequencies).astype(np.complex64)
+        angles = position * self.frequencies
+        self.turn = np.exp(1j * angles).astype(np.complex64)
         self.positions[self.slot] = position
 
         x = self.weights.embed[token].copy()                # (C,)
         handed_up = None
         for layer in self.layers:
-            y, handed_up = layer.attention(self, layer, rms_norm(x, layer.eps), handed_up)
+            h = rms_norm(x, layer.eps)
+            y, handed_up = layer.attention(self, layer, h, handed_up)
             x += layer.out @ y
-            x += mlp(layer, rms_norm(x, layer.eps))
+            h = rms_norm(x, layer.eps)
+            x += mlp(layer, h)
 
         self.cache.length = position + 1
-        return self.weights.unembed @ (rms_norm(x, self.eps) * self.weights.gain)
+        x = rms_norm(x, self.eps) * self.weights.gain
+        return self.weights.unembed @ x
 
 def draw(logits, temperature, top_k, u):
     """logits (V,) → a token's id, as model.py's draw() with the same u, up to rounding."""
@@ -141,33 +150,53 @@ def draw(logits, temperature, top_k, u):
 
 # ---- what is decoded here, and its weights as arrays ----
 
+TORCH = "Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList"
 MLP = ["gate.weight", "up.weight", "down.weight"]
 
 def known(part):
     """Whether this file knows what a part of a model, or a cache, does. Each class names its numpy
     counterpart in in_numpy; a subclass must name its own, as it may compute something else."""
     kind = type(part)
-    torchs = kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in (
-        "Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList")
     replaced = vars(part).keys() & set(dir(kind))           # such as a forward() of its own
-    return (torchs or "in_numpy" in vars(kind)) and not replaced
+    if replaced:
+        return False
+    if "in_numpy" in vars(kind):
+        return True
+    return kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in TORCH
+
+def watched(part):
+    """Whether something sees or changes what a part computes: dropout, hooks."""
+    return part.training or part._forward_hooks or part._forward_pre_hooks
+
+def in_float32(tensor):
+    """Whether numpy can use a tensor where it lies."""
+    there = tensor.device.type == "cpu"
+    return there and str(tensor.dtype) in ("torch.float32", "torch.int64")
+
+def fits(index, block, cache):
+    """Whether a block is the index-th of a model that the cache, of one sequence, was made for."""
+    G = block.attn.G
+    _, n_k, n_v = block.attn.widths                         # numbers of k and v, for one token
+    k_shape = (1, G, cache.size, n_k // G)
+    v_shape = (1, G, cache.size, n_v // G)
+    here = block.attn.layer == index
+    whole = list(block.mlp.state_dict()) == MLP
+    return here and whole and cache.k[index].shape == k_shape and cache.v[index].shape == v_shape
 
 def handles(model, cache):
     """Whether Decoder can continue this cache with this model."""
     parts = list(model.modules())
     if not all(map(known, [cache, *parts])):
         return False
-    watched = any(p.training or p._forward_hooks or p._forward_pre_hooks for p in parts)
-    tensors = model.state_dict()
-    names = all(list(block.mlp.state_dict()) == MLP and block.attn.layer == index
-                for index, block in enumerate(model.blocks)) and "norm.weight" in tensors
-    biased = any(name.endswith("bias") for name in tensors)
-    types = {(t.device.type, str(t.dtype)) for t in (*tensors.values(), *cache.k, *cache.v)
-             if t.is_floating_point()}
-    G, widths = model.config.n_kv_head, [n for block in model.blocks for n in block.attn.widths[1:]]
-    shapes = [t.shape for pair in zip(cache.k, cache.v) for t in pair]
-    fits = shapes == [(1, G, cache.size, n // G) for n in widths]
-    return fits and names and types == {("cpu", "torch.float32")} and not (watched or biased)
+    if any(map(watched, parts)) or len(cache.k) != len(model.blocks):
+        return False
+    weights = model.state_dict()
+    if "norm.weight" not in weights or any(name.endswith("bias") for name in weights):
+        return False
+    tensors = [model.embed.weight, *weights.values(), *cache.k, *cache.v]
+    if not all(map(in_float32, tensors)):
+        return False
+    return all(fits(index, block, cache) for index, block in enumerate(model.blocks))
 
 def by_columns(matrix):
     """A matrix with more rows than columns is multiplied fastest column by column, each added to
@@ -187,20 +216,26 @@ def prepare(model):
     tensors = model.state_dict()
     state = [(t.data_ptr(), fingerprint(t.numpy())) for t in tensors.values()]
     weights, made_of = PREPARED.get(model, (None, None))
-    if made_of != state:
-        embed = tensors["embed.weight"].numpy()             # (V, C)
-        unembed = embed if model.config.tied else tensors["unembed.weight"].numpy()
-        layers = [prepare_layer(block) for block in model.blocks]
-        weights = SimpleNamespace(embed=embed, layers=layers, unembed=by_columns(unembed),
-                                  gain=tensors["norm.weight"].numpy())
-        PREPARED[model] = weights, state
+    if made_of == state:
+        return weights
+    top = "embed.weight" if model.config.tied else "unembed.weight"
+    weights = SimpleNamespace()
+    weights.embed = tensors["embed.weight"].numpy()         # (V, C)
+    weights.unembed = by_columns(tensors[top].numpy())      # (V, C)
+    weights.gain = tensors["norm.weight"].numpy()           # (C,)
+    weights.layers = [prepare_layer(block) for block in model.blocks]
+    PREPARED[model] = weights, state
     return weights
 
 def prepare_layer(block):
     """→ a layer's weights: those of its attention by their names, as qkv and out, and the MLP's."""
-    attn = {name.removesuffix(".weight"): by_columns(tensor.numpy())
-            for name, tensor in block.attn.state_dict().items()}
+    layer = SimpleNamespace(eps=block.eps)
+    layer.attention = type(block.attn).in_numpy
+    for name, tensor in block.attn.state_dict().items():
+        name = name.removesuffix(".weight")
+        setattr(layer, name, by_columns(tensor.numpy()))
     gate, up, down = (tensor.numpy() for tensor in block.mlp.state_dict().values())
-    gate_up = by_columns(np.concatenate((gate, up)))        # (2·M, C): one product in place of two
-    return SimpleNamespace(attention=type(block.attn).in_numpy, **attn, gate_up=gate_up, down=down,
-                           eps=block.eps)
+    both = np.concatenate((gate, up))                       # (2·M, C): one product in place of two
+    layer.gate_up = by_columns(both)
+    layer.down = by_columns(down)
+    return layer
