@@ -142,8 +142,10 @@ def lock(folder):
     """Make a folder, and keep other programs from it until the context ends. Raises ValueError if
     one has it already, OSError if it cannot be made."""
     refuse_unwritable(folder)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    held = FileLock(Path(folder) / ".lock")
+    folder = Path(folder)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / ".lock")
     try:
         held.acquire(timeout=0)
     except Timeout:
@@ -153,6 +155,10 @@ def lock(folder):
         yield
     finally:
         held.release()
+        if new and os.listdir(folder) == [".lock"]:         # nothing was written
+            with suppress(OSError):
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 def write_csv(file, columns, rows):
     text = io.StringIO()

@@ -60,6 +60,10 @@ def test_a_folder_is_locked_until_its_program_ends(tmp_path):
                 pass
     with files.lock(tmp_path / "run"):
         assert os.listdir(tmp_path / "run") == [".lock"]
+    assert not (tmp_path / "run").exists()                  # as nothing was written
+    with files.lock(tmp_path / "run"):
+        files.write_file(tmp_path / "run" / "x", b"x")
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "x"]
 
 def test_more_memory_than_there_is_is_refused():
     files.refuse_too_much(2**20, "this")

@@ -249,6 +249,11 @@ def test_a_derived_model_is_exported_whole(tmp_path, text, run, dtype):
     status, _, err = run(export.main, "two", "--out=three")
     assert status == 2 and "--out=three: holds a model already" in err
 
+def test_an_export_that_fails_leaves_nothing(tmp_path, run):
+    for flags in (["none", "--out=x"], ["none"], ["none", "--out=x", "--dtype=int8"]):
+        status, _, err = run(export.main, *flags)
+        assert status == 2 and err.count("\n") == 1 and not (tmp_path / "x").exists()
+
 # ---- tokenizers ----
 
 MIXED = ("It's 1999, isn't it? We'll pay $1,234.56 — or 78%…\n\n"
