@@ -113,7 +113,7 @@ class Attention(nn.Module):
     """A full layer: in no span. forward() takes x (B, T, C) and what the layer below handed up, and
     gives y (B, T, C) and what this one hands up."""
     makes = "qkv"                   # what it computes itself. Of that, the cache holds k and v
-    in_numpy = decode.full_attention
+    in_numpy = decode.full_attention    # the same for one token, on a CPU: see decode.known()
 
     def __init__(self, config, layer):
         super().__init__()
