@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from minisa import bill
 from minisa.axes import squeeze
-from minisa.checkpoint import load, reconfigure
-from minisa.cli import Parser, amount, at_least, command, count, device, picture, prompt, table
 from minisa.cost import predict
-from minisa.data import data_of
+from minisa.kit import bill
+from minisa.kit.checkpoint import load, reconfigure
+from minisa.kit.cli import Parser, amount, at_least, command, count, device, picture, prompt, table
+from minisa.kit.data import data_of
+from minisa.kit.picture import pyplot
 from minisa.model import SHARE_KINDS
-from minisa.picture import pyplot
 
 def read_flags():
     parser = Parser(__doc__, usage="python sample.py [MODEL ...] [--FLAG=VALUE ...]")

@@ -5,7 +5,7 @@
     python train.py --resume            go on with an interrupted run (and its --share or --out_dir)
     torchrun --standalone --nproc_per_node=2 train.py
 
-Without other flags it takes the preset of this machine (minisa/settings.py): about 3 minutes on a
+Without other flags it takes the preset of this machine (minisa/kit/settings.py): about 3 minutes on a
 laptop's CPU, or a larger model on a GPU.
 """
 
@@ -19,13 +19,22 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minisa import checkpoint
-from minisa.cli import command
-from minisa.data import Data, tokenize
-from minisa.files import lock
+from minisa.kit import checkpoint
+from minisa.kit.cli import command
+from minisa.kit.data import Data, tokenize
+from minisa.kit.files import lock
+from minisa.kit.run import (
+    Meter,
+    Processes,
+    Run,
+    clock,
+    compiled,
+    keep_memory,
+    number_format,
+    refuse_too_large,
+)
+from minisa.kit.settings import read_flags, saved_settings, settle
 from minisa.model import GPT, GPTConfig
-from minisa.run import Meter, Processes, Run, clock, compiled, keep_memory, number_format, refuse_too_large
-from minisa.settings import read_flags, saved_settings, settle
 
 EVAL_TOKENS = 20_000            # of an evaluation on the way; the last one reads all
 SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]

@@ -11,6 +11,6 @@ sys.excepthook = quiet
 
 def __getattr__(name):
     if name == "load":                      # late, so that `import minisa` does not wait for torch
-        from minisa.checkpoint import load
+        from minisa.kit.checkpoint import load
         return load
     raise AttributeError(f"module 'minisa' has no attribute '{name}'")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minisa.cli import command
+from minisa.kit.cli import command
 
 torch.set_num_threads(1)                        # models this small are slower with more
 os.environ["OMP_NUM_THREADS"] = "1"             # also those of the processes that tests start

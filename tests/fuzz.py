@@ -35,11 +35,11 @@ import torch  # noqa: E402
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from minisa import checkpoint, cli  # noqa: E402
 from minisa.axes import eigen, heads, lowrank  # noqa: E402
+from minisa.kit import checkpoint, cli  # noqa: E402
+from minisa.kit.tokenizer import BYTES, Tokenizer  # noqa: E402
 from minisa.lab import bench, chat, plot, scan, similarity  # noqa: E402
 from minisa.model import GPT, GPTConfig  # noqa: E402
-from minisa.tokenizer import BYTES, Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 SECONDS, MEMORY = 20, 2 * 2**30

@@ -19,7 +19,7 @@ from pathlib import Path
 import fuzz
 from fuzz import CHAT, TINY, checkpoint, must, run, torch
 
-from minisa.run import SAVED
+from minisa.kit.run import SAVED
 
 LONG = [*TINY, "--max_iters=12", "--keep_every=3", "--dropout=0.2", "--share=1-2"]
 

@@ -3,7 +3,7 @@
 import gguf
 import torch
 
-from minisa.tokenizer import BYTE
+from minisa.kit.tokenizer import BYTE
 
 L, H, G, C, M = 3, 4, 2, 32, 64
 D = C // H

@@ -3,10 +3,10 @@
 import importlib
 import sys
 
-from minisa import checkpoint
-from minisa.cli import Parser, command, device
-from minisa.data import data_of
-from minisa.files import clean, lock
+from minisa.kit import checkpoint
+from minisa.kit.cli import Parser, command, device
+from minisa.kit.data import data_of
+from minisa.kit.files import clean, lock
 
 def walk(model, idx, cache=None, watch=None):
     """Run a model on idx (B, T); before each block, yield it and what it is about to be given:
@@ -20,7 +20,7 @@ def walk(model, idx, cache=None, watch=None):
         x, shared = block(x, step, shared)
 
 def calibration(model, data):
-    """Twelve windows (12, T ≤ 512) of the training part of a minisa.data.Data."""
+    """Twelve windows (12, T ≤ 512) of the training part of a minisa.kit.data.Data."""
     T = min(512, model.config.block_size)
     return data.windows("train", 12, T).to(model.embed.weight.device)[:, :-1]
 
@@ -39,7 +39,7 @@ def parser(doc, name):
 def rewrite(args, technique):
     """Load args.model; let technique(model, data) → model make another one; write it to args.out.
 
-    data: a function that gives the minisa.data.Data to calibrate on. Raises ValueError.
+    data: a function that gives the minisa.kit.data.Data to calibrate on. Raises ValueError.
     """
     if not args.out:
         raise ValueError("--out: name a folder to write the model to")

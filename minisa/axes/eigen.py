@@ -38,10 +38,10 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 
-from minisa import checkpoint
 from minisa.axes.common import calibration, parser, rewrite, run_main, walk
 from minisa.axes.heads import head_outputs, refit
-from minisa.cli import amount, count
+from minisa.kit import checkpoint
+from minisa.kit.cli import amount, count
 from minisa.model import (
     Anchor,
     Attention,

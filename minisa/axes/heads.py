@@ -24,9 +24,9 @@ nothing when the model runs.
 import torch
 import torch.nn as nn
 
-from minisa import checkpoint
 from minisa.axes.common import calibration, parser, rewrite, run_main, walk
 from minisa.decode import shared_attention
+from minisa.kit import checkpoint
 from minisa.model import SHARE_KINDS, CrossLayerAttention, SharedAttention
 
 # ---- layers ----

@@ -17,10 +17,10 @@ numbers per token. q̃ starts at zero, as plain sharing, and is learned by train
 import torch
 import torch.nn as nn
 
-from minisa import checkpoint
 from minisa.axes.common import parser, rewrite, run_main
 from minisa.axes.heads import plain_reuse_layers
-from minisa.cli import at_least, count
+from minisa.kit import checkpoint
+from minisa.kit.cli import at_least, count
 from minisa.model import SharedAttention, rotate, split_heads
 
 class Corrected(SharedAttention):

@@ -35,7 +35,7 @@ import torch
 from torch.nn import functional as F
 
 from minisa.axes.common import walk
-from minisa.cli import at_least
+from minisa.kit.cli import at_least
 from minisa.model import PREFILL_CHUNK, KVCache
 
 POLICIES = ("window", "sinks", "heavy")
@@ -240,7 +240,7 @@ class Squeezing(NamedTuple):
         return squeeze(*read(model, idx, self.policy == "heavy"), *self)
 
     def cache_for_bill(self, model, data, context):
-        """→ a cache that has read context - 1 tokens of a minisa.data.Data, for bill.row()."""
+        """→ a cache that has read context - 1 tokens of a minisa.kit.data.Data, for bill.row()."""
         context = min(context, model.config.block_size)
         window = data.windows("val", 1, context).to(model.embed.weight.device)
         return self.cache_of(model, window[:, :context - 1])
@@ -283,7 +283,7 @@ def cuts(text):
     return values
 
 def add_flags(parser):
-    """Give a minisa.cli.Parser the flags that settings() reads."""
+    """Give a minisa.kit.cli.Parser the flags that settings() reads."""
     parser.flag("squeeze", at_least(int, 8), None, "tokens that a layer's cache keeps on average, "
                 "at most --context; the loss is then that of the last quarter of --context, after "
                 "the rest", "all")

@@ -42,8 +42,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisa.checkpoint import changes
-from minisa.files import open_file, refuse_unwritable, write_file
+from minisa.kit.checkpoint import changes
+from minisa.kit.files import open_file, refuse_unwritable, write_file
 from minisa.model import KVCache
 
 BLOCK = 64              # tokens

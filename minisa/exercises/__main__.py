@@ -8,8 +8,8 @@
 import json
 from pathlib import Path
 
-from minisa.cli import Parser, command
 from minisa.exercises import check
+from minisa.kit.cli import Parser, command
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.exercises [--answers=FILE] [--json]")

@@ -28,17 +28,17 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from minisa import checkpoint, pretrained
-from minisa.bill import LARGE, in_cache, print_table, reader, timed
-from minisa.cli import Parser, command, count, device, picture, table
 from minisa.cost import predict
-from minisa.files import write_csv
+from minisa.kit import checkpoint, pretrained
+from minisa.kit.bill import LARGE, in_cache, print_table, reader, timed
+from minisa.kit.cli import Parser, command, count, device, picture, table
+from minisa.kit.files import write_csv
+from minisa.kit.picture import pyplot
+from minisa.kit.run import keep_memory, number_format
+from minisa.kit.settings import choose_dtype
 from minisa.lab import plot
 from minisa.lab.scan import mean_loss
 from minisa.model import GPT, SHARE_KINDS, GPTConfig, KVCache
-from minisa.picture import pyplot
-from minisa.run import keep_memory, number_format
-from minisa.settings import choose_dtype
 
 #         config, batch and tokens of a training step (None: not trained), batch of a decode step
 SHAPES = {

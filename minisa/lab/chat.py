@@ -25,11 +25,11 @@ from itertools import count as count_up
 
 import torch
 
-from minisa import bill
 from minisa.axes.store import Damaged, Store
-from minisa.checkpoint import load
-from minisa.cli import Parser, amount, at_least, command, count, device
-from minisa.files import check, lock, read_file, write_file
+from minisa.kit import bill
+from minisa.kit.checkpoint import load
+from minisa.kit.cli import Parser, amount, at_least, command, count, device
+from minisa.kit.files import check, lock, read_file, write_file
 from minisa.model import SHARE_KINDS
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

@@ -26,15 +26,15 @@ from typing import NamedTuple
 
 import torch
 
-from minisa import checkpoint
-from minisa.bill import print_table
-from minisa.cli import Parser, command, count
 from minisa.cost import predict
-from minisa.files import lock, read_file, write_csv
+from minisa.kit import checkpoint
+from minisa.kit.bill import print_table
+from minisa.kit.cli import Parser, command, count
+from minisa.kit.files import lock, read_file, write_csv
+from minisa.kit.picture import pyplot
+from minisa.kit.settings import CPU, choose_dtype
 from minisa.lab import plot, tables
 from minisa.lab.tables import ASSETS, RESULTS, ROOT, SETTINGS, TABLES, at_best, best, check_pages, losses
-from minisa.picture import pyplot
-from minisa.settings import CPU, choose_dtype
 
 SEEDS = 1, 2, 3
 RATES = 1e-3, 2e-3, 3e-3, 4e-3

@@ -10,9 +10,9 @@ import math
 import statistics
 import textwrap
 
-from minisa.cli import Parser, command, picture
-from minisa.files import read_file
-from minisa.picture import pyplot, save
+from minisa.kit.cli import Parser, command, picture
+from minisa.kit.files import read_file
+from minisa.kit.picture import pyplot, save
 
 RED, GREEN, BLUE, GREY = "#c04040", "#589060", "#4878a8", "#909090"
 

@@ -18,13 +18,13 @@ import time
 import torch
 
 from minisa.axes import squeeze
-from minisa.bill import print_table
-from minisa.checkpoint import load, reconfigure
-from minisa.cli import Parser, at_least, command, count, device, table
-from minisa.data import data_of
-from minisa.files import write_csv
+from minisa.kit.bill import print_table
+from minisa.kit.checkpoint import load, reconfigure
+from minisa.kit.cli import Parser, at_least, command, count, device, table
+from minisa.kit.data import data_of
+from minisa.kit.files import write_csv
+from minisa.kit.run import keep_memory
 from minisa.lab.tables import share_of
-from minisa.run import keep_memory
 
 FACT, QUESTION = "\n\nThe secret number is {}.\n\n", "\n\nThe secret number is"
 BEFORE, BATCH = 16, 4           # tokens of text before the fact; prompts read at once

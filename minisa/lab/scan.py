@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from minisa.axes.common import walk
 from minisa.axes.heads import head_products, refit, share
-from minisa.bill import print_table
-from minisa.cli import at_least, command, count
 from minisa.cost import layer_flops, predict
-from minisa.files import check, read_file, write_csv
+from minisa.kit.bill import print_table
+from minisa.kit.cli import at_least, command, count
+from minisa.kit.files import check, read_file, write_csv
 from minisa.lab import plot
 from minisa.lab.similarity import open_data, parser
 from minisa.model import SHARE_KINDS

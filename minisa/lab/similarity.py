@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from minisa import checkpoint
-from minisa.bill import print_table
-from minisa.cli import Parser, at_least, command, count, device, prompt
-from minisa.data import data_of
-from minisa.files import refuse_unwritable, write_csv
+from minisa.kit import checkpoint
+from minisa.kit.bill import print_table
+from minisa.kit.cli import Parser, at_least, command, count, device, prompt
+from minisa.kit.data import data_of
+from minisa.kit.files import refuse_unwritable, write_csv
+from minisa.kit.picture import pyplot, save, save_film
 from minisa.lab import plot
-from minisa.picture import pyplot, save, save_film
 
 def layer_similarity(model, idx):
     """idx (B, T) → (L, L): how alike each two layers attend, 1 on the diagonal; see sim(l, m) above."""

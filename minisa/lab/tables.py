@@ -9,7 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
-from minisa.files import read_file, write_file
+from minisa.kit.files import read_file, write_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ASSETS = ROOT / "assets"

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import minisa
-from minisa import checkpoint, cost
+from minisa import cost
 from minisa.axes import eigen, heads, lowrank
 from minisa.axes.eigen import Narrow
 from minisa.axes.heads import Matched, Mixed
 from minisa.axes.lowrank import Corrected
-from minisa.data import Data, tokenize
+from minisa.kit import checkpoint
+from minisa.kit.data import Data, tokenize
 from minisa.model import GPT, Attention, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent

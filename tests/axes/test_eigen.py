@@ -10,7 +10,7 @@ from minisa import cost, load
 from minisa.axes import eigen, heads, lowrank
 from minisa.axes.common import walk
 from minisa.axes.heads import refit
-from minisa.checkpoint import change, changes, empty, reconfigure
+from minisa.kit.checkpoint import change, changes, empty, reconfigure
 from minisa.model import GPT, GPTConfig, KVCache
 from minisa.plain import rope
 

@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 
 import train
-from minisa import checkpoint, cost, load
+from minisa import cost, load
 from minisa.axes import heads
 from minisa.axes.heads import head_products, nearest_mixture, refit, share
-from minisa.checkpoint import change, empty, reconfigure
+from minisa.kit import checkpoint
+from minisa.kit.checkpoint import change, empty, reconfigure
 from minisa.model import GPT, GPTConfig, KVCache
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import train
 from minisa import cost, load
 from minisa.axes import lowrank
 from minisa.axes.lowrank import correct
-from minisa.checkpoint import change, changes, empty, reconfigure
+from minisa.kit.checkpoint import change, changes, empty, reconfigure
 from minisa.model import GPT, GPTConfig, KVCache
 
 MODES = [dict(share="1-3", n_kv_head=4, rank=2), dict(share="0-1,2-4", n_kv_head=2, rank=4)]

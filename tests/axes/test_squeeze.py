@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minisa import cli, cost
+from minisa import cost
 from minisa.axes import eigen, heads, lowrank, squeeze
 from minisa.axes.heads import Matched, Mixed
 from minisa.axes.lowrank import Corrected
 from minisa.axes.squeeze import POLICIES, SINKS, Squeezing, budgets, loss_after, read, units
-from minisa.data import Data, tokenize
+from minisa.kit import cli
+from minisa.kit.data import Data, tokenize
+from minisa.kit.tokenizer import Tokenizer
 from minisa.model import GPT, GPTConfig, rope_angles, rotate
-from minisa.tokenizer import Tokenizer
 
 IDX = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(1))
 

@@ -10,7 +10,7 @@ import torch
 
 from minisa.axes import eigen, heads, lowrank
 from minisa.axes.store import BLOCK, Damaged, Store, StoredCache
-from minisa.checkpoint import changes
+from minisa.kit.checkpoint import changes
 from minisa.model import GPT, GPTConfig, KVCache
 
 SHAPE = dict(block_size=400, vocab_size=50, n_layer=3, n_head=2, n_embd=16, n_hidden=16)

@@ -9,8 +9,8 @@ import torch
 
 from minisa import decode
 from minisa.axes import heads, lowrank
-from minisa.checkpoint import reconfigure
 from minisa.cost import measure, predict
+from minisa.kit.checkpoint import reconfigure
 from minisa.model import GPT, GPTConfig, KVCache, draw
 from tests.core.test_model import close, make, modes, plainly, tokens
 

@@ -9,7 +9,7 @@ import torch
 
 from minisa import model as model_file
 from minisa.axes.squeeze import POLICIES, squeeze, units
-from minisa.checkpoint import change, empty
+from minisa.kit.checkpoint import change, empty
 from minisa.model import GPT, GPTConfig, KVCache
 
 MODES = [{}, {"share": "1-3"}, {"share": "1-3", "share_kind": "kv"}, {"share": "1-3", "n_kv_head": 2}]

@@ -13,8 +13,9 @@ import torch
 import minisa
 import sample
 import train
-from minisa import bill, cost
-from minisa.data import Data
+from minisa import cost
+from minisa.kit import bill
+from minisa.kit.data import Data
 
 FLAGS = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
          "--vocab_size=300", "--max_iters=30", "--eval_interval=30", "--learning_rate=1e-2", "--device=cpu"]

@@ -16,8 +16,8 @@ import torch
 
 import sample
 import train
-from minisa import checkpoint, settings
-from minisa.run import SAVED, STATE, Run
+from minisa.kit import checkpoint, settings
+from minisa.kit.run import SAVED, STATE, Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",

@@ -10,11 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisa import bill, checkpoint
 from minisa.cost import measure
+from minisa.kit import bill, checkpoint
+from minisa.kit.tokenizer import Tokenizer
 from minisa.lab import bench
 from minisa.model import GPT, GPTConfig
-from minisa.tokenizer import Tokenizer
 
 TINY = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 64, "block_size": 32}
 CPU = torch.device("cpu")

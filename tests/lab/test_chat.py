@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 
-from minisa import checkpoint, decode
-from minisa.files import lock
+from minisa import decode
+from minisa.kit import checkpoint
+from minisa.kit.files import lock
+from minisa.kit.tokenizer import Tokenizer
 from minisa.lab import chat
 from minisa.model import GPT, Block, GPTConfig
-from minisa.tokenizer import Tokenizer
 
 START, END = 256, 257
 BYTES = [bytes([b]) for b in range(256)]

@@ -7,11 +7,11 @@ import shlex
 import pytest
 import torch
 
+from minisa.kit.settings import CPU
 from minisa.lab import experiments, tables
 from minisa.lab.experiments import COLUMNS, MODES, RATES, SEEDS, WARMUPS, WIDER, Mode, key, plan_sweep
 from minisa.lab.tables import SETTINGS
 from minisa.model import GPT, GPTConfig
-from minisa.settings import CPU
 
 TWO = {"full": Mode(), "SA": Mode(["--share=0-1"])}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisa import picture
+from minisa.kit import picture
 from minisa.lab import plot
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")

@@ -5,9 +5,9 @@ import csv
 import pytest
 import torch
 
-from minisa import checkpoint
 from minisa.axes import squeeze
-from minisa.data import Data, tokenize
+from minisa.kit import checkpoint
+from minisa.kit.data import Data, tokenize
 from minisa.lab import recall
 from minisa.model import GPT, GPTConfig
 

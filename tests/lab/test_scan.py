@@ -8,9 +8,9 @@ import torch
 from random_model import random_model
 from torch.nn import functional as F
 
-from minisa import checkpoint
 from minisa.axes.heads import head_products, refit, share
-from minisa.data import Data, tokenize
+from minisa.kit import checkpoint
+from minisa.kit.data import Data, tokenize
 from minisa.lab import scan as scanning
 from minisa.lab.scan import best_sets, mean_loss, scan, spans_text
 from minisa.model import GPTConfig

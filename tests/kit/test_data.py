@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minisa.data import Data, data_of, tokenize
+from minisa.kit.data import Data, data_of, tokenize
 from minisa.model import GPT, GPTConfig
 
 def test_the_split_is_nine_tenths_and_the_tokens_come_from_the_first_part_only(tmp_path):
@@ -104,7 +104,7 @@ def test_a_large_model_is_evaluated_on_windows_spread_over_the_split(data):
 def test_the_data_of_a_model_are_those_it_was_trained_on_or_another_text(text, data, tmp_path, monkeypatch):
     info = {"data": str(data.folder)}
     assert data_of(info, data.tokenizer).folder == data.folder
-    monkeypatch.setattr("minisa.data.data_folder", lambda: tmp_path)
+    monkeypatch.setattr("minisa.kit.data.data_folder", lambda: tmp_path)
     other = data_of(info, data.tokenizer, text)
     assert other.folder != data.folder and np.array_equal(other.val, data.val)      # same tokens, own folder
     with pytest.raises(ValueError, match="the text that the model was trained on, is missing"):

@@ -1,19 +1,19 @@
 """Write any model whole into a folder: a .gguf file, smollm2, a model derived from others.
 
-    python -m minisa.export smollm2 --out=out/smollm2 --dtype=bfloat16
-    python -m minisa.export out/small --out=out/whole
+    python -m minisa.kit.export smollm2 --out=out/smollm2 --dtype=bfloat16
+    python -m minisa.kit.export out/small --out=out/whole
 
 With full attention or GQA the folder is a Llama's, which others open too:
 
     AutoModelForCausalLM.from_pretrained("out/smollm2"), AutoTokenizer.from_pretrained("out/smollm2")
 """
 
-from minisa import checkpoint
-from minisa.cli import Parser, command
-from minisa.files import lock
+from minisa.kit import checkpoint
+from minisa.kit.cli import Parser, command
+from minisa.kit.files import lock
 
 def main():
-    parser = Parser(__doc__, usage="python -m minisa.export MODEL --out=FOLDER [--FLAG=VALUE ...]")
+    parser = Parser(__doc__, usage="python -m minisa.kit.export MODEL --out=FOLDER [--FLAG=VALUE ...]")
     parser.add_argument("model", metavar="MODEL", help="a model's or run's folder, a .gguf file, or smollm2, "
                         "which is downloaded once")
     parser.flag("out", shown="none, it must be given", help="folder to write the model to")

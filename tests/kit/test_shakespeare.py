@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minisa import shakespeare
-from minisa.files import check_hash, data_folder
+from minisa.kit import shakespeare
+from minisa.kit.files import check_hash, data_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLAY = """# Title
@@ -103,8 +103,8 @@ def test_the_script_says_where_the_text_is():
     assert done.returncode == 0 and "shakespeare.txt" in done.stdout
 
 def test_outside_a_checkout_downloads_go_to_a_cache_folder(monkeypatch, tmp_path):
-    from minisa import files
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "site-packages" / "minisa" / "files.py"))
+    from minisa.kit import files
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "site-packages" / "minisa" / "kit" / "files.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert data_folder() == tmp_path / "cache" / "minisa"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minisa import cli
+from minisa.kit import cli
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -63,7 +63,7 @@ def test_what_main_returns_is_the_exit_status(run, status):
     assert run(lambda: status) == (status or 0, "", "")
 
 def test_a_reader_that_leaves_ends_the_command_quietly_with_status_0():
-    code = ("from minisa.cli import command\n"
+    code = ("from minisa.kit.cli import command\n"
             "def main():\n"
             "    while True:\n"
             "        print('line ' * 20)\n"

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from minisa import files
+from minisa.kit import files
 
 SHAPE = {"step": int, "loss": float | None, "names": [str], "tied": bool, "inner": {"a": int}}
 GOOD = {"step": 3, "loss": 2.5, "names": ["x"], "tied": True, "inner": {"a": -1}}

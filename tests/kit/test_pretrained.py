@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import minisa
 import sample
-from minisa import pretrained
-from minisa.tokenizer import PATTERNS, Tokenizer
+from minisa.kit import pretrained
+from minisa.kit.tokenizer import PATTERNS, Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
 from tiny_gguf import MERGES, TOKENS, C, D, G, H, L, M, tensors, write  # noqa: E402

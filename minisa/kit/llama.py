@@ -9,7 +9,7 @@ that read the output, and written as ones.
 
 import torch
 
-from minisa.files import check
+from minisa.kit.files import check
 from minisa.model import GPTConfig
 
 FIELDS = {      # LlamaConfig's name → ours, and LlamaConfig's default

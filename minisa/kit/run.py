@@ -1,6 +1,6 @@
 """What a training run is: its folder, its processes, its log, and how it is stopped and resumed.
 
-    config.json, …      the model at its best validation loss, as minisa/checkpoint.py has it
+    config.json, …      the model at its best validation loss, as minisa/kit/checkpoint.py has it
     train.safetensors   the model of the last step, the optimizer's state, the settings: what
                         --resume reads
     log.jsonl           a line of JSON for each log line and each evaluation
@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minisa import checkpoint
-from minisa.cli import silence
 from minisa.cost import predict
-from minisa.files import clean, refuse_too_much, refuse_unwritable, write_file
-from minisa.settings import check_settings
+from minisa.kit import checkpoint
+from minisa.kit.cli import silence
+from minisa.kit.files import clean, refuse_too_much, refuse_unwritable, write_file
+from minisa.kit.settings import check_settings
 
 STATE = "train.safetensors"
 SAVED = {                       # in it, besides model, tokenizer and optimizer

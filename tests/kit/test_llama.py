@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import minisa
 import sample
-from minisa import checkpoint, export
 from minisa.axes import heads
+from minisa.kit import checkpoint, export
+from minisa.kit.tokenizer import PATTERNS, Tokenizer, from_json, learn, to_json
 from minisa.model import GPT, GPTConfig
-from minisa.tokenizer import PATTERNS, Tokenizer, from_json, learn, to_json
 
 NEEDS = "needs transformers, for this comparison only: pip install transformers"
 V, L, H, G, C, M = 300, 3, 4, 2, 32, 48

@@ -8,7 +8,7 @@ import pytest
 import regex
 import tiktoken
 
-from minisa.tokenizer import PATTERN, Tokenizer, learn
+from minisa.kit.tokenizer import PATTERN, Tokenizer, learn
 
 TEXT = """First Citizen:
 Before we proceed any further, hear me speak.

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 import regex  # comes with tiktoken
 import tiktoken
 
-from minisa.files import check
+from minisa.kit.files import check
 
 BYTES = [bytes([b]) for b in range(256)]
 # In the files of others a token is text, in GPT-2's alphabet: the visible characters of Latin-1 stand for

@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from minisa.files import write_file
+from minisa.kit.files import write_file
 
 def pyplot(what):
     """→ matplotlib.pyplot. Raises ValueError, naming what wants it, if matplotlib is missing."""

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from minisa.cli import Parser, amount, at_least, count, device
+from minisa.kit.cli import Parser, amount, at_least, count, device
 from minisa.model import SHARE_KINDS
 
 # ---- presets: a flag given on the command line wins ----

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from minisa import shakespeare
-from minisa.files import check, data_folder, read_file, write_file
-from minisa.tokenizer import Tokenizer, learn
+from minisa.kit import shakespeare
+from minisa.kit.files import check, data_folder, read_file, write_file
+from minisa.kit.tokenizer import Tokenizer, learn
 
 def read_text(file):
     """A UTF-8 file → str. Raises ValueError if it cannot be read, is not UTF-8, or is too short."""
