@@ -21,6 +21,7 @@ from minisa.kit.checkpoint import load, reconfigure
 from minisa.kit.cli import Parser, amount, at_least, command, count, device, picture, prompt, table
 from minisa.kit.data import data_of
 from minisa.kit.picture import pyplot
+from minisa.kit.timing import share_of_limit
 from minisa.model import SHARE_KINDS
 
 def read_flags():
@@ -76,13 +77,13 @@ def write(model, tokenizer, args, way=None):
         return None, None
     return args.num_samples * len(visible) / seconds, round(sum(visible) / len(visible))
 
-def share_of_limit(model, speed, visible, args, cache):
-    """→ bill.share_of_limit() of decoding at some speed, or None if that is not known."""
+def reached(model, speed, visible, args, cache):
+    """→ share_of_limit() of decoding at some speed, or None if that is not known."""
     if speed is None:
         return None
     size, rooms = model.embed.weight.element_size(), cache and cache.rooms
     cost = predict(model, visible, bytes_per_number=size, kept=rooms)
-    return bill.share_of_limit(cost.read_bytes, 1 / speed, args.device)
+    return share_of_limit(cost.read_bytes, 1 / speed, args.device)
 
 def bits_per_byte(name, model, tokenizer, info, args, ways):
     """→ the loss on validation text with each of some ways to squeeze; None if the text that the model was
@@ -127,8 +128,8 @@ def main():
             print(f"{name}, sharing {bill.sharing(model)}\n" + "-" * 80)
             speed, visible = write(model, tokenizer, args, way)
             cache = way and way.cache_for_bill(model, data_of(info, tokenizer), args.context)
-            reached = share_of_limit(model, speed, visible, args, cache)
-            row, met = bill.row(name, model, bpb, speed, args.context, cache, reached)
+            limit = reached(model, speed, visible, args, cache)
+            row, met = bill.row(name, model, bpb, speed, args.context, cache, limit)
             rows.append(row)
             right = right and met
     bill.show(rows)

@@ -2,15 +2,13 @@
 
 import json
 import math
-import time
-
-import torch
 
 from minisa.cost import measure, predict
 from minisa.decode import handles
 from minisa.kit import files
 from minisa.kit.checkpoint import changes
 from minisa.kit.picture import pyplot, save
+from minisa.kit.results import print_table
 from minisa.model import KVCache
 
 COLUMNS = ["model", "sharing", "parameters", "val bpb", "cache B/token", "context", "cache B",
@@ -26,41 +24,6 @@ def sharing(model):
         words = [change["by"], *change["settings"].values()]
         parts.append(" ".join(str(word) for word in words if isinstance(word, (str, int))))
     return ", ".join(parts)
-
-# ---- speed, and the most that this machine's memory allows ----
-
-SMALL = 2**22           # bytes that the cache of any processor holds
-LARGE = 2**28           # bytes, more than the cache of nearly any processor
-IN_CACHE = 2.0          # what is read so many times as fast as main memory lies in the cache
-
-def timed(f, where, at_least=0.05):
-    """Seconds that f() takes on the device `where`, from as many calls as fill at_least seconds."""
-    calls, elapsed, begun = 0, 0.0, time.perf_counter()
-    while elapsed < at_least:
-        f()
-        if where.type != "cpu":
-            torch.accelerator.synchronize(where)
-        calls, elapsed = calls + 1, time.perf_counter() - begun
-    return elapsed / calls
-
-def reader(where, n_bytes=LARGE):
-    """→ a function that reads the same n_bytes on a device each time it is called."""
-    return torch.ones(n_bytes // 4, device=where).sum
-
-def in_cache(n_bytes, where):
-    """Whether so many bytes, read over and over, come from the processor's cache."""
-    if not SMALL < n_bytes < LARGE:                     # reading less would time starting to read
-        return n_bytes <= SMALL
-    speed, memory = (max(n / timed(reader(where, n), where, 0.03) for _ in range(3))
-                     for n in (n_bytes, LARGE))
-    return speed > IN_CACHE * memory
-
-def share_of_limit(read_bytes, seconds, where):
-    """Of the seconds that a step took, the part in which main memory could have delivered what it
-    read; None if the processor's cache holds that."""
-    if in_cache(read_bytes, where):
-        return None
-    return read_bytes / LARGE * timed(reader(where), where) / seconds
 
 # ---- the table ----
 
@@ -98,15 +61,6 @@ def row(name, model, bpb, speed, context, cache=None, of_limit=None):
               both(p.decode_flops, m.decode_flops), "" if speed is None else f"{speed:,.0f}",
               "" if of_limit is None else f"{of_limit:.2f}", engine]
     return dict(zip(COLUMNS, values)), p == m
-
-def print_table(rows, words=1):
-    """Print rows of text, the first one the header: so many columns of words to the left, numbers
-    to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        cells = [text.rjust(width) for text, width in zip(row, widths)]
-        cells[:words] = [text.ljust(width) for text, width in zip(row, widths[:words])]
-        print("  ".join(cells).rstrip())
 
 def show(rows):
     print_table([COLUMNS, *(row.values() for row in rows)], len(WORDS))

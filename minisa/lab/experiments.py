@@ -28,10 +28,10 @@ import torch
 
 from minisa.cost import predict
 from minisa.kit import checkpoint
-from minisa.kit.bill import print_table
 from minisa.kit.cli import Parser, command, count
 from minisa.kit.files import lock, read_file, write_csv
 from minisa.kit.picture import pyplot
+from minisa.kit.results import print_table
 from minisa.kit.settings import CPU, choose_dtype
 from minisa.lab import plot, tables
 from minisa.lab.tables import ASSETS, RESULTS, ROOT, SETTINGS, TABLES, at_best, best, check_pages, losses

@@ -18,11 +18,11 @@ import time
 import torch
 
 from minisa.axes import squeeze
-from minisa.kit.bill import print_table
 from minisa.kit.checkpoint import load, reconfigure
 from minisa.kit.cli import Parser, at_least, command, count, device, table
 from minisa.kit.data import data_of
 from minisa.kit.files import write_csv
+from minisa.kit.results import print_table
 from minisa.kit.run import keep_memory
 from minisa.lab.tables import share_of
 

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from minisa.axes.common import walk
 from minisa.axes.heads import head_products, refit, share
 from minisa.cost import layer_flops, predict
-from minisa.kit.bill import print_table
 from minisa.kit.cli import at_least, command, count
 from minisa.kit.files import check, read_file, write_csv
+from minisa.kit.results import print_table
 from minisa.lab import plot
 from minisa.lab.similarity import open_data, parser
 from minisa.model import SHARE_KINDS

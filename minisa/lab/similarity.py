@@ -22,11 +22,11 @@ import torch
 from torch.nn import functional as F
 
 from minisa.kit import checkpoint
-from minisa.kit.bill import print_table
 from minisa.kit.cli import Parser, at_least, command, count, device, prompt
 from minisa.kit.data import data_of
 from minisa.kit.files import refuse_unwritable, write_csv
 from minisa.kit.picture import pyplot, save, save_film
+from minisa.kit.results import print_table
 from minisa.lab import plot
 
 def layer_similarity(model, idx):

@@ -14,7 +14,7 @@ import minisa
 import sample
 import train
 from minisa import cost
-from minisa.kit import bill
+from minisa.kit import bill, timing
 from minisa.kit.data import Data
 
 FLAGS = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
@@ -118,19 +118,19 @@ def test_the_bill_for_programs_is_the_last_line(run, runs):
     assert status == 0 and content["predictions_met"] is True and len(content["bill"]) == 2
     for row, text in zip(content["bill"], table("bill.csv")):
         assert list(row) == bill.COLUMNS and row["engine"] == "numpy" and row["tokens/s"] > 0
-        assert row["of limit"] is None and bill.in_cache(2**20, torch.device("cpu"))
+        assert row["of limit"] is None and timing.in_cache(2**20, torch.device("cpu"))
         model, _, info = minisa.load(row["model"])
         assert row["read B/token"] == cost.measure(model, 16).read_bytes == int(text["read B/token"])
         assert row["val bpb"] == round(info["val_bpb"], 4) and row["parameters"] == int(text["parameters"])
 
 def test_the_share_of_the_limit_is_that_of_the_bytes_read(monkeypatch):
     seconds = iter([1.0] * 3 + [4.0] * 3 + [0.5])               # it, main memory; then memory once more
-    monkeypatch.setattr(bill, "timed", lambda f, where, at_least=0.05: next(seconds))
-    read = bill.LARGE // 8
+    monkeypatch.setattr(timing, "timed", lambda f, where, at_least=0.05: next(seconds))
+    read = timing.LARGE // 8
     # 2^25 bytes in a second, 2^28 in four: memory is twice as fast, so they do not lie in the cache
-    assert bill.share_of_limit(read, 0.25, torch.device("cpu")) == 0.5 / 8 / 0.25
+    assert timing.share_of_limit(read, 0.25, torch.device("cpu")) == 0.5 / 8 / 0.25
     seconds = iter([0.1] * 3 + [4.0] * 3)
-    assert bill.share_of_limit(read, 0.25, torch.device("cpu")) is None
+    assert timing.share_of_limit(read, 0.25, torch.device("cpu")) is None
 
 def test_two_tokens_are_too_few_to_tell_a_speed(run, runs):
     for n in (1, 2):

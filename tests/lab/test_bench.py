@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minisa.cost import measure
-from minisa.kit import bill, checkpoint
+from minisa.kit import bill, checkpoint, timing
 from minisa.kit.tokenizer import Tokenizer
 from minisa.lab import bench
 from minisa.model import GPT, GPTConfig
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def half_a_second(monkeypatch):
     """Whatever is timed is done once, and took half a second."""
-    for file in (bench, bill):
+    for file in (bench, timing):
         monkeypatch.setattr(file, "timed", lambda f, where, at_least=0.05: (f(), 0.5)[1])
     monkeypatch.setattr(bench, "PAUSE", 0)
     token_times = bench.token_times
@@ -109,7 +109,7 @@ def test_it_prints_a_row_for_each_mode(run, monkeypatch, half_a_second):
     full = measure(GPT(GPTConfig(**TINY)), 32, 2)
     assert rows["full"][-1] == rows["full, torch"][-1] == f"{full.read_bytes / 1e6:.1f}"
     assert rows["full"][-2] == "-"                          # it lies in the processor's cache
-    monkeypatch.setattr(bill, "SMALL", 0)
+    monkeypatch.setattr(timing, "SMALL", 0)
     monkeypatch.setattr(bench, "LARGE", 2**20)
     _, out, _ = run(bench.main, "--shapes=tiny", "--rounds=1", "--dtype=float32")
     assert rows_of(out, "full")["full"][-2] == f"{full.read_bytes / 2**20:.2f}"     # both took half a second

@@ -1,0 +1,54 @@
+"""Results: tables in the terminal, and tidy CSV files that say where and when they were measured."""
+
+import csv
+import datetime
+import io
+import platform
+import subprocess
+from pathlib import Path
+
+from minisa.kit.files import write_file
+
+def provenance():
+    """→ {"commit", "processor", "torch", "date"}, of this checkout, this machine and now, as text."""
+    import torch
+    return {"commit": commit(), "processor": processor(), "torch": torch.__version__,
+            "date": datetime.date.today().isoformat()}
+
+def commit():
+    """The commit of this checkout, with a + if files differ from it; "" where there is no git."""
+    folder = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+def processor():
+    """The name of this machine's processor, as Linux tells it, or what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+def write_results(file, rows):
+    """Write rows, dicts of the same keys, as CSV: a column per fact, and those of provenance()."""
+    known = provenance()
+    rows = [{**known, **row} for row in rows]       # what a row says itself counts
+    columns = [*dict.fromkeys(name for row in rows for name in row if name not in known), *known]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(file, text.getvalue().encode(errors="backslashreplace"), named=True)
+
+def print_table(rows, words=1):
+    """Print rows of text, the first one the header: so many columns of words to the left, numbers
+    to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [text.rjust(width) for text, width in zip(row, widths)]
+        cells[:words] = [text.ljust(width) for text, width in zip(row, widths[:words])]
+        print("  ".join(cells).rstrip())

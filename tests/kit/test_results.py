@@ -1,0 +1,29 @@
+"""Results: tidy CSV files that say where and when they were measured."""
+
+import csv
+import datetime
+import subprocess
+
+import torch
+
+from minisa.kit import results
+
+def test_a_row_says_what_was_measured_and_where(tmp_path):
+    results.write_results(tmp_path / "a.csv", [{"model": "a, b", "loss": 1.5}, {"model": "c", "bpb": 2}])
+    first, second = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
+    assert list(first) == ["model", "loss", "bpb", "commit", "processor", "torch", "date"]
+    assert (first["model"], first["loss"], first["bpb"]) == ("a, b", "1.5", "")
+    assert (second["loss"], second["bpb"]) == ("", "2")
+    assert first["torch"] == torch.__version__ and first["processor"]
+    assert abs(datetime.date.fromisoformat(first["date"]) - datetime.date.today()).days <= 1
+
+def test_what_a_row_says_itself_of_its_origin_counts(tmp_path):
+    results.write_results(tmp_path / "a.csv", [{"model": "a", "commit": "1234567", "date": ""}])
+    row, = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
+    assert row["commit"] == "1234567" and row["date"] == ""
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert results.commit() == ""
