@@ -2,208 +2,349 @@
 
     python train.py                     full attention, saved in out/full
     python train.py --share=1-3         Shared Attention, saved in out/weights-1-3
-    python train.py --resume            go on with an interrupted run (and its --share or --out_dir)
+    python train.py --resume            continue an interrupted run (and its --share or --out_dir)
     torchrun --standalone --nproc_per_node=2 train.py
 
-Without other flags it takes the preset of this machine (minisa/kit/settings.py): about 3 minutes on a
-laptop's CPU, or a larger model on a GPU.
+Without other flags it takes the preset of this machine: about 3 minutes on a laptop's CPU, or a larger
+model on a GPU.
 """
 
 import minisa  # isort: skip  # noqa: F401 (before torch, as it sees to Ctrl-C)
 import math
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minisa.kit import checkpoint
-from minisa.kit.cli import command
+from minisa.kit import checkpoint, cli, machine
+from minisa.kit.cli import amount, at_least, command, count, one_of, settings_parser, whole
 from minisa.kit.data import Data, tokenize
-from minisa.kit.files import lock
 from minisa.kit.run import (
+    STATE,
     Meter,
     Processes,
+    Progress,
     Run,
     clock,
-    compiled,
-    keep_memory,
-    number_format,
-    refuse_too_large,
+    read_state,
+    refuse_taken,
+    restore_optimizer,
+    set_aside,
 )
-from minisa.kit.settings import read_flags, saved_settings, settle
-from minisa.model import GPT, GPTConfig
-
-EVAL_TOKENS = 20_000            # of an evaluation on the way; the last one reads all
-SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]
-ALWAYS_FREE = {"device", "out_dir", "text", "data_dir", "eval_interval", "eval_tokens", "log_interval",
-               "keep_every"}
-FREE_FROM_MODEL = {"share", "share_kind", "dropout", "block_size"}
+from minisa.model import GPT, SHARE_KINDS, GPTConfig
 
 # ---- settings ----
 
-def open_run(args, given):
-    """→ the Run. When it goes on, its settings replace those that were not given."""
-    mode = f"{args.share_kind}-{args.share}" if args.share else "full"
-    mode += f"-kv{args.n_kv_head}" if args.n_kv_head else ""
-    if args.init_from:
-        mode += f"-from-{Path(args.init_from).resolve().name.removesuffix('.gguf')}"
-    mode += f"-{args.preset}" if "preset" in given else ""
-    run = Run(args.out_dir or f"out/{mode}", args.resume, args.overwrite)
-    for name, value in run.saved["settings"].items() if run.saved else []:
-        if name in given - ALWAYS_FREE and getattr(args, name) != value:
-            raise ValueError(f"--{name}={getattr(args, name)}: the run in {run.folder} was started with "
-                             f"{value!r}; drop the flag, or start a new run without --resume")
-        if name not in given | {"out_dir"}:
-            setattr(args, name, value)
-    return run
+@dataclass
+class Settings:
+    """Each field is a flag, as --n_layer=6. Its type reads the value, its comment is the help text. The
+    defaults are the preset for a CPU: three minutes on two cores."""
+    preset: one_of("cpu", "gpu", "tinyshakespeare") = None  # settings to start from; None: by the device
+
+    # the model: heads of 32 numbers, and with 4 layers a million parameters
+    n_layer: at_least(int, 1, 1000) = 4     # number of layers; with 4, the span 1-3 leaves a full layer
+    n_head: count = 4                       # number of query heads
+    n_kv_head: count = None                 # number of key/value heads; None: as many as query heads
+    n_embd: count = 128                     # width of the model, in numbers per token
+    n_hidden: count = None                  # width of the MLP, in numbers per token; None: 8/3 n_embd
+    block_size: count = 128                 # context, in tokens; with --init_from at most 512 unless given
+    share: str = ""                         # spans that share attention, as 1-3 or 1-3,5-7; '' for none
+    share_kind: one_of(*SHARE_KINDS) = "weights"    # weights: Shared Attention; kv: Cross-Layer Attention
+    dropout: amount = 0.0                   # fraction of activations dropped in training
+    rope_base: amount = 10000.0             # base of RoPE's wavelengths
+    norm_eps: amount = 1e-5                 # what RMSNorm adds to the mean square
+    init_from: str = ""                     # folder, .gguf file or smollm2 to start from; '': random weights
+
+    # the text
+    text: str = ""                          # UTF-8 file to train on; '': plays of Shakespeare
+    tokenizer: one_of("bpe", "gpt2") = "bpe"    # bpe is learned on the text, gpt2 is downloaded
+    vocab_size: count = 1024                # number of tokens that bpe learns; 256 for single bytes
+
+    # training: many small steps learn most in three minutes; a high rate needs a long warm-up, and noisy
+    # gradients a mean over many of them
+    batch_size: count = 8                   # sequences per step, over all processes and micro-batches
+    gradient_accumulation_steps: count = 1  # micro-batches of a step, to save memory
+    max_iters: whole = 6000                 # number of steps; 0 saves the untrained model
+    learning_rate: amount = 2.5e-3          # highest learning rate
+    min_lr: amount = 0.0                    # learning rate of the last step
+    warmup_iters: count = 1000              # steps in which the learning rate rises
+    weight_decay: amount = 0.3              # AdamW's, for matrices
+    beta1: amount = 0.9                     # AdamW's decay of the mean gradient, per step
+    beta2: amount = 0.99                    # AdamW's decay of its mean square, per step
+    grad_clip: amount = 1.0                 # largest norm of the gradient; 0: any
+    seed: whole = 1337                      # of weights, batches and dropout
+
+    # the machine
+    dtype: one_of("float32", "bfloat16") = None     # to multiply in; None: the faster one here
+    device: cli.device = None               # cpu, cuda, cuda:1 or mps; None: the fastest there is
+    compile: bool = False                   # compile the model with torch.compile
+
+    # the run
+    out_dir: str = None                     # folder of the run; None: out/ and its mode, as out/full
+    data_dir: str = None                    # folder of the token files; None: data/
+    eval_interval: count = 500              # steps between evaluations, which also save the run
+    eval_tokens: whole = None               # validation tokens read; 0: all; None: 20,000, then all at last
+    log_interval: count = 50                # steps between log lines
+    keep_every: whole = 0                   # steps between models kept in out_dir/steps; 0: none
+    resume: bool = False                    # continue the run of out_dir from its last checkpoint
+    overwrite: bool = False                 # set aside what is in out_dir, as out_dir.old
+
+PRESETS = {
+    "cpu": {},
+    "gpu": {                        # the shape of nanoGPT's Shakespeare recipe
+        "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
+        "dropout": 0.2,             # each token is seen sixty times
+        "batch_size": 64, "max_iters": 1500, "eval_interval": 250,
+        "learning_rate": 1e-3, "warmup_iters": 100, "weight_decay": 0.1},
+    # With --text=FILE, the original Tiny Shakespeare: on two cores in two to five minutes below the
+    # 1.4697 nats per character that nanoGPT's recipe reaches on an A100 in three.
+    "tinyshakespeare": {
+        "n_layer": 4, "n_head": 5,  # heads of 32 numbers
+        "n_embd": 160,              # as good as 6 layers of 144 after as many steps, in 5/6 of the time
+        "block_size": 128,
+        "share": "1-3",             # faster, and no worse: see the lab
+        "dropout": 0.1,             # each token is seen eight times
+        "batch_size": 8,            # half as many steps of 16 learn less
+        "max_iters": 3000, "eval_interval": 1000,
+        "learning_rate": 2e-3, "warmup_iters": 300, "weight_decay": 0.1,
+        "beta2": 0.95},             # forgets old gradients sooner
+}
+EVAL_TOKENS = 20_000        # of an evaluation on the way; the last one reads all
+SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]
+NOT_SAVED = {"device", "compile", "resume", "overwrite"}
+FREE = NOT_SAVED | {        # what may be another when a run is continued
+    "out_dir", "text", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
+FIXED_BY_MODEL = {*SHAPE, "tokenizer", "vocab_size"} - {"share", "share_kind", "dropout", "block_size"}
+
+def settle(given, device, saved):
+    """Merge defaults, preset, the settings of a saved run, and what was given. → Settings"""
+    preset = given.get("preset") or saved.get("preset") or ("cpu" if device.type == "cpu" else "gpu")
+    settings = Settings(**{**PRESETS[preset], **saved, **given})
+    settings.preset, settings.device = preset, device
+    for name in ("beta1", "beta2"):
+        if getattr(settings, name) >= 1:
+            raise ValueError(f"--{name}={getattr(settings, name)}: must be below 1")
+    return settings
+
+def name_of(settings, given):
+    """The folder of a run, by its mode."""
+    if settings.out_dir:
+        return settings.out_dir
+    parts = [f"{settings.share_kind}-{settings.share}" if settings.share else "full"]
+    if settings.n_kv_head:
+        parts.append(f"kv{settings.n_kv_head}")
+    if settings.init_from:
+        parts.append(f"from-{Path(settings.init_from).resolve().name.removesuffix('.gguf')}")
+    if "preset" in given:
+        parts.append(settings.preset)
+    return "out/" + "-".join(parts)
+
+def flags_of(settings):
+    """Settings → the flags that --resume reads again."""
+    return [f"--{name}={value}" for name, value in asdict(settings).items()
+            if name not in NOT_SAVED and value is not None]
+
+def continue_run(parser, given, folder):
+    """→ what was Saved in a run's folder, and its settings as a dict. Raises ValueError if it is
+    damaged, or was started with other settings than those given."""
+    saved = read_state(folder)
+    try:
+        settings = vars(parser.parse_args(saved.settings))
+        if saved.progress.step > settings["max_iters"]:
+            raise ValueError(f"step {saved.progress.step}")
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder}/{STATE}: damaged ({error}); start a new run") from None
+    for name in given.keys() - FREE:
+        if given[name] != settings.get(name):
+            raise ValueError(f"--{name}={given[name]}: the run in {folder} was started with "
+                             f"{settings.get(name)!r}; drop the flag, or start a new run without --resume")
+    return saved, settings
 
 # ---- data and model ----
 
-def make_model(args, given, run, processes):
-    """→ the model, and the data that it is trained on."""
-    torch.manual_seed(args.seed)
-    model = tokenizer = None
-    if run.saved:
-        model, tokenizer = run.restored_model.to(processes.device), run.tokenizer
-    elif args.init_from:
-        model, tokenizer, _ = checkpoint.load(args.init_from, device=processes.device)
-        clash = sorted(given & {*SHAPE, "tokenizer", "vocab_size"} - FREE_FROM_MODEL)
-        if clash:
-            raise ValueError(f"--{clash[0]}: {args.init_from} brings its own; drop the flag")
-        sharing = {"share": args.share, "share_kind": args.share_kind} if args.share else {}
-        size = args.block_size if "block_size" in given else min(model.config.block_size, 512)
-        model = checkpoint.reconfigure(model, dropout=args.dropout, block_size=size, **sharing)
+def read_parent(settings, given):
+    """→ the model of --init_from, with the settings that it leaves free, and its tokenizer."""
+    model, tokenizer, _ = checkpoint.load(settings.init_from)
+    clash = sorted(given.keys() & FIXED_BY_MODEL)
+    if clash:
+        raise ValueError(f"--{clash[0]}: {settings.init_from} brings its own; drop the flag")
+    changed = {"dropout": settings.dropout, "block_size": settings.block_size}
+    if "block_size" not in given:
+        changed["block_size"] = min(model.config.block_size, 512)
+    if settings.share:
+        changed |= {"share": settings.share, "share_kind": settings.share_kind}
+    return checkpoint.reconfigure(model, **changed), tokenizer
 
-    own = tokenizer if args.init_from else None
-    folder = processes.first_then_all(
-        lambda: tokenize(args.text, args.tokenizer, args.vocab_size, own, args.data_dir))
-    data = Data(folder)
-    if run.saved and data.digest != run.saved["info"]["data_digest"]:
-        raise ValueError(f"the text is not the one that {run.folder} was trained on "
-                         f"({run.saved['info']['data']}); name that with --text=FILE, or start a new run "
-                         "without --resume")
+def config_of(settings, vocab_size):
+    return GPTConfig(vocab_size=vocab_size, **{name: getattr(settings, name) for name in SHAPE})
+
+def make_model(settings, given, saved, processes):
+    """→ the model, and the Data that it is trained on."""
+    model = tokenizer = None
+    if saved:
+        model, tokenizer = saved.model, saved.tokenizer
+    elif settings.init_from:
+        model, tokenizer = read_parent(settings, given)
+    else:
+        config_of(settings, settings.vocab_size)        # a wrong shape is refused before the download
+    own = tokenizer if settings.init_from else None
+    data = Data(processes.first_then_all(
+        lambda: tokenize(settings.text, settings.tokenizer, settings.vocab_size, own, settings.data_dir)))
+    if saved and data.digest != saved.info["data_digest"]:
+        raise ValueError(f"the text is not the one that the run was trained on ({saved.info['data']}); name "
+                         "that with --text=FILE, or start a new run without --resume")
+    torch.manual_seed(settings.seed)
     if model is None:
-        shape = {name: getattr(args, name) for name in SHAPE}
-        config = GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape)
-        refuse_too_large(args, config)
-        model = GPT(config).to(processes.device)
+        config = config_of(settings, data.tokenizer.vocab_size)
+        machine.refuse_too_large(config, rows_of(settings, processes), processes.device, settings.dtype)
+        model = GPT(config)
     if len(data.train) <= model.config.block_size:
         raise ValueError(f"--block_size={model.config.block_size}: the training text has only "
                          f"{len(data.train)} tokens; take a smaller one, or more text")
-    return model.train(), data
+    return model.to(processes.device).train(), data
+
+def rows_of(settings, processes):
+    """→ how many sequences of a batch a process reads at once."""
+    parts = processes.world * settings.gradient_accumulation_steps
+    if settings.batch_size % parts:
+        raise ValueError(f"--batch_size={settings.batch_size}: must be a multiple of "
+                         f"processes × gradient_accumulation_steps = {parts}")
+    return settings.batch_size // parts
 
 # ---- optimizer ----
 
-def make_optimizer(args, model, run):
+def make_optimizer(settings, model):
     matrices = {part.weight for part in model.modules() if isinstance(part, (nn.Linear, nn.Embedding))}
     others = [p for p in model.parameters() if p not in matrices]
     matrices = [p for p in model.parameters() if p in matrices]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    betas = args.beta1, args.beta2
-    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=args.weight_decay, fused=True)
-    if run.saved:
-        run.restore_optimizer(optimizer)
-    return optimizer
+    betas = settings.beta1, settings.beta2
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=settings.weight_decay, fused=True)
 
-def learning_rate(step, args):
+def learning_rate(step, settings):
     """Warm-up in a straight line, then half a cosine down to min_lr."""
-    if step < args.warmup_iters:
-        return args.learning_rate * (step + 1) / args.warmup_iters
-    done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
-    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    if step < settings.warmup_iters:
+        return settings.learning_rate * (step + 1) / settings.warmup_iters
+    done = (step - settings.warmup_iters) / max(1, settings.max_iters - settings.warmup_iters)
+    falling = (1 + math.cos(math.pi * done)) / 2        # from 1 to 0
+    return settings.min_lr + (settings.learning_rate - settings.min_lr) * falling
 
 # ---- loop ----
 
-def evaluate(args, run):
+def evaluate(settings, run):
     """Measure the validation loss on a part, log it, and save the run; if it is the best, the model too."""
-    tokens = EVAL_TOKENS if args.eval_tokens is None else args.eval_tokens
+    tokens = EVAL_TOKENS if settings.eval_tokens is None else settings.eval_tokens
     loss, bpb = run.data.evaluate(run.model, tokens)
     run.refuse_nan(loss)
-    run.replace_former()
-    run.processes.say(f"step {run.step:5d}/{args.max_iters}  validation loss {loss:.4f} nats per token, "
-                      f"{bpb:.4f} bits per byte")
-    run.record(step=run.step, val_loss=loss, val_bpb=bpb, seconds=run.elapsed())
-    run.evaluated = run.step
-    if loss < run.best:
-        run.best = loss
-        run.save(loss, bpb)
-    run.save_last()
+    progress = run.progress
+    run.processes.say(f"step {progress.step:5d}/{settings.max_iters}  validation loss {loss:.4f} nats per "
+                      f"token, {bpb:.4f} bits per byte")
+    run.record(val_loss=loss, val_bpb=bpb, seconds=run.elapsed())
+    progress.evaluated = progress.step
+    if progress.best is None or loss < progress.best:
+        progress.best = loss
+        run.save_model(loss, bpb)
+    run.save_state()
 
-def step(args, run, forward, autocast, meter):
-    """One step of the optimizer, on the run's part of the batch, in micro-batches."""
-    n_micro, rank, world = args.gradient_accumulation_steps, run.processes.rank, run.processes.world
+def train_step(settings, run, forward, autocast, meter):
+    """One step of the optimizer, on this process's part of the batch, in micro-batches."""
+    step, processes = run.progress.step, run.processes
+    rows, n_micro = rows_of(settings, processes), settings.gradient_accumulation_steps
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, args)
-    if args.dropout:
-        torch.manual_seed(((args.seed << 40) + (run.step << 12) + rank) % 2**63)
-    rows = args.batch_size // (world * n_micro)                 # sequences of a micro-batch
+        group["lr"] = learning_rate(step, settings)
+    if settings.dropout:
+        torch.manual_seed(((settings.seed << 40) + (step << 12) + processes.rank) % 2**63)
     for micro in range(n_micro):
-        first = rows * (rank * n_micro + micro)
-        x, y = run.data.batch(run.step, args.seed, args.batch_size, run.model.config.block_size,
+        first = rows * (processes.rank * n_micro + micro)
+        x, y = run.data.batch(step, settings.seed, settings.batch_size, run.model.config.block_size,
                               slice(first, first + rows))
-        more = world > 1 and micro + 1 < n_micro                # gradients are not complete yet
+        more = processes.world > 1 and micro + 1 < n_micro      # gradients are not complete yet
         with autocast, forward.no_sync() if more else nullcontext():
-            _, loss = forward(x.to(run.processes.device), y.to(run.processes.device))
+            _, loss = forward(x.to(processes.device), y.to(processes.device))
             (loss / n_micro).backward()
-        meter.add(loss.detach(), tokens=x.numel() * world)
-    if args.grad_clip:
-        nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
+        meter.add(loss.detach(), tokens=x.numel() * processes.world)
+    if settings.grad_clip:
+        nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
+    run.progress.step += 1
 
-def train(args, run, forward, autocast):
+def save_if_due(settings, run):
+    """Evaluate and save a run every so many steps, and at its end."""
+    step, at_end = run.progress.step, run.progress.step == settings.max_iters
+    due = at_end or (step > 0 and step % settings.eval_interval == 0)
+    if due and run.progress.evaluated != step:
+        evaluate(settings, run)
+    if settings.keep_every and (at_end or step % settings.keep_every == 0):
+        run.save_model(name=f"steps/{step:08d}")
+
+def train(settings, run, forward, autocast):
     """Step, log, evaluate and save until the last step, or a signal. → an exit status."""
-    meter = Meter(run.step, args.max_iters)
-    while True:
-        last = run.step == args.max_iters
-        due = last or (run.step > 0 and run.step % args.eval_interval == 0)
-        if due and run.evaluated != run.step:
-            meter.pause(evaluate, args, run)
-        if args.keep_every and (last or run.step % args.keep_every == 0):
-            meter.pause(run.save, name=f"steps/{run.step:08d}")
-        if last:
-            return 0
-        step(args, run, forward, autocast, meter)
-        alone = run.processes.world == 1                        # others hear of a signal when they log
-        if run.step % args.log_interval == 0 or run.step == args.max_iters or (alone and run.signal):
+    progress, last_step, alone = run.progress, settings.max_iters, run.processes.world == 1
+    meter, status = Meter(progress.step, last_step), 0
+    while not status:
+        with meter.paused():
+            save_if_due(settings, run)
+        if progress.step == last_step:
+            break
+        train_step(settings, run, forward, autocast, meter)
+        to_log = progress.step % settings.log_interval == 0 or progress.step == last_step
+        if to_log or (run.signal and alone):                # several processes hear of it at a log line
             meter.log(run)
-            if status := run.stop():
-                return status
+            status = run.stop()
+    return status
 
-def main():
-    args = read_flags(__doc__)
-    given = settle(args)
-    run, processes = open_run(args, given), Processes(args.device)
-    parts = processes.world * args.gradient_accumulation_steps
-    if args.batch_size % parts:
-        raise ValueError(f"--batch_size={args.batch_size}: must be a multiple of "
-                         f"processes × gradient_accumulation_steps = {parts}")
-    keep_memory()
-    model, data = make_model(args, given, run, processes)
-    optimizer = make_optimizer(args, model, run)
-    autocast, forward = number_format(model, args.dtype), model
-    if args.compile:
-        batch = data.batch(0, args.seed, args.batch_size // parts, model.config.block_size)
-        forward, seconds = compiled(model, *(part.to(processes.device) for part in batch), autocast)
+def prepare(settings, run, model, data):
+    """→ what computes a loss, and the context to run it in."""
+    device, processes = run.processes.device, run.processes
+    autocast, forward = machine.number_format(model, settings.dtype), model
+    if settings.compile:
+        batch = data.batch(0, settings.seed, rows_of(settings, processes), model.config.block_size)
+        forward, seconds = machine.compiled(model, *(part.to(device) for part in batch), autocast)
         processes.say(f"compiled in {clock(seconds)}")
-    forward = DistributedDataParallel(forward) if processes.world > 1 else forward
+    if processes.world > 1:
+        forward = DistributedDataParallel(forward)
+    return forward, autocast
+
+def describe(settings, run, model, data):
     config, n_params = model.config, sum(p.numel() for p in model.parameters())
     shared = f"{config.share_kind} {config.share}" if config.share else "nothing"
-    processes.say(f"{run.folder}: {config.n_layer} layers, {config.n_embd} wide, "
-                  f"context {config.block_size}, sharing {shared}; {n_params:,} parameters; "
-                  f"{len(data.train):,} training tokens; {processes.device.type}, {args.dtype}")
-    if args.no_gpu:
-        processes.say(f"on the CPU, as no GPU can be used: {args.no_gpu}")
+    run.processes.say(f"{run.folder}: {config.n_layer} layers, {config.n_embd} wide, "
+                      f"context {config.block_size}, sharing {shared}; {n_params:,} parameters; "
+                      f"{len(data.train):,} training tokens; {run.processes.device.type}, {settings.dtype}")
 
-    with lock(run.folder) if processes.rank == 0 else nullcontext():
-        run.begin(processes, model, data, optimizer, saved_settings(args))
-        status = train(args, run, forward, autocast)
+def main():
+    parser = settings_parser(Settings, __doc__, "python train.py [--FLAG=VALUE ...]", PRESETS["gpu"])
+    given = vars(parser.parse_args())
+    device, no_gpu = (given["device"], "") if "device" in given else machine.choose_device()
+    processes = Processes(device)
+    folder = name_of(settle(given, device, {}), given)
+    machine.keep_memory()
+    with processes.lock(folder):
+        saved, old = continue_run(parser, given, folder) if "resume" in given else (None, {})
+        settings = settle(given, device, old)
+        settings.dtype = settings.dtype or machine.choose_dtype(device, settings.init_from)
+        rows_of(settings, processes)                        # or refused, before work
+        if not saved:
+            processes.first_then_all(lambda: refuse_taken(folder, settings.overwrite))
+        model, data = make_model(settings, given, saved, processes)
+        optimizer = make_optimizer(settings, model)
+        if saved:
+            restore_optimizer(optimizer, saved.moments, Path(folder) / STATE)
+        run = Run(folder, processes, flags_of(settings), saved.progress if saved else Progress())
+        forward, autocast = prepare(settings, run, model, data)
+        describe(settings, run, model, data)
+        if no_gpu:
+            processes.say(f"on the CPU, as no GPU can be used: {no_gpu}")
+        if not saved and processes.rank == 0:
+            set_aside(folder)
+        run.begin(model, data, optimizer)
+        status = train(settings, run, forward, autocast)
         if status == 0 and processes.rank == 0:
-            run.finish(whole=args.eval_tokens is None)
+            run.finish(whole=settings.eval_tokens is None)
     processes.close()
     return status
 

@@ -129,15 +129,19 @@ def plain(tensors):
         return plain and not t.is_meta and t.numel() < 10**7
     return {str(name): t.contiguous().clone() for name, t in tensors.items() if writable(t)}
 
-def rewrite_state(path, change):
-    """Change the state of a training run, and say the right hash."""
+def metadata(data):
+    return json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+def rewrite_state(path, change, config=None):
+    """Change what a file of tensors holds, and say the right hash."""
     data = Path(path).read_bytes()
-    tensors = safetensors.torch.load(data)
-    state = json.loads(json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]["minisa"])
-    change(state, tensors)
-    text, tensors = json.dumps(state, default=str), plain(tensors)
-    Path(path).write_bytes(safetensors.torch.save(tensors, {
-        "minisa": text, "sha256": checkpoint.digest(text, tensors)}))
+    tensors, known = safetensors.torch.load(data), json.loads(metadata(data)["minisa"])
+    change(known, tensors)
+    known = json.loads(json.dumps(known, default=str))
+    Path(path).write_bytes(checkpoint.pack(plain(tensors), config, known))
+
+def longer(state, _):
+    state["settings"] = [flag.replace("max_iters=2", "max_iters=4") for flag in state["settings"]]
 
 def make_world():
     """Fill the current folder."""
@@ -147,13 +151,13 @@ def make_world():
     Path("mine.txt").write_text("not to be lost\n")
     must("train", *TINY, "--out_dir=out/full")
     must("train", *TINY, "--out_dir=out/half", "--max_iters=2")
-    rewrite_state("out/half/train.safetensors", lambda state, _: state["settings"].update(max_iters=4))
+    rewrite_state("out/half/train.safetensors", longer)
     must("heads", "out/full", "--share=1-2", "--heads=mix", "--out=out/mixed")
     must("sample", "out/full", "--max_new_tokens=4", "--csv=bill.csv")
     must("scan", "out/full", "--windows=1", "--out_dir=scan")
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=258, n_layer=2, n_head=2, n_embd=16))
-    tokenizer = Tokenizer.from_tokens([*BYTES, b"<|im_start|>", b"<|im_end|>"], [256, 257], "gpt-2")
+    tokenizer = Tokenizer([*BYTES, b"<|im_start|>", b"<|im_end|>"], [256, 257], "gpt-2")
     info = {**checkpoint.UNKNOWN, "val_loss": 1.0, "val_bpb": 1.0}
     checkpoint.save("chatty", model, tokenizer, info)
     must("chat", *CHAT, stdin="Hello there, how are you?\n")
@@ -211,18 +215,17 @@ def mutate_tree(rng, tree):
 def mutate_inside(rng, path):
     """Change what a file says, in its own format. → whether it did"""
     try:
+        def change(known, tensors):
+            mutate_tree(rng, rng.choice([known, tensors]))
         if path.name == "train.safetensors":
-            rewrite_state(path, lambda state, tensors: mutate_tree(rng, rng.choice([state, tensors])))
+            rewrite_state(path, change)
         elif path.suffix == ".safetensors":
-            tensors = safetensors.torch.load(path.read_bytes())
-            mutate_tree(rng, tensors)
-            path.write_bytes(safetensors.torch.save(plain(tensors)))
-            if rng.random() < 0.7:                              # a file that says the right hash
-                config = path.with_name("config.json")
-                content = json.loads(config.read_text())
-                known = [*content["minisa"]["states"].values()]
-                content["minisa"]["states"] = {hashlib.sha256(path.read_bytes()).hexdigest(): known[0]}
-                config.write_text(json.dumps(content))
+            config = json.loads(path.with_name("config.json").read_text())
+            if rng.random() < 0.3:
+                mutate_tree(rng, config)                        # both change, and agree
+                path.with_name("config.json").write_text(json.dumps(config, default=str))
+                config = json.loads(json.dumps(config, default=str))
+            rewrite_state(path, change, config)
         elif path.suffix == ".json":
             tree = json.loads(path.read_text())
             mutate_tree(rng, tree)

@@ -6,7 +6,7 @@ import sys
 from minisa.kit import checkpoint
 from minisa.kit.cli import Parser, command, device
 from minisa.kit.data import data_of
-from minisa.kit.files import clean, lock
+from minisa.kit.files import lock, refuse_taken
 
 def walk(model, idx, cache=None, watch=None):
     """Run a model on idx (B, T); before each block, yield it and what it is about to be given:
@@ -44,8 +44,7 @@ def rewrite(args, technique):
     if not args.out:
         raise ValueError("--out: name a folder to write the model to")
     with lock(args.out):
-        checkpoint.refuse_taken(args.out)
-        clean(args.out, checkpoint.FILES)
+        refuse_taken(args.out, "out")
         change(args, technique)
     print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")
 

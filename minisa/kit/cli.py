@@ -1,7 +1,10 @@
 """Flags and one-line errors: what all commands have in common."""
 
 import argparse
+import dataclasses
+import inspect
 import os
+import re
 import sys
 
 from minisa.kit.files import read_file, refuse_unwritable
@@ -11,9 +14,9 @@ LONGEST = 2**20         # characters of a prompt
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag raises ValueError, which command() prints in one line."""
 
-    def __init__(self, doc, usage):
+    def __init__(self, doc, usage, **more):
         super().__init__(usage=usage, description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
         raise ValueError(f"{message}; see --help")
@@ -22,12 +25,18 @@ class Parser(argparse.ArgumentParser):
         """Add --name=VALUE. Its help ends with the default: `shown`, where that says it better."""
         shown = repr(default) if shown is None else shown
         self.add_argument(f"--{name}", type=kind, default=default, choices=choices,
-                          metavar=None if choices else kind.__name__.upper(),
+                          metavar=None if choices else named(kind),
                           help=f"{help} (default {shown})".replace("%", "%%"))
 
     def switch(self, name, help):
         """Add --name, which takes no value."""
-        self.add_argument(f"--{name}", action="store_true", help=f"{help} (default off)")
+        default = argparse.SUPPRESS if self.argument_default is argparse.SUPPRESS else False
+        self.add_argument(f"--{name}", action="store_true", default=default, help=f"{help} (default off)")
+
+def named(kind):
+    """How --help names a type."""
+    name = kind.__name__
+    return name if "|" in name else name.upper()
 
 def at_least(kind, lowest, highest=None):
     """A type for a flag: int or float, from lowest to highest (None: 2^31 - 1, or 1e18)."""
@@ -43,7 +52,31 @@ def at_least(kind, lowest, highest=None):
     parse.__name__ = kind.__name__
     return parse
 
-count, amount = at_least(int, 1), at_least(float, 0.0)
+count, whole, amount = at_least(int, 1), at_least(int, 0), at_least(float, 0.0)
+
+def one_of(*choices):
+    """A type for a flag: one of some words."""
+    def parse(text):
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(choices)})")
+        return text
+    parse.__name__ = "|".join(choices)
+    return parse
+
+def settings_parser(settings, doc, usage, on_gpu):
+    """A Parser with a flag for each field of a dataclass: its type reads the value, the comment in its
+    line is the help. What is parsed holds just what was given. on_gpu: defaults there."""
+    parser = Parser(doc, usage, argument_default=argparse.SUPPRESS)
+    helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
+    for field in dataclasses.fields(settings):
+        if field.type is bool:
+            parser.switch(field.name, helps[field.name])
+            continue
+        shown = repr(field.default)
+        if field.name in on_gpu:
+            shown += f", on a GPU {on_gpu[field.name]!r}"
+        parser.flag(field.name, field.type, argparse.SUPPRESS, helps[field.name], shown)
+    return parser
 
 def device(name):
     """A type for a flag: a torch.device that this machine has, and that can compute."""

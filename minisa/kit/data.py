@@ -10,9 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
-import secrets
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from minisa.kit import shakespeare
-from minisa.kit.files import check, data_folder, read_file, write_file
-from minisa.kit.tokenizer import Tokenizer, learn
+from minisa.kit.files import check, data_folder, read_file, reading, write_folder
+from minisa.kit.tokenizer import Tokenizer, from_json, learn, to_json
 
 def read_text(file):
     """A UTF-8 file → str. Raises ValueError if it cannot be read, is not UTF-8, or is too short."""
@@ -54,7 +51,7 @@ def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None
     raw = (train + val).encode()
     name = f"bpe{vocab_size}" if kind == "bpe" else kind
     if tokenizer:
-        name = "tokens" + hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()[:8]
+        name = f"tokens{tokenizer.identity[:8]}"
     target = folder / f"{Path(file).stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
     if target.exists():
         return target
@@ -62,38 +59,35 @@ def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None
     if tokenizer is None and kind == "gpt2":
         tokenizer = Tokenizer.gpt2()
     elif tokenizer is None:
-        tokenizer = Tokenizer.from_tokens(learn(train, vocab_size))
+        tokenizer = Tokenizer(learn(train, vocab_size))
     write_tokens(target, tokenizer, train, val)
     return target
 
 def write_tokens(target, tokenizer, train, val):
-    """Write a folder of token files, whole or not at all."""
+    """Write a folder of token files, whole or not at all. Raises OSError."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     ids = {"train": tokenizer.encode(train), "val": tokenizer.encode(val)}
-    val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))       # of all tokens that are predicted
-    meta = {"tokenizer": tokenizer.description, "val_bytes": val_bytes}
-    files = {part: io.BytesIO() for part in ids}
-    for part, file in files.items():
-        np.save(file, np.array(ids[part], dtype))
-    files = {part: file.getvalue() for part, file in files.items()}
+    files = {f"{part}.npy": npy(np.array(ids[part], dtype)) for part in ids}
+    val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))         # of all tokens that are predicted
+    meta = {"tokenizer": to_json(tokenizer), "val_bytes": val_bytes}
     meta["digest"] = digest(meta, files)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".making-{secrets.token_hex(4)}")
+    files["meta.json"] = json.dumps(meta).encode()
     try:
-        for part, data in files.items():
-            write_file(temporary / f"{part}.npy", data)
-        write_file(temporary / "meta.json", json.dumps(meta).encode())
-        os.rename(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not target.exists():                                       # else another process made it
-            raise OSError(f"{target}: could not be written ({error.strerror or error}); free some "
-                          "space, or take another --data_dir") from None
+        write_folder(target, files)
+    except OSError:
+        if not target.exists():                                     # else another process made it
+            raise
+
+def npy(array):
+    """→ the bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 def digest(meta, files):
-    """A hash of all that is in a folder of token files, as they were made. files: {part: bytes}."""
+    """A hash of all that is in a folder of token files, as they were made. files: {name: bytes}."""
     known = json.dumps([meta["tokenizer"], meta["val_bytes"]]).encode()
-    return hashlib.sha256(known + files["train"] + files["val"]).hexdigest()
+    return hashlib.sha256(known + files["train.npy"] + files["val.npy"]).hexdigest()
 
 def data_of(info, tokenizer, text=None):
     """The Data of a model that load() gave: of the text it was trained on, or of `text`, a file;
@@ -108,35 +102,36 @@ def data_of(info, tokenizer, text=None):
     for folder in places:
         if (folder / "meta.json").is_file():
             data = Data(folder)
-            same = data.tokenizer.description == tokenizer.description
+            same = data.tokenizer.identity == tokenizer.identity
             if same and info.get("data_digest") in (None, data.digest):
                 return data
     raise ValueError(f"{info['data']}, the tokens of the text that the model was trained on, is "
                      "missing, or of another text; bring it back")
+
+def refuse_odd(ids, vocab_size):
+    """Raises ValueError unless ids are a list of at least two token ids."""
+    if ids.dtype.kind != "u" or ids.ndim != 1 or len(ids) < 2:
+        raise ValueError("one is no list of at least two token ids")
+    if ids.max() >= vocab_size:
+        raise ValueError("a token id is out of range")
 
 class Data:
     """The token files of a folder: .train and .val (arrays of ids), .tokenizer, .val_bytes."""
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name
-        try:
-            files = {part: read_file(self.folder / f"{part}.npy") for part in ("train", "val")}
+        fix = "delete that folder, and its files are made again"
+        with reading(folder, "no folder of token files", fix):
+            files = {name: read_file(self.folder / name) for name in ("train.npy", "val.npy")}
             meta = json.loads(read_file(self.folder / "meta.json"))
             check(meta, {"tokenizer": dict, "val_bytes": int, "digest": str}, "meta.json")
             if meta["digest"] != digest(meta, files):
                 raise ValueError("they are not as they were made")
-            self.tokenizer, self.val_bytes = Tokenizer.load(meta["tokenizer"]), meta["val_bytes"]
-            self.digest = meta["digest"]
+            self.tokenizer = from_json(meta["tokenizer"])
+            self.val_bytes, self.digest = meta["val_bytes"], meta["digest"]
             self.train, self.val = (np.load(io.BytesIO(data)) for data in files.values())
             for ids in (self.train, self.val):
-                if ids.dtype.kind != "u" or ids.ndim != 1 or len(ids) < 2:
-                    raise ValueError("one is no list of at least two token ids")
-                if ids.max() >= self.tokenizer.vocab_size:
-                    raise ValueError("a token id is out of range")
-        except (OSError, ValueError, RecursionError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ValueError(f"{folder}: the token files are damaged or missing ({why}); "
-                             "delete that folder, and they are made again") from None
+                refuse_odd(ids, self.tokenizer.vocab_size)
 
     def batch(self, step, seed, batch_size, block_size, rows=slice(None)):
         """Inputs and targets (rows, block_size) of a training step: a pure function of seed and

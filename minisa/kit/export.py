@@ -10,7 +10,7 @@ With full attention or GQA the folder is a Llama's, which others open too:
 
 from minisa.kit import checkpoint
 from minisa.kit.cli import Parser, command
-from minisa.kit.files import lock
+from minisa.kit.files import lock, refuse_taken
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.kit.export MODEL --out=FOLDER [--FLAG=VALUE ...]")
@@ -22,7 +22,7 @@ def main():
     if not args.out:
         raise ValueError("--out: name a folder to write the model to")
     with lock(args.out):
-        checkpoint.refuse_taken(args.out)
+        refuse_taken(args.out, "out")
         model, tokenizer, info = checkpoint.load(args.model, dtype=checkpoint.DTYPES[args.dtype])
         checkpoint.save(args.out, model, tokenizer, info)
     config = model.config

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import secrets
+import shutil
 import stat
 import subprocess
 import sys
@@ -37,6 +38,20 @@ def read_file(path, most=MOST):
     if len(data) > most:
         raise OSError(0, f"is larger than the {most / 2**20:,.0f} MB that are read", str(path))
     return data
+
+@contextmanager
+def reading(path, what, fix):
+    """Within it, whatever is wrong with a file becomes one ValueError that names it: `what` it is
+    not, why, and the `fix`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: {error.strerror or error}; {fix}") from None
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:                              # what is damaged can make anything fail
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: damaged, or {what} ({reason}); {fix}") from None
 
 def check(value, shape, name):
     """Raises ValueError, which names the part, unless a value from a file has this shape: {key:
@@ -93,11 +108,7 @@ def write_file(path, data, private=False, named=False):
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = 0o600 if private else 0o666              # of which the umask takes its part
-        with open(temporary, "xb", opener=lambda *args: os.open(*args, mode)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        put(temporary, data, 0o600 if private else 0o666)
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -105,6 +116,31 @@ def write_file(path, data, private=False, named=False):
         if isinstance(error, OSError):
             raise OSError(f"{path}: could not be written ({error.strerror}); free some space or "
                           "choose another folder, nothing there was changed") from None
+        raise
+
+def put(path, data, mode=0o666):
+    """Write bytes to a new file, of which the umask takes its part of the mode, and onto the disk."""
+    with open(path, "xb", opener=lambda *args: os.open(*args, mode)) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+def write_folder(folder, files):
+    """Make a folder of files, {name: bytes}, whole or not at all. Raises OSError."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            put(temporary / name, data)
+        if os.path.isdir(folder):
+            folder.rmdir()                                  # an empty one, else this fails
+        os.rename(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{folder}: could not be written ({error.strerror}); free some space, or "
+                          "choose another folder") from None
         raise
 
 def clean(folder, names):
@@ -139,13 +175,12 @@ def refuse_too_much(n_bytes, what):
 
 @contextmanager
 def lock(folder):
-    """Make a folder, and keep other programs from it until the context ends. Raises ValueError if
-    one has it already, OSError if it cannot be made."""
+    """Keep other programs from writing a folder until the context ends, by a lock beside it: it may
+    be made, renamed and replaced meanwhile. Raises ValueError if another program has it."""
+    folder = Path(os.path.abspath(folder))
     refuse_unwritable(folder)
-    folder = Path(folder)
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         held.acquire(timeout=0)
     except Timeout:
@@ -155,10 +190,11 @@ def lock(folder):
         yield
     finally:
         held.release()
-        if new and os.listdir(folder) == [".lock"]:         # nothing was written
-            with suppress(OSError):
-                (folder / ".lock").unlink()
-                folder.rmdir()
+
+def refuse_taken(folder, flag):
+    """Raises ValueError unless a folder that a flag names is new, or empty."""
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise ValueError(f"--{flag}={folder}: is there already; delete it, or name another")
 
 def write_csv(file, columns, rows):
     text = io.StringIO()

@@ -27,10 +27,8 @@ ENDS = "bos_token_id", "eos_token_id", "pad_token_id"       # not ours to know, 
 TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "unembed": "lm_head"}
 PARTS = {"attn.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
          "mlp.down": "mlp.down_proj"}
+FLOATS = torch.float32, torch.float16, torch.bfloat16
 GAINS = {"input_layernorm": ["attn.qkv"], "post_attention_layernorm": ["mlp.gate", "mlp.up"]}
-
-class Refused(Exception):
-    """Why a model is not read; who reads it adds which."""
 
 # ---- config.json ----
 
@@ -42,32 +40,31 @@ def write_config(config):
             "attention_bias": False, "mlp_bias": False, "rope_scaling": None, **dict.fromkeys(ENDS)}
 
 def read_config(fields):
-    """The fields of a LlamaConfig → those of a GPTConfig, as a dict. Raises Refused if it is of what
-    this GPT is not."""
+    """The fields of a LlamaConfig → those of a GPTConfig, as a dict. Raises ValueError if it is of
+    what this GPT is not."""
     rope = fields.get("rope_parameters") or {}
     scaling = fields.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if type(scaling) is dict else "?"
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    activation, model_type = fields.get("hidden_act", "silu"), fields.get("model_type")
+    biased = fields.get("attention_bias") or fields.get("mlp_bias")
+    quantised = fields.get("quantization_config")
     for wrong, what in (
-        (fields.get("model_type") not in ("llama", "minisa"),
-         f"its model_type is {fields.get('model_type')}; supported is llama"),
+        (model_type not in ("llama", "minisa"), f"its model_type is {model_type}; supported is llama"),
         (kind != "default", f"its RoPE is scaled ({kind}); supported is RoPE without scaling"),
-        (fields.get("attention_bias") or fields.get("mlp_bias"),
-         "its matrices have biases; supported is none"),
-        (fields.get("hidden_act", "silu") != "silu",
-         f"its activation is {fields.get('hidden_act')}; supported is silu"),
-        (fields.get("quantization_config"), "it is quantised; supported is float32, float16, bfloat16"),
+        (biased, "its matrices have biases; supported is none"),
+        (activation != "silu", f"its activation is {activation}; supported is silu"),
+        (quantised, "it is quantised; supported is float32, float16, bfloat16"),
     ):
         if wrong:
-            raise Refused(what)
+            raise ValueError(what)
     config = {ours: fields.get(name, default) for name, (ours, default) in FIELDS.items()}
     config["rope_base"] = fields.get("rope_theta", rope.get("rope_theta", 10000.0))
-    kinds = {name: GPTConfig.__annotations__[name] for name in config}
-    check(config, kinds, "its config")
+    check(config, {name: GPTConfig.__annotations__[name] for name in config}, "its config")
     config |= {name: float(config[name]) for name in ("rope_base", "norm_eps")}
-    width = fields.get("head_dim")
-    check(width, int | None, "head_dim")
-    if width is not None and width * config["n_head"] != config["n_embd"]:
-        raise Refused(f"its head_dim is {width}; supported is hidden_size / num_attention_heads")
+    width = config["n_embd"] // max(1, config["n_head"])
+    if fields.get("head_dim") not in (None, width):
+        raise ValueError(f"its head_dim is {str(fields['head_dim'])[:20]}; supported is hidden_size / "
+                         "num_attention_heads")
     return config
 
 # ---- tensors ----
@@ -109,59 +106,62 @@ def write_tensors(model, own=None):
         if own is None or name in own:
             rows = state[name].split([n for _, n, _ in parts]) if parts[0][1] else [state[name]]
             for (theirs, _, heads), part in zip(parts, rows):
-                found[theirs] = (reorder(part, heads) if heads else part).contiguous()
+                found[theirs] = (reorder(part, heads) if heads else part).cpu().contiguous()
     if own is None:
-        ones = torch.ones_like(model.norm.weight)
+        ones = torch.ones_like(model.norm.weight, device="cpu")
         for layer in range(len(model.blocks)):
             for gain in GAINS:
                 found[f"model.layers.{layer}.{gain}.weight"] = ones.clone()
     return found
 
-class Taken(dict):
-    """Tensors of a file, each to be taken once."""
-
-    def take(self, name, shape, dtype, whole=False):
-        """→ the tensor of this name in a dtype; whole: it has whole numbers. Raises Refused if it is
-        missing, or of another shape or type, or has numbers that are not finite."""
-        if name not in self:
-            raise Refused(f"lacks the tensor {name}")
-        t = self.pop(name)
-        if t.dtype not in ((torch.int64,) if whole else (torch.float32, torch.float16, torch.bfloat16)):
-            raise Refused(f"its tensor {name} is of the type {t.dtype}; supported is float32, float16, "
-                          "bfloat16")
-        if t.shape != shape:
-            raise Refused(f"its tensor {name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
-        if not t.double().sum().isfinite():
-            raise Refused(f"its tensor {name} has numbers that are not finite")
-        return t.to(dtype) if t.is_floating_point() else t
+def take(tensors, name, shape, dtype):
+    """Remove the tensor of a name from a dict → it, in a dtype; a tensor of whole numbers if dtype is
+    one. Raises ValueError if it is missing, of another shape or type, or has numbers that are not
+    finite."""
+    if name not in tensors:
+        raise ValueError(f"lacks the tensor {name}")
+    t = tensors.pop(name)
+    if t.shape != shape:
+        raise ValueError(f"its tensor {name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
+    supported = FLOATS if dtype.is_floating_point else [dtype]
+    if t.dtype not in supported:
+        raise ValueError(f"its tensor {name} is of the type {t.dtype}; supported is float32, float16, "
+                         "bfloat16")
+    if not t.double().sum().isfinite():
+        raise ValueError(f"its tensor {name} has numbers that are not finite")
+    return t.to(dtype)
 
 def read_tensors(tensors, model, inherited, dtype):
     """Tensors under Llama's names → the state of a model on the meta device, in a dtype. inherited: a
-    state from which those come that are not there. Raises Refused if one is missing, left over, or
-    not as Taken.take() wants it."""
-    rest = Taken((name, t) for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq"))
+    state from which those come that are not there. Raises ValueError if one is left over, or as
+    take()."""
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if model.config.tied:
-        rest.pop("lm_head.weight", None)
+        tensors.pop("lm_head.weight", None)
     state, shapes = {}, model.state_dict()
-    for ours, parts in names(model).items():
-        like = shapes[ours]
-        if ours in inherited and parts[0][0] not in rest:
-            state[ours] = inherited[ours]
-            continue
-        rows = []
-        for name, n, heads in parts:
-            shape = like.shape if n is None else (n, *like.shape[1:])
-            t = rest.take(name, shape, dtype, whole=not like.is_floating_point())
-            rows.append(reorder(t, heads, back=True) if heads else t)
-        state[ours] = torch.cat(rows) if len(rows) > 1 else rows[0]
-    for gain, parts in GAINS.items():
-        for layer in range(len(model.blocks)):
+    for name, parts in names(model).items():
+        if name in inherited and parts[0][0] not in tensors:
+            state[name] = inherited[name]
+        else:
+            state[name] = read_parts(tensors, parts, shapes[name], dtype)
+    for layer in range(len(model.blocks)):
+        for gain, matrices in GAINS.items():
             name = f"model.layers.{layer}.{gain}.weight"
-            if not inherited or name in rest:
-                columns = rest.take(name, (model.config.n_embd,), dtype)
-                for part in parts:
-                    ours = f"blocks.{layer}.{part}.weight"
-                    state[ours] = state[ours] * columns
-    if rest:
-        raise Refused("has tensors that this GPT has no place for: " + ", ".join(sorted(rest)[:3]))
+            if name in tensors or not inherited:
+                columns = take(tensors, name, (model.config.n_embd,), dtype)
+                for matrix in matrices:
+                    ours = f"blocks.{layer}.{matrix}.weight"
+                    state[ours] = state[ours] * columns         # not in place: a parent may own it
+    if tensors:
+        left = ", ".join(sorted(tensors)[:3])
+        raise ValueError(f"has tensors that this GPT has no place for: {left}")
     return state
+
+def read_parts(tensors, parts, like, dtype):
+    """The tensors that names() lists for one of ours → it."""
+    found = []
+    for name, n, heads in parts:
+        shape = like.shape if n is None else (n, *like.shape[1:])
+        t = take(tensors, name, shape, dtype if like.is_floating_point() else like.dtype)
+        found.append(reorder(t, heads, back=True) if heads else t)
+    return torch.cat(found) if len(found) > 1 else found[0]

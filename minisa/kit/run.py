@@ -1,16 +1,12 @@
-"""What a training run is: its folder, its processes, its log, and how it is stopped and resumed.
+"""What a training run is: its folder, its processes, its log, and how it is stopped and continued.
 
     config.json, …      the model at its best validation loss, as minisa/kit/checkpoint.py has it
     train.safetensors   the model of the last step, the optimizer's state, the settings: what
                         --resume reads
     log.jsonl           a line of JSON for each log line and each evaluation
     steps/N/            with --keep_every, the model after step N
-
-With --overwrite, what a former run left stays until the new run's first train.safetensors is in its
-place.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -18,25 +14,20 @@ import shlex
 import signal
 import sys
 import time
-import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from minisa.cost import predict
 from minisa.kit import checkpoint
 from minisa.kit.cli import silence
-from minisa.kit.files import clean, refuse_too_much, refuse_unwritable, write_file
-from minisa.kit.settings import check_settings
+from minisa.kit.files import clean, lock, refuse_unwritable, write_file
 
-STATE = "train.safetensors"
-SAVED = {                       # in it, besides model, tokenizer and optimizer
-    "info": checkpoint.INFO,
-    "settings": dict,
-    "progress": {"step": int, "best": float | None, "seconds": float, "evaluated": int | None,
-                 "log": str, "machine": str},
-}
+STATE, LOG = "train.safetensors", "log.jsonl"
+
+# ---- processes ----
 
 class Processes:
     """The processes that train one model: this one alone, or those that torchrun started."""
@@ -58,7 +49,7 @@ class Processes:
         try:
             if self.rank == 0:
                 print(*text, flush=True)
-        except OSError:                                 # nobody reads on, or a full disk: as Ctrl-C
+        except OSError:                                 # output pipe closed, or disk full: as Ctrl-C
             silence()
             signal.raise_signal(signal.SIGINT)
 
@@ -68,13 +59,31 @@ class Processes:
                 f"torch {torch.__version__}")
 
     def first_then_all(self, make):
-        """make() in process 0, then in the others, which find what it wrote."""
-        if self.rank > 0:
-            dist.barrier()
-        made = make()
-        if self.rank == 0 and self.world > 1:
-            dist.barrier()
-        return made
+        """make() in process 0, then in the others, which find what it wrote. If it fails in process 0,
+        which says why, the others end too."""
+        if self.world == 1:
+            return make()
+        failed = None
+        try:
+            made = make() if self.rank == 0 else None
+        except Exception as error:
+            failed = error
+        if self.maximum(failed is not None):
+            if failed:
+                raise failed
+            sys.exit(2)
+        return made if self.rank == 0 else make()
+
+    @contextmanager
+    def lock(self, folder):
+        """Keep other programs from writing a folder; process 0 holds the lock for all."""
+        held = lock(folder)
+        self.first_then_all(lambda: self.rank == 0 and held.__enter__())
+        try:
+            yield
+        finally:
+            if self.rank == 0:
+                held.__exit__(None, None, None)
 
     def mean(self, value):
         return self.reduce(value, dist.ReduceOp.SUM) / self.world
@@ -93,128 +102,131 @@ class Processes:
         if self.world > 1:
             dist.destroy_process_group()
 
+# ---- the folder ----
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+    step: int = 0
+    best: float | None = None       # validation loss of the best model so far, in nats per token
+    evaluated: int | None = None    # the step that was evaluated last
+    seconds: float = 0.0            # of training, before it was continued
+    log: str = ""                   # all of log.jsonl
+    machine: str = ""               # what it was begun on
+
+SAVED = {"info": checkpoint.INFO, "settings": [str],
+         "progress": {field.name: field.type for field in fields(Progress)}}
+
+@dataclass
+class Saved:
+    """What train.safetensors holds."""
+    model: torch.nn.Module
+    tokenizer: object
+    moments: dict                   # the optimizer's tensors
+    settings: list                  # as flags of train.py
+    progress: Progress
+    info: dict
+
+def read_state(folder):
+    """→ the Saved run of a folder. Raises ValueError if there is none, or it is damaged."""
+    file = Path(folder) / STATE
+    if not file.is_file():
+        raise ValueError(f"{folder}: holds no run to --resume; name one by --out_dir")
+    model, tokenizer, moments, known = checkpoint.read_training(file, SAVED)
+    return Saved(model, tokenizer, moments, known["settings"], Progress(**known["progress"]), known["info"])
+
+def restore_optimizer(optimizer, moments, file):
+    """Give a new optimizer its saved tensors. Raises ValueError if they are not of its shapes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    expected, state = {}, {}
+    for i, p in enumerate(params):
+        like = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+        expected |= {f"{i}.{name}": t for name, t in like.items()}
+    try:
+        checkpoint.check_tensors(moments, expected if moments else {})      # none before step 1
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); start a new run") from None
+    for name, t in moments.items():
+        i, _, name = name.partition(".")
+        state.setdefault(int(i), {})[name] = t
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+def refuse_taken(folder, overwrite):
+    """Raises ValueError if something is in the way of a new run, and is not to be set aside."""
+    folder = Path(folder)
+    refuse_unwritable(folder / STATE)
+    if folder.is_dir() and os.listdir(folder) and not overwrite:
+        raise ValueError(f"{folder} already holds a run, or other files: --resume continues it, --overwrite "
+                         "sets it aside, --out_dir=FOLDER leaves it alone")
+
+def set_aside(folder):
+    """Rename what is in the way of a new run, if anything is."""
+    folder, n = Path(folder), 1
+    if not folder.is_dir() or not os.listdir(folder):
+        return
+    old = folder.with_name(f"{folder.name}.old")
+    while os.path.lexists(old):
+        n += 1
+        old = folder.with_name(f"{folder.name}.old{n}")
+    os.rename(folder, old)
+    print(f"{folder} is now {old}", flush=True)
+
 class Run:
-    """The folder of a run; only process 0 writes. saved: its state, if it goes on."""
+    """A run's folder, which process 0 writes, and its progress."""
 
-    def __init__(self, folder, resume, overwrite):
-        self.folder, self.saved, self.overwrite = Path(folder), None, overwrite
-        self.step, self.best, self.seconds, self.evaluated = 0, math.inf, 0.0, None
-        self.log, self.former = "", []
-        self.signal, self.begun = None, time.perf_counter()
-        refuse_unwritable(self.folder / STATE)
-        if resume:
-            self.restore(self.folder / STATE)
-        else:
-            self.find_former()
+    def __init__(self, folder, processes, settings, progress):
+        self.folder, self.processes, self.settings = Path(folder), processes, settings
+        self.progress, self.begun, self.signal = progress, time.perf_counter(), None
 
-    def restore(self, file):
-        if not file.is_file():
-            raise ValueError(f"{self.folder}: holds no run to --resume; name one by --out_dir")
-        self.read = stamp(file)
-        self.restored_model, self.tokenizer, self.moments, self.saved = checkpoint.read_training(file, SAVED)
-        progress, settings = self.saved["progress"], self.saved["settings"]
-        check_settings(settings, file)
-        if not 0 <= progress["step"] <= settings["max_iters"]:
-            raise ValueError(f"{file}: damaged (step {progress['step']}); start a new run")
-        for name in ("step", "seconds", "evaluated", "log"):
-            setattr(self, name, progress[name])
-        self.best = math.inf if progress["best"] is None else progress["best"]
-
-    def restore_optimizer(self, optimizer):
-        """Give a new optimizer its restored state. Raises ValueError if it is not of its shapes."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        found, state, like = self.moments, {}, {"step": torch.zeros(())}
-        expected = {f"{i}.{name}": t for i, p in enumerate(params)
-                    for name, t in (like | {"exp_avg": p, "exp_avg_sq": p}).items()}
-        try:
-            checkpoint.check_tensors(found, expected if found else {})      # empty before step 1
-        except ValueError as error:
-            raise ValueError(f"{self.folder / STATE}: damaged ({error}); start a new run") from None
-        for name, t in found.items():
-            i, _, name = name.partition(".")
-            state.setdefault(int(i), {})[name] = t
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    def find_former(self):
-        """Note what a former run left. Raises ValueError if it is not to be replaced."""
-        files = checkpoint.FILES
-        names = [*files, STATE, "log.jsonl", *(f"steps/*/{name}" for name in files)]
-        self.former = [path for name in names for path in self.folder.glob(name)]
-        if self.former and not self.overwrite:
-            raise ValueError(f"{self.folder} already holds a run or a model: --resume goes on with "
-                             "it, --overwrite replaces it, --out_dir=FOLDER leaves it alone")
-
-    def begin(self, processes, model, data, optimizer, settings):
-        """From now on write, and note Ctrl-C and kill."""
-        self.processes, self.begun = processes, time.perf_counter()
-        self.model, self.data, self.optimizer, self.settings = model, data, optimizer, settings
-        if not self.saved and processes.rank == 0:
-            self.find_former()                          # once more, as the folder is locked now
-        if self.saved and stamp(self.folder / STATE) != self.read:
-            raise ValueError(f"{self.folder}: the run went on meanwhile, in another program; "
-                             "--resume again")
-        before = self.saved and self.saved["progress"]["machine"]
-        if before and before != processes.machine():
-            processes.say(f"begun with {before}; now {processes.machine()}: the result will not be "
-                          "the same to the last bit")
+    def begin(self, model, data, optimizer):
+        """From now on note Ctrl-C and kill."""
+        self.model, self.data, self.optimizer = model, data, optimizer
+        before, now = self.progress.machine, self.processes.machine()
+        if before and before != now:
+            self.processes.say(f"begun with {before}; now {now}: the result will not be the same to the "
+                               "last bit")
+        self.progress.machine = now
+        if self.processes.rank == 0:
+            for folder in (self.folder, *self.folder.glob("steps/*")):
+                clean(folder, [*checkpoint.FILES, STATE, LOG])
 
         def stop(signum, _):
             self.signal = signum
             signal.signal(signum, signal.SIG_DFL)       # a second one stops at once
 
-        for folder in (self.folder, *self.folder.glob("steps/*")) if processes.rank == 0 else ():
-            clean(folder, [*checkpoint.FILES, STATE, "log.jsonl"])
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
 
-    def replace_former(self):
-        """Put this run in the place of a former one: first its state, then the former goes."""
-        former, self.former = self.former, []
-        if former and self.processes.rank == 0:
-            self.save_last()
-            former.sort(key=lambda path: path.name != checkpoint.CONFIG)        # which makes it a model
-            for path in former:
-                if path.name != STATE:
-                    path.unlink(missing_ok=True)
-            self.write_log()
-
     def elapsed(self):
-        """Seconds of training, those before a resume included."""
-        return self.seconds + time.perf_counter() - self.begun
+        """Seconds of training, those before it was continued included."""
+        return self.progress.seconds + time.perf_counter() - self.begun
 
     def record(self, **line):
         """Add a line to the log."""
-        self.log += json.dumps(line) + "\n"
-        if self.processes.rank == 0 and not self.former:
-            self.write_log()
-
-    def write_log(self):
-        write_file(self.folder / "log.jsonl", self.log.encode())
+        self.progress.log += json.dumps({"step": self.progress.step, **line}) + "\n"
+        if self.processes.rank == 0:
+            write_file(self.folder / LOG, self.progress.log.encode())
 
     def info(self, loss=None, bpb=None):
         """What is known of the model by now."""
-        return {"step": self.step, "val_loss": loss, "val_bpb": bpb, "data": str(self.data.folder),
-                "data_digest": self.data.digest, "seconds": self.elapsed()}
+        return {"step": self.progress.step, "val_loss": loss, "val_bpb": bpb,
+                "data": str(self.data.folder), "data_digest": self.data.digest,
+                "seconds": self.elapsed()}
 
-    def save(self, loss=None, bpb=None, name=""):
+    def save_model(self, loss=None, bpb=None, name=""):
         """Write the model for others to load, into the folder `name` of this one."""
-        self.replace_former()
         if self.processes.rank == 0:
             checkpoint.save(self.folder / name, self.model, self.data.tokenizer, self.info(loss, bpb))
 
-    def save_last(self):
-        """Write the state from which the run can go on."""
-        self.replace_former()
-        if self.processes.rank > 0:
-            return
-        progress = {"step": self.step, "best": self.best if self.best < math.inf else None,
-                    "seconds": self.elapsed(), "evaluated": self.evaluated, "log": self.log,
-                    "machine": self.processes.machine()}
-        info = self.info()
-        info["data"] = checkpoint.relative(info["data"], self.folder)
-        checkpoint.save_training(self.folder / STATE, self.model, self.data.tokenizer, self.optimizer,
-                                 info=info, settings=self.settings, progress=progress)
+    def save_state(self):
+        """Write what the run can be continued from."""
+        if self.processes.rank == 0:
+            info = self.info()
+            info["data"] = checkpoint.relative(info["data"], self.folder)
+            progress = {**asdict(self.progress), "seconds": self.elapsed()}
+            checkpoint.save_training(self.folder / STATE, self.model, self.data.tokenizer, self.optimizer,
+                                     info=info, settings=self.settings, progress=progress)
 
     def finish(self, whole):
         """Say where the best model is; whole: note in it its loss on all of the validation text."""
@@ -231,61 +243,19 @@ class Run:
         """Save and say so if any process was sent a signal. → the exit status then, else 0."""
         sent = int(self.processes.maximum(self.signal or 0))
         if sent:
-            self.save_last()
-            self.processes.say(f"stopped at step {self.step} and saved; go on with: "
+            self.save_state()
+            self.processes.say(f"stopped at step {self.progress.step} and saved; continue with: "
                                f"python train.py --resume --out_dir={shlex.quote(str(self.folder))}")
         return 128 + sent if sent else 0
 
     def refuse_nan(self, loss):
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {self.step}; {self.folder} keeps its "
-                             "last good checkpoint. Try a lower --learning_rate, or --grad_clip=1")
+            kept = f"{self.folder} keeps its last good checkpoint" if (self.folder / STATE).exists() else (
+                "nothing was saved yet")
+            raise ValueError(f"the loss is {loss} at step {self.progress.step}; {kept}. Try a lower "
+                             "--learning_rate, or --grad_clip=1")
 
-def refuse_too_large(args, config):
-    """Raises ValueError if what training needs at the very least is more than there is."""
-    if args.device.type == "cpu":
-        sequences = args.batch_size // args.gradient_accumulation_steps
-        logits = sequences * config.block_size * config.vocab_size
-        refuse_too_much(16 * predict(config, 1).params, "training a model of this shape")
-        refuse_too_much(8 * logits, f"--batch_size={args.batch_size}")
-        anchors = len(config.spans) if args.dtype == "float32" else config.n_layer     # that form P
-        P = anchors * sequences * config.n_head * config.block_size**2
-        refuse_too_much(8 * P, f"--block_size={config.block_size}: attention weights of this size")
-
-def number_format(model, dtype):
-    """Make a model ready to train in "float32" or "bfloat16" → the context to run it in."""
-    device = next(model.parameters()).device.type
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")      # TF32, where the card has it
-    model.fuse = dtype == "float32" or device != "cpu"  # a CPU's fused bfloat16 kernel is slow
-    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-
-def compiled(model, idx, targets, autocast):
-    """→ the model compiled, by a first step on a batch, and the seconds which that took. Raises
-    ValueError if torch.compile lacks what it needs."""
-    warnings.filterwarnings("ignore", message=".*code generation for complex operators")
-    forward, begun = torch.compile(model), time.perf_counter()
-    try:
-        with autocast:
-            forward(idx, targets)[1].backward()
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:80]
-        raise ValueError("--compile: torch.compile needs a C++ compiler, such as g++, and Python's "
-                         f"headers; install them, or drop the flag ({why})") from None
-    model.zero_grad(set_to_none=True)
-    return forward, time.perf_counter() - begun
-
-def keep_memory():
-    """Ask glibc to keep freed memory. It returns large blocks to Linux and gets them anew in every
-    step otherwise, which costs a fifth of the time on a CPU."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD: up to 32 MB from the heap
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: which is kept
-
-def stamp(file):
-    """What tells a file from another of its name."""
-    status = os.stat(file)
-    return status.st_ino, status.st_mtime_ns, status.st_size
+# ---- speed ----
 
 class Meter:
     """Losses and tokens between two log lines."""
@@ -297,12 +267,12 @@ class Meter:
     def restart(self):
         self.losses, self.tokens, self.marked = [], 0, time.perf_counter()
 
-    def pause(self, work, *args, **more):
-        """work(*args, **more), whose time does not count as training."""
+    @contextmanager
+    def paused(self):
+        """Within it, time does not count as training."""
         started = time.perf_counter()
-        result = work(*args, **more)
+        yield
         self.marked += time.perf_counter() - started
-        return result
 
     def add(self, loss, tokens):
         self.losses.append(loss)
@@ -310,12 +280,13 @@ class Meter:
 
     def log(self, run):
         """Print and log the mean loss and the speed since the last log line."""
-        now, loss = time.perf_counter(), sum(self.losses) / len(self.losses)
-        loss, speed = run.processes.mean(loss), self.tokens / (now - self.marked)
-        left = (now - self.begun) / (run.step - self.first) * (self.last - run.step)
-        run.processes.say(f"step {run.step:5d}/{self.last}  loss {loss:.4f}  "
+        now, step = time.perf_counter(), run.progress.step
+        loss = run.processes.mean(sum(self.losses) / len(self.losses))
+        speed = self.tokens / (now - self.marked)
+        left = (now - self.begun) / (step - self.first) * (self.last - step)
+        run.processes.say(f"step {step:5d}/{self.last}  loss {loss:.4f}  "
                           f"{speed:,.0f} tokens/s  {clock(left)} left")
-        run.record(step=run.step, loss=loss, tokens_per_s=round(speed))
+        run.record(loss=loss, tokens_per_s=round(speed))
         run.refuse_nan(loss)
         self.restart()
 

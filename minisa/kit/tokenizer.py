@@ -7,13 +7,13 @@ from one word into the next; so it is enough to count each different word once.
 """
 
 import codecs
+import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 
 import regex  # comes with tiktoken
 import tiktoken
-
-from minisa.kit.files import check
 
 BYTES = [bytes([b]) for b in range(256)]
 # In the files of others a token is text, in GPT-2's alphabet: the visible characters of Latin-1 stand for
@@ -36,6 +36,23 @@ PATTERNS = {
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
 }
 
+def count_words(text):
+    """→ the different words of a text, the most frequent first: a string of one character per token,
+    and how often it occurs. Longer words than LONGEST are cut; more than LETTERS do not count."""
+    counts = Counter(word[i:i + LONGEST] for word in regex.findall(PATTERN, text)
+                     for i in range(0, len(word), LONGEST))
+    words, letters = [], 0
+    for word, n in counts.most_common():
+        letters += len(word)
+        if letters > LETTERS:
+            break
+        words.append((word.encode().decode("latin-1"), n))
+    return words
+
+def neighbours(ids):
+    """A string → its pairs of neighbours, strings of two."""
+    return map("".join, zip(ids, ids[1:]))
+
 def learn(text, vocab_size):
     """Learn BPE on text → the tokens as bytes, in order of their ids: 256 bytes, then one a merge.
 
@@ -45,33 +62,27 @@ def learn(text, vocab_size):
     """
     if vocab_size < 256:
         raise ValueError(f"--vocab_size={vocab_size}: must be at least 256, a token for each byte")
-    tokens, known, letters = list(BYTES), set(BYTES), 0
-    counts = Counter(word[i:i + LONGEST] for word in regex.findall(PATTERN, text)
-                     for i in range(0, len(word), LONGEST))
-    words, pairs, where = [], Counter(), defaultdict(set)   # how often a pair occurs, and where
-    for word, n in counts.most_common():
-        letters += len(word)
-        if letters > LETTERS:
-            break
-        ids = word.encode().decode("latin-1")               # a string of one character per token
-        for pair in map("".join, zip(ids, ids[1:])):
+    words = count_words(text)
+    pairs, where = Counter(), defaultdict(set)              # how often a pair occurs, and where
+    for w, (ids, n) in enumerate(words):
+        for pair in neighbours(ids):
             pairs[pair] += n
-            where[pair].add(len(words))
-        words.append((ids, n))
+            where[pair].add(w)
+    tokens, known = list(BYTES), set(BYTES)
     while len(tokens) < vocab_size:
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)   # ties: any rule
         if best is None or pairs[best] < 1:
             break
         merged, new = tokens[ord(best[0])] + tokens[ord(best[1])], chr(len(tokens))
-        if merged in known:                          # the same bytes by another way: tiktoken would
-            del pairs[best]                             # take the token that is there
+        if merged in known:                                 # the same bytes by another way: tiktoken
+            del pairs[best]                                 # would take the token that is there
             continue
         for w in where.pop(best):
             ids, n = words[w]
-            for pair in map("".join, zip(ids, ids[1:])):
+            for pair in neighbours(ids):
                 pairs[pair] -= n
             ids = ids.replace(best, new)
-            for pair in map("".join, zip(ids, ids[1:])):
+            for pair in neighbours(ids):
                 pairs[pair] += n
                 where[pair].add(w)
             words[w] = ids, n
@@ -80,60 +91,43 @@ def learn(text, vocab_size):
     return tokens
 
 class Tokenizer:
-    """encode, decode and stream over a tiktoken.Encoding."""
+    """Byte-level BPE. encode, decode and stream, run by tiktoken.
 
-    def __init__(self, encoding, description):
-        self.encoding, self.description = encoding, description
-        self.vocab_size = len(description.get("tokens", [])) or encoding.n_vocab
+    tokens: a list of bytes, each at its id. special: the ids that stand for no text, such as the end
+    of a turn, and are never made from text. words: which of PATTERNS cuts the text.
 
-    @classmethod
-    def from_tokens(cls, tokens, special=(), words="minisa"):
-        """tokens: a list of bytes, each at its id. special: the ids that stand for no text, such as
-        the end of a turn, and are never made from text. words: which of PATTERNS cuts the text.
+    A pretrained model may have no token for a byte that its training text lacked; encode() leaves it
+    out, as Hugging Face's tokenizers do.
+    """
 
-        A pretrained model may have no token for a byte that its training text lacked; encode()
-        leaves it out, as Hugging Face's tokenizers do.
-        """
-        special = set(special)
-        names = {tokens[i].decode(): i for i in special}
-        ranks = {token: i for i, token in enumerate(tokens) if i not in special}
+    def __init__(self, tokens, special=(), words="minisa"):
+        self.tokens, self.special, self.words = tokens, sorted(special), words
+        self.vocab_size = len(tokens)
+        plain = {i: token for i, token in enumerate(tokens) if i not in set(special)}
+        ranks = {token: i for i, token in plain.items()}
         for byte in BYTES:
             ranks.setdefault(byte, len(tokens) + byte[0])   # past the vocabulary: encode() drops it
-        encoding = tiktoken.Encoding("minisa", pat_str=PATTERNS[words], mergeable_ranks=ranks,
-                                     special_tokens=names)
-        description = {"kind": "bpe", "tokens": [token.hex() for token in tokens]}
-        if special or words != "minisa":
-            description |= {"special": sorted(special), "words": words}
-        return cls(encoding, description)
+        self.encoding = tiktoken.Encoding(
+            "minisa", pat_str=PATTERNS[words], mergeable_ranks=ranks,
+            special_tokens={tokens[i].decode(): i for i in special})
 
     @classmethod
     def gpt2(cls):
         """GPT-2's 50,257 tokens, which tiktoken downloads once. Raises ValueError if it cannot."""
         try:
             encoding = tiktoken.get_encoding("gpt2")
-            tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-            return cls.from_tokens(tokens, [encoding.eot_token], "gpt-2")
         except Exception as error:                   # requests' errors, tiktoken's for a wrong hash
-            kind = type(error).__name__
-            raise ValueError(f"--tokenizer=gpt2: tiktoken could not download it ({kind}); "
-                             "go online once, or use --tokenizer=bpe, which needs no "
-                             "download") from None
+            raise ValueError(f"--tokenizer=gpt2: tiktoken could not download it "
+                             f"({type(error).__name__}); go online once, or use --tokenizer=bpe, "
+                             "which needs no download") from None
+        tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+        return cls(tokens, [encoding.eot_token], "gpt-2")
 
-    @classmethod
-    def load(cls, description):
-        """The inverse of .description, a dict for JSON. Raises ValueError if it is none."""
-        check(description, dict, "its tokenizer")
-        whole = {"special": [], "words": "minisa", **description}
-        shape = {"kind": str, "tokens": [str], "special": [int], "words": str}
-        check(whole, shape, "its tokenizer")
-        tokens, special = whole["tokens"], whole["special"]
-        known = whole["kind"] == "bpe" and whole["words"] in PATTERNS
-        hexadecimal = all(re.fullmatch("([0-9a-f]{2})+", token) for token in tokens)
-        twice = len(set(tokens)) < len(tokens)
-        if not known or not hexadecimal or twice or not set(special) <= {*range(len(tokens))}:
-            raise ValueError("its tokenizer is of an unknown kind, or damaged")
-        tokens = [bytes.fromhex(token) for token in tokens]
-        return cls.from_tokens(tokens, special, whole["words"])
+    @property
+    def identity(self):
+        """A hash of all that makes this tokenizer."""
+        parts = [[token.hex() for token in self.tokens], self.special, self.words]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def encode(self, text):
         """str or bytes → list of token ids. Bytes need not be UTF-8."""
@@ -178,72 +172,84 @@ def cutters(words):
 
 def to_json(tokenizer):
     """A Tokenizer → the content of a tokenizer.json that gives the same ids."""
-    described = tokenizer.description
-    tokens = [bytes.fromhex(token) for token in described["tokens"]]
-    special = described.get("special", [])
-    text = [token.decode() if i in special else "".join(LETTER[b] for b in token)
-            for i, token in enumerate(tokens)]
-    plain = {token for i, token in enumerate(tokens) if i not in special}
-    merges = []                                     # tiktoken joins any two tokens that make a third
-    for i, token in enumerate(tokens):
+    special = set(tokenizer.special)
+    names = [token.decode() if i in special else visible(token)
+             for i, token in enumerate(tokenizer.tokens)]
+    plain = {token for i, token in enumerate(tokenizer.tokens) if i not in special}
+    merges = []
+    for i, token in enumerate(tokenizer.tokens):
         if i not in special:
-            cuts = ((token[:n], token[n:]) for n in range(1, len(token)))
-            merges += [["".join(LETTER[b] for b in part) for part in cut]
-                       for cut in cuts if plain.issuperset(cut)]
-    added = [{"id": i, "content": text[i], "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for i in special]
-    pre = cutters(described.get("words", "minisa"))
+            merges += merges_of(token, plain)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre},
-        "post_processor": None, "decoder": BYTE_LEVEL,
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": names[i], **flags} for i in tokenizer.special],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cutters(tokenizer.words)},
+        "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": True, "vocab": {token: i for i, token in enumerate(text)},
+                  "ignore_merges": True, "vocab": {name: i for i, name in enumerate(names)},
                   "merges": merges}}
+
+def visible(token):
+    """bytes → text in GPT-2's alphabet."""
+    return "".join(LETTER[byte] for byte in token)
+
+def merges_of(token, tokens):
+    """The pairs of tokens that make a token: tiktoken joins any two that do."""
+    cuts = [(token[:n], token[n:]) for n in range(1, len(token))]
+    return [[visible(left), visible(right)] for left, right in cuts if left in tokens and right in tokens]
 
 def from_json(content, vocab_size=None):
     """The content of a tokenizer.json → the Tokenizer. vocab_size: how many tokens the model has, if
     more than the tokenizer. Raises ValueError if it is not a byte-level BPE that tiktoken can run."""
-    model, pre = content.get("model", {}), content.get("pre_tokenizer") or {}
+    model, added = content["model"], content.get("added_tokens", [])
+    words = kind_of(content)
+    refuse_merges(model, {token["content"] for token in added})
+    special = {token["id"]: token["content"] for token in added}
+    names = {i: name for name, i in model["vocab"].items()} | special
+    if sorted(names) != [*range(len(names))]:
+        raise ValueError("its tokens' ids are not 0, 1, 2, and so on")
+    tokens = [names[i].encode() if i in special else bytes(BYTE[letter] for letter in names[i])
+              for i in range(len(names))]
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("its tokenizer has a token twice")
+    unused = range(len(tokens), vocab_size or len(tokens))      # rows that no token has
+    tokens += [f"<unused {i}>".encode() for i in unused]
+    return Tokenizer(tokens, [*special, *unused], words)
+
+def kind_of(content):
+    """→ which of PATTERNS cuts the text. Raises ValueError unless it is one, of a byte-level BPE."""
+    model, pre = content["model"], content.get("pre_tokenizer") or {}
     odd = "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"
     if model.get("type") != "BPE" or any(map(model.get, odd)) or content.get("normalizer"):
         raise ValueError(f"its tokenizer is of the kind {model.get('type')}; supported is byte-level BPE")
-    found = pre.get("pretokenizers", [pre])
-    known = next((words for words in PATTERNS if same_cut(found, cutters(words))), None)
-    if not known:
-        raise ValueError("its tokenizer cuts text in a way that is not known; supported are those of GPT-2, "
-                         "SmolLM2 and Llama 3")
-    ids = {name: i for name, i in model["vocab"].items()}
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     if not all(token.get("special") for token in content.get("added_tokens", [])):
         raise ValueError("its tokenizer has added tokens that stand for text; supported are special ones")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merged = [ids.get("".join(pair), -1) for pair in pairs]
-    if merged != sorted(merged):
-        raise ValueError("its tokens' ids do not rise in the order of its merges, as tiktoken needs")
-    made = {"".join(pair) for pair in pairs} | added.keys()
-    if not model.get("ignore_merges") and any(len(name) > 1 and name not in made for name in ids):
-        raise ValueError("its tokenizer has tokens that no merge makes")
-    names = {i: name for name, i in (ids | added).items()}
-    if sorted(names) != [*range(len(names))]:
-        raise ValueError("its tokens' ids are not 0, 1, 2, and so on")
-    special = set(added.values())
-    tokens = [names[i].encode() if i in special else bytes(BYTE[c] for c in names[i])
-              for i in range(len(names))]
-    unused = range(len(tokens), vocab_size or len(tokens))      # rows that no token has
-    return Tokenizer.from_tokens([*tokens, *(f"<unused {i}>".encode() for i in unused)],
-                                 [*special, *unused], known)
+    found = [essence(part) for part in pre.get("pretokenizers", [pre])]
+    for words in PATTERNS:
+        if found == [essence(part) for part in cutters(words)]:
+            return words
+    raise ValueError("its tokenizer cuts text in a way that is not known; supported are those of GPT-2, "
+                     "SmolLM2 and Llama 3")
 
-def same_cut(found, ours):
-    """Do two lists of pre-tokenizers cut text alike?"""
-    def what(part):
-        kind = part.get("type")
-        if kind == "ByteLevel":
-            return kind, part.get("add_prefix_space", True), part.get("use_regex", True)
-        if kind == "Digits":
-            return kind, part.get("individual_digits", False)
-        if kind == "Split":
-            return kind, part.get("pattern"), part.get("behavior"), part.get("invert", False)
-        return part
-    return list(map(what, found)) == list(map(what, ours))
+def refuse_merges(model, added):
+    """Raises ValueError unless tiktoken, which has no merges but joins what makes the token of the
+    least id, gives the same. added: the names of special tokens."""
+    ids = model["vocab"]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = ["".join(pair) for pair in pairs]
+    found = [ids.get(name, -1) for name in merged]
+    if found != sorted(found):
+        raise ValueError("its tokens' ids do not rise in the order of its merges, as tiktoken needs")
+    unmade = {name for name in ids if len(name) > 1} - set(merged) - added
+    if unmade and not model.get("ignore_merges"):
+        raise ValueError("its tokenizer has tokens that no merge makes")
+
+def essence(part):
+    """What a pre-tokenizer does, with its defaults filled in."""
+    kind = part.get("type")
+    defaults = {"ByteLevel": {"add_prefix_space": True, "use_regex": True},
+                "Digits": {"individual_digits": False},
+                "Split": {"pattern": None, "behavior": None, "invert": False}}.get(kind, part)
+    return kind, {name: part.get(name, default) for name, default in defaults.items()}

@@ -32,10 +32,9 @@ from minisa.cost import predict
 from minisa.kit import checkpoint, pretrained
 from minisa.kit.cli import Parser, command, count, device, picture, table
 from minisa.kit.files import write_csv
+from minisa.kit.machine import choose_dtype, keep_memory, number_format
 from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table
-from minisa.kit.run import keep_memory, number_format
-from minisa.kit.settings import choose_dtype
 from minisa.kit.timing import LARGE, in_cache, reader, timed
 from minisa.lab import plot
 from minisa.lab.scan import mean_loss

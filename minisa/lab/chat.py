@@ -14,7 +14,6 @@ A conversation is one growing list of tokens, in the format that the model was t
 Each turn, the store gives the cache of what was read before, and the model reads the rest.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -41,7 +40,7 @@ SHAPE = {"tokenizer": str, "tokens": [int], "turns": [int]}     # of chat.json
 
 def special(tokenizer):
     """The ids of <|im_start|> and <|im_end|>. Raises ValueError if the tokenizer has none."""
-    ids = {tokenizer.decode([i]): i for i in tokenizer.description.get("special", [])}
+    ids = {tokenizer.decode([i]): i for i in tokenizer.special}
     if "<|im_start|>" not in ids or "<|im_end|>" not in ids:
         raise ValueError("this model has no chat format with <|im_start|> and <|im_end|>; take smollm2")
     return ids["<|im_start|>"], ids["<|im_end|>"]
@@ -74,7 +73,7 @@ class Chat:
         self.name, self.model, self.tokenizer, self.store, self.args = name, model, tokenizer, store, args
         self.start, self.stop = special(tokenizer)
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
-        self.identity = hashlib.sha256(json.dumps(tokenizer.description).encode()).hexdigest()
+        self.identity = tokenizer.identity
         self.file = store.disk and store.disk.folder / "chat.json"
         self.reset()
         if self.file and os.path.lexists(self.file):

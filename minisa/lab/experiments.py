@@ -30,9 +30,9 @@ from minisa.cost import predict
 from minisa.kit import checkpoint
 from minisa.kit.cli import Parser, command, count
 from minisa.kit.files import lock, read_file, write_csv
+from minisa.kit.machine import choose_dtype
 from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table
-from minisa.kit.settings import CPU, choose_dtype
 from minisa.lab import plot, tables
 from minisa.lab.tables import ASSETS, RESULTS, ROOT, SETTINGS, TABLES, at_best, best, check_pages, losses
 
@@ -40,6 +40,7 @@ SEEDS = 1, 2, 3
 RATES = 1e-3, 2e-3, 3e-3, 4e-3
 WARMUPS = 500, 1000             # the first one while learning rates are swept
 STEPS = 2000
+CPU = 6000, 2.5e-3, 1000        # steps, learning rate, warm-up of train.py's preset
 MEASURED = ["val_loss", "val_bpb", "minutes", "parameters", "cache B/token", "FLOPs/token", "dtype",
             "torch", "machine"]
 COLUMNS = SETTINGS + MEASURED
@@ -114,8 +115,7 @@ def plan_sweep(rows, modes):
 
 def plan_preset(rows, modes):
     """The CPU preset as it is, with each seed."""
-    settings = CPU["max_iters"], CPU["learning_rate"], CPU["warmup_iters"]
-    return missing(rows, [(mode, *settings, seed) for seed in SEEDS for mode in modes])
+    return missing(rows, [(mode, *CPU, seed) for seed in SEEDS for mode in modes])
 
 def plan_fair(rows, modes):
     """Modes at their best settings of the study `sharing`; but as long as full attention took, or wider."""

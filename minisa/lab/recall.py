@@ -22,8 +22,8 @@ from minisa.kit.checkpoint import load, reconfigure
 from minisa.kit.cli import Parser, at_least, command, count, device, table
 from minisa.kit.data import data_of
 from minisa.kit.files import write_csv
+from minisa.kit.machine import keep_memory
 from minisa.kit.results import print_table
-from minisa.kit.run import keep_memory
 from minisa.lab.tables import share_of
 
 FACT, QUESTION = "\n\nThe secret number is {}.\n\n", "\n\nThe secret number is"

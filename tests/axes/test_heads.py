@@ -244,6 +244,6 @@ def test_wrong_use_gets_one_line_and_status_2(run, trained):
             ("sa", "--out=x"): "shares 0-2 already",
             ("sa", "--heads=match", "--out=x"): "only --heads=mix is possible",
             ("sa", "--heads=mix", "--refit", "--out=x"): "only --heads=mix is possible",
-            ("full", "--share=0-2", "--out=sa"): "holds a model already"}.items():
+            ("full", "--share=0-2", "--out=sa"): "is there already"}.items():
         status, _, err = run(heads.main, *flags)
         assert status == 2 and err.count("\n") == 1 and reason in err, (flags, err)

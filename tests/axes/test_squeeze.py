@@ -306,7 +306,7 @@ def test_loss_is_that_of_the_tokens_after_the_prompt():
     assert loss_after(model, windows, 30, wide) == pytest.approx(expected, abs=1e-3)
     assert loss_after(model, windows, 30, narrow) != pytest.approx(expected, abs=1e-3)
 
-BYTES = Tokenizer.from_tokens([bytes([b]) for b in range(256)])
+BYTES = Tokenizer([bytes([b]) for b in range(256)])
 
 @pytest.fixture
 def data(text, tmp_path):

@@ -14,7 +14,7 @@ import minisa
 import sample
 import train
 from minisa.cost import measure, predict
-from minisa.kit.run import compiled, number_format
+from minisa.kit.machine import compiled, number_format
 from minisa.model import GPT, GPTConfig, KVCache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]

@@ -7,17 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import safetensors.torch
 import torch
 
 import sample
 import train
-from minisa.kit import checkpoint, settings
-from minisa.kit.run import SAVED, STATE, Run
+from minisa.kit import checkpoint
+from minisa.kit.files import lock
+from minisa.kit.run import LOG, STATE, read_state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
@@ -28,19 +29,16 @@ def log(folder, key):
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
 
-def state_of(folder):
-    return checkpoint.read_training(Path(folder) / STATE, SAVED)
-
 def weights(folder):
     """Those of the last step."""
-    return state_of(folder)[0].state_dict()
+    return read_state(folder).model.state_dict()
 
 def best(folder):
     """Those that others load."""
     return checkpoint.load(folder)[0].state_dict()
 
 def stored_step(folder="."):
-    return state_of(Path(folder) / "out/full")[3]["progress"]["step"]
+    return read_state(Path(folder) / "out/full").progress.step
 
 def same(a, b, tolerance=0.0):
     return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
@@ -222,7 +220,7 @@ WRONG = {
 def test_a_wrong_flag_gets_one_line_and_status_2_and_leaves_no_run(run, text, flag):
     status, _, err = run(train.main, *TINY, f"--text={text}", flag)
     assert status == 2 and WRONG[flag] in err and err.count("\n") == 1
-    assert not Path("out").exists()
+    assert not [path for path in Path("out").glob("*") if path.suffix != ".lock"]
 
 def test_a_run_is_not_overwritten_unless_told(run, text):
     flags = [*TINY, f"--text={text}"]
@@ -231,10 +229,12 @@ def test_a_run_is_not_overwritten_unless_told(run, text):
     status, _, err = run(train.main, *flags, "--seed=2")
     assert status == 2 and "out/full already holds a run" in err and "--overwrite" in err
     assert same(before, weights("out/full"))
-    status, _, err = run(train.main, *flags, "--overwrite", "--share=9-9")
-    assert status == 2 and same(before, weights("out/full"))
-    status, _, _ = run(train.main, *flags, "--overwrite", "--seed=2")
-    assert status == 0 and not same(before, weights("out/full"))
+    status, _, err = run(train.main, *flags, "--overwrite", "--share=9-9", "--out_dir=out/full")
+    assert status == 2 and same(before, weights("out/full")) and not Path("out/full.old").exists()
+    for n, old in enumerate(("out/full.old", "out/full.old2")):
+        status, out, _ = run(train.main, *flags, "--overwrite", f"--seed={n + 2}")
+        assert status == 0 and f"out/full is now {old}" in out
+    assert same(before, weights("out/full.old")) and not same(before, weights("out/full.old2"))
 
 def test_a_damaged_checkpoint_and_a_changed_text_are_not_resumed(run, text, tmp_path):
     mine = tmp_path / "mine.txt"
@@ -282,8 +282,9 @@ def test_models_of_single_steps_are_kept_and_an_untrained_one_can_be_saved(run, 
 
 def test_help_names_every_flag_with_its_default(run):
     status, out, _ = run(train.main, "--help")
-    assert status == 0 and all(f"--{name} " in out for name, *_ in settings.FLAGS)
-    assert len(re.findall(r"\(default\s", out)) == len(settings.FLAGS) + 3
+    names = [field.name for field in fields(train.Settings)]
+    assert status == 0 and all(f"--{name} " in out for name in names)
+    assert len(re.findall(r"\(default\s", out)) == len(names)
 
 @pytest.mark.parametrize("flags, share", [([], "1-3"), (["--share="], ""), (["--share=2-3"], "2-3")])
 def test_a_preset_sets_what_was_not_given(run, text, flags, share):
@@ -299,30 +300,37 @@ def test_to_compile_without_a_compiler_is_refused_in_one_line(run, text, monkeyp
     torch._dynamo.reset()
     status, _, err = run(train.main, *TINY, f"--text={text}", "--compile")
     assert status == 2 and "--compile: torch.compile needs a C++ compiler" in err and err.count("\n") == 1
-    assert not Path("out").exists()
+    assert not [path for path in Path("out").glob("*") if path.suffix != ".lock"]
 
 # ---- nothing lost, nothing believed ----
 
 def contents(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
-@pytest.mark.parametrize("flags", [["--learning_rate=1e18", "--grad_clip=0"], ["--batch_size=4000000"]],
-                         ids=str)
-def test_a_run_that_fails_leaves_the_one_that_it_was_to_replace(run, text, flags):
+def test_a_run_that_fails_before_its_first_step_leaves_the_one_that_it_was_to_replace(run, text):
     tiny = [*TINY, f"--text={text}"]
     run(train.main, *tiny, "--keep_every=5")
     before = contents("out/full")
-    status, _, err = run(train.main, *tiny, "--overwrite", *flags)
+    status, _, err = run(train.main, *tiny, "--overwrite", "--batch_size=4000000")
     assert status == 2 and err.count("\n") == 1 and contents("out/full") == before
 
-def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(run, text):
+def test_a_run_that_fails_later_has_set_the_former_one_aside(run, text):
+    tiny = [*TINY, f"--text={text}"]
+    run(train.main, *tiny, "--keep_every=5")
+    before = contents("out/full")
+    status, _, err = run(train.main, *tiny, "--overwrite", "--learning_rate=1e18", "--grad_clip=0")
+    assert status == 2 and err.count("\n") == 1 and "nothing was saved yet" in err
+    assert {str(path).replace("full.old", "full"): data for path, data in contents("out/full.old").items()} \
+        == {str(path): data for path, data in before.items()}
+
+def test_a_run_that_is_replaced_leaves_nothing_in_the_new_one(run, text):
     tiny = [*TINY, f"--text={text}"]
     run(train.main, *tiny, "--keep_every=1")
     Path("out/full/mine.txt").write_text("mine")
     run(train.main, *tiny, "--overwrite", "--keep_every=6", "--max_iters=6", "--seed=2")
     run(train.main, *tiny, "--keep_every=6", "--max_iters=6", "--seed=2", "--out_dir=out/new")
     steps = sorted(path.parent.name for path in Path("out/full/steps").glob("*/config.json"))
-    assert steps == ["00000000", "00000006"] and Path("out/full/mine.txt").read_text() == "mine"
+    assert steps == ["00000000", "00000006"] and Path("out/full.old/mine.txt").read_text() == "mine"
     assert same(weights("out/full"), weights("out/new")) and log("out/full", "loss") == log("out/new", "loss")
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", STATE, "log.jsonl"])
@@ -347,14 +355,13 @@ def flipped(data, at):
 
 def change_saved(change):
     def harm(file):
-        tensors = safetensors.torch.load_file(file)
-        with safetensors.safe_open(file, "pt") as opened:
-            state = json.loads(opened.metadata()["minisa"])
+        tensors, state, _ = checkpoint.unpack(file.read_bytes())
         change(state, tensors)
-        text = json.dumps(state)
-        more = {"minisa": text, "sha256": checkpoint.digest(text, tensors)}
-        file.write_bytes(safetensors.torch.save(tensors, more))
+        file.write_bytes(checkpoint.pack(tensors, None, state))
     return harm
+
+def setting(flag):
+    return change_saved(lambda state, _: state["settings"].append(flag))
 
 def wrong_optimizer(state, tensors):
     tensors["optimizer.0.exp_avg"] = torch.zeros(3)         # a fused step would write beyond its end
@@ -365,9 +372,10 @@ HARMS = {
     "a tensor too few": change_saved(lambda _, tensors: tensors.pop("optimizer.1.step")),
     "a step past the end": change_saved(lambda state, _: state["progress"].update(step=99)),
     "no log": change_saved(lambda state, _: state["progress"].update(log=None)),
-    "a setting out of range": change_saved(lambda state, _: state["settings"].update(log_interval=0)),
-    "a setting of another type": change_saved(lambda state, _: state["settings"].update(batch_size="4")),
-    "a setting that is missing": change_saved(lambda state, _: state["settings"].pop("beta1")),
+    "a setting out of range": setting("--log_interval=0"),
+    "a setting of another type": setting("--batch_size=x"),
+    "a setting that is not known": setting("--more=1"),
+    "settings that are not flags": change_saved(lambda state, _: state.update(settings={"seed": 1})),
     "a flipped bit": lambda file: file.write_bytes(flipped(file.read_bytes(), -9)),
 }
 
@@ -442,22 +450,27 @@ def test_tokens_of_another_tokenizer_are_not_taken_for_a_models_own(run, text):
     assert status == 0 and "not known" in err
     assert Path("bill.csv").read_text().splitlines()[2].split(",")[3] == "?"
 
-def test_a_run_that_went_on_meanwhile_is_not_taken_back(run, text, monkeypatch):
+def test_a_run_is_locked_before_its_state_is_read(run, text, monkeypatch):
     run(train.main, *TINY, f"--text={text}", "--max_iters=4", "--eval_interval=2")
-    begin = Run.begin
-    def later(self, *args):
-        file = self.folder / STATE
-        data = file.read_bytes()
-        file.unlink()
-        file.write_bytes(data)
-        begin(self, *args)
-    monkeypatch.setattr(Run, "begin", later)
-    status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
-    assert status == 2 and "the run went on meanwhile" in err
+    before = contents("out")
+    monkeypatch.setattr(train, "read_state", None)              # it must not come to this
+    with lock("out/full"):
+        status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
+    assert status == 2 and "another program is writing there" in err and contents("out") == before
+
+@pytest.mark.parametrize("flags", [["--resume", "--out_dir=out/full"], ["--share=9-12"]], ids=str)
+def test_what_the_first_process_refuses_ends_the_others_quietly(run, text, tmp_path, flags):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with lock("out/full"):
+        done = subprocess.run([*torchrun, ROOT / "train.py", *TINY, f"--text={text}", *flags], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=120)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert done.returncode and len(set(ours)) == 1 and "Connection closed" not in done.stderr
+    assert 'File "' + str(ROOT) not in done.stderr
 
 def test_what_a_killed_run_left_half_written_goes(run, text):
     run(train.main, *TINY, f"--text={text}", "--max_iters=4", "--eval_interval=2")
-    left = [Path("out/full") / f"{name}.0123abcd" for name in (STATE, "model.safetensors", "log.jsonl")]
+    left = [Path("out/full") / f"{name}.0123abcd" for name in (STATE, "model.safetensors", LOG)]
     mine = [Path("out/full") / name for name in (f"{STATE}.original", "notes.0123abcd")]
     for path in left + mine:
         path.write_bytes(b"half")

@@ -59,11 +59,41 @@ def test_a_folder_is_locked_until_its_program_ends(tmp_path):
             with files.lock(tmp_path / "run"):
                 pass
     with files.lock(tmp_path / "run"):
-        assert os.listdir(tmp_path / "run") == [".lock"]
-    assert not (tmp_path / "run").exists()                  # as nothing was written
-    with files.lock(tmp_path / "run"):
-        files.write_file(tmp_path / "run" / "x", b"x")
-    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "x"]
+        files.write_folder(tmp_path / "run", {"x": b"x"})
+        os.rename(tmp_path / "run", tmp_path / "old")       # the lock stays where it is
+        with pytest.raises(ValueError, match="another program is writing there"):
+            with files.lock(tmp_path / "run"):
+                pass
+    assert not (tmp_path / "run").exists() and os.listdir(tmp_path / "old") == ["x"]
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    files.write_folder(tmp_path / "empty", {"x": b"1", "y": b"2"})
+    assert (tmp_path / "empty/y").read_bytes() == b"2"
+    with pytest.raises(OSError, match="taken: could not be written"):
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken/mine").write_text("mine")
+        files.write_folder(tmp_path / "taken", {"x": b"1"})
+    assert os.listdir(tmp_path / "taken") == ["mine"]
+    put, done = files.put, []
+    def full(path, data):
+        if done:
+            raise OSError(28, "No space left on device")
+        done.append(path)
+        put(path, data)
+    monkeypatch.setattr(files, "put", full)
+    with pytest.raises(OSError, match="new: could not be written .No space left"):
+        files.write_folder(tmp_path / "new", {"x": b"1", "y": b"2"})
+    assert sorted(os.listdir(tmp_path)) == ["empty", "taken"]
+
+def test_a_folder_that_is_taken_is_refused_and_an_empty_one_is_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    files.refuse_taken(tmp_path / "empty", "out")
+    files.refuse_taken(tmp_path / "new", "out")
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "."):
+        with pytest.raises(ValueError, match="--out=.*: is there already"):
+            files.refuse_taken(tmp_path / name, "out")
 
 def test_more_memory_than_there_is_is_refused():
     files.refuse_too_much(2**20, "this")

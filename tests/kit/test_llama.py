@@ -21,7 +21,7 @@ NEEDS = "needs transformers, for this comparison only: pip install transformers"
 V, L, H, G, C, M = 300, 3, 4, 2, 32, 48
 
 def tokenizer(text):
-    return Tokenizer.from_tokens(learn(text.read_text(), V))
+    return Tokenizer(learn(text.read_text(), V))
 
 def tensors(tied=False):
     """Random weights under their names in a Llama, gains of norms far from 1."""
@@ -247,7 +247,7 @@ def test_a_derived_model_is_exported_whole(tmp_path, text, run, dtype):
     stored = safetensors.torch.load_file(tmp_path / "three/model.safetensors")
     assert {str(t.dtype) for t in stored.values()} == {f"torch.{dtype}"}
     status, _, err = run(export.main, "two", "--out=three")
-    assert status == 2 and "--out=three: holds a model already" in err
+    assert status == 2 and "--out=three: is there already" in err
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, run):
     for flags in (["none", "--out=x"], ["none"], ["none", "--out=x", "--dtype=int8"]):
@@ -266,7 +266,7 @@ MIXED = ("It's 1999, isn't it? We'll pay $1,234.56 — or 78%…\n\n"
 def test_a_tokenizer_json_gives_the_tokens_of_hugging_faces_library_and_comes_back(text, words):
     tokenizers = pytest.importorskip("tokenizers", reason=NEEDS)
     learned = learn(text.read_text() + MIXED * 3, 700)
-    ours = Tokenizer.from_tokens([*learned, b"<|im_start|>", b"<|im_end|>"], [700, 701], words)
+    ours = Tokenizer([*learned, b"<|im_start|>", b"<|im_end|>"], [700, 701], words)
     content = json.loads(json.dumps(to_json(ours)))
     theirs, draw = tokenizers.Tokenizer.from_str(json.dumps(content)), random.Random(0)
     ranges = [(32, 127), (160, 0x3000), (0x1f300, 0x1f700), (32, 33), (10, 11)]
@@ -277,7 +277,7 @@ def test_a_tokenizer_json_gives_the_tokens_of_hugging_faces_library_and_comes_ba
         assert theirs.decode(ours.encode(some)) == some
     assert theirs.encode("<|im_end|>").ids == [701] and 701 not in ours.encode("<|im_end|>")
     again = from_json(content)
-    assert again.description == ours.description
+    assert again.identity == ours.identity
 
 def test_a_model_with_more_rows_than_tokens_is_read(text):
     content = to_json(tokenizer(text))

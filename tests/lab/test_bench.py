@@ -32,7 +32,7 @@ def half_a_second(monkeypatch):
 def save_model(folder, **fields):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**TINY, "vocab_size": 256, "block_size": 64, **fields}))
-    tokenizer = Tokenizer.from_tokens([bytes([b]) for b in range(256)])
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
     checkpoint.save(folder, model, tokenizer, dict(checkpoint.UNKNOWN))
     return model
 

@@ -18,7 +18,7 @@ from minisa.model import GPT, Block, GPTConfig
 
 START, END = 256, 257
 BYTES = [bytes([b]) for b in range(256)]
-TOKENIZER = Tokenizer.from_tokens([*BYTES, b"<|im_start|>", b"<|im_end|>"], [START, END], "gpt-2")
+TOKENIZER = Tokenizer([*BYTES, b"<|im_start|>", b"<|im_end|>"], [START, END], "gpt-2")
 INFO = {"step": 0, "val_loss": 1.0, "val_bpb": 1.0, "data": None, "seconds": 0}
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_a_wrong_flag_gets_one_line_and_status_2(talk, flag):
 
 def test_a_model_without_a_chat_format_is_refused(talk, run, tmp_path):
     model, _, info = checkpoint.load(tmp_path / "run")
-    plain = Tokenizer.from_tokens([*BYTES, b"ab", b"cd"])
+    plain = Tokenizer([*BYTES, b"ab", b"cd"])
     checkpoint.save(tmp_path / "plain", model, plain, info)
     status, _, err = run(chat.main, "plain")
     assert status == 2 and "has no chat format" in err and one_line(err)
@@ -221,7 +221,7 @@ def test_a_pipe_in_the_place_of_the_conversation_is_refused_and_left(talk, tmp_p
     os.mkfifo(tmp_path / "s" / "chat.json")
     status, _, err = talk(["Hello"], "--store=s")
     assert status == 2 and "chat.json: is no file" in err and one_line(err)
-    assert {path.name for path in (tmp_path / "s").iterdir()} == {".lock", "chat.json"}
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"chat.json"}
 
 def test_two_chats_do_not_share_a_folder(talk, tmp_path):
     with lock(tmp_path / "s"):

@@ -7,7 +7,7 @@ import shlex
 import pytest
 import torch
 
-from minisa.kit.settings import CPU
+import train
 from minisa.lab import experiments, tables
 from minisa.lab.experiments import COLUMNS, MODES, RATES, SEEDS, WARMUPS, WIDER, Mode, key, plan_sweep
 from minisa.lab.tables import SETTINGS
@@ -95,7 +95,7 @@ def test_equal_time_waits_for_the_sweep(results):
         experiments.plan_fair([], experiments.FAIR)
 
 def parameters(flags):
-    shape = {name: CPU[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    shape = {name: getattr(train.Settings, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     given = dict(flag.removeprefix("--").split("=") for flag in flags)
     shape |= {name: int(value) if value.isdigit() else value for name, value in given.items()}
     with torch.device("meta"):

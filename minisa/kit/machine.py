@@ -1,0 +1,87 @@
+"""What this machine can do: which device and number format train fastest, and what fits."""
+
+import argparse
+import ctypes
+import sys
+import time
+import warnings
+
+import torch
+
+from minisa.cost import predict
+from minisa.kit.cli import device
+from minisa.kit.files import refuse_too_much
+
+def choose_device():
+    """→ the fastest device that works here, and what is wrong with the others."""
+    wrong = []
+    with warnings.catch_warnings(record=True) as told:          # of a driver that is too old, say
+        warnings.simplefilter("always")
+        for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+            try:
+                if backend.is_available():
+                    return device(name), ""
+            except argparse.ArgumentTypeError as error:
+                wrong.append(str(error))
+    wrong += [str(warning.message).partition("\n")[0] for warning in told]
+    return torch.device("cpu"), "; ".join(wrong)
+
+def choose_dtype(device, init_from=""):
+    """→ the number format that trains faster; on a CPU, float32 for a model to start from."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if fast else "float32"
+    return faster_dtype() if device.type == "cpu" and not init_from else "float32"
+
+def faster_dtype():
+    """"bfloat16" if this machine's CPU multiplies it 1.4 times as fast as float32, else "float32".
+    One product is timed in each; the best of several, as other programs may be running."""
+    seconds = {"float32": [], "bfloat16": []}
+    for name in [*seconds] * 5:
+        x = torch.ones(256, 256, dtype=getattr(torch, name))
+        begun = time.perf_counter()
+        x @ x
+        seconds[name].append(time.perf_counter() - begun)
+    return "bfloat16" if 1.4 * min(seconds["bfloat16"]) < min(seconds["float32"]) else "float32"
+
+def number_format(model, dtype):
+    """Make a model ready to train in "float32" or "bfloat16" → the context to run it in."""
+    device = next(model.parameters()).device.type
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32, where the card has it
+    model.fuse = dtype == "float32" or device != "cpu"  # a CPU's fused bfloat16 kernel is slow
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+def compiled(model, idx, targets, autocast):
+    """→ the model compiled, by a first step on a batch, and the seconds which that took. Raises
+    ValueError if torch.compile lacks what it needs."""
+    warnings.filterwarnings("ignore", message=".*code generation for complex operators")
+    forward, begun = torch.compile(model), time.perf_counter()
+    try:
+        with autocast:
+            forward(idx, targets)[1].backward()
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:80]
+        raise ValueError("--compile: torch.compile needs a C++ compiler, such as g++, and Python's "
+                         f"headers; install them, or drop the flag ({why})") from None
+    model.zero_grad(set_to_none=True)
+    return forward, time.perf_counter() - begun
+
+def keep_memory():
+    """Ask glibc to keep freed memory. Otherwise it returns large blocks to Linux and gets them anew
+    in every step, which costs a fifth of the time on a CPU."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD: up to 32 MB from the heap
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: which is kept
+
+def refuse_too_large(config, sequences, device, dtype):
+    """Raises ValueError if training on so many sequences at once needs, at the very least, more memory
+    than this machine has."""
+    if device.type != "cpu":
+        return
+    logits = sequences * config.block_size * config.vocab_size
+    anchors = len(config.spans) if dtype == "float32" else config.n_layer      # the layers that form P
+    P = anchors * sequences * config.n_head * config.block_size**2
+    refuse_too_much(16 * predict(config, 1).params, "training a model of this shape")
+    refuse_too_much(8 * logits, f"--batch_size: {sequences} sequences at once")
+    refuse_too_much(8 * P, f"--block_size={config.block_size}: attention weights of this size")
