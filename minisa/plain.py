@@ -1,68 +1,129 @@
 """Shared Attention on one page: a whole GPT, for one sequence, one head at a time, without a cache.
 
-Slow and plain: read it first. model.py computes the same, fast; the tests hold the two together.
+Slow and plain: read it first. decode.py and model.py compute the same, fast; the tests compare
+them.
+
 Shapes: T tokens, C width of the model, H query heads, G key/value heads, D = C / H, M width of the
-MLP, V vocabulary.
+MLP, V vocabulary. With fewer key/value heads than query heads (grouped-query attention), each of
+them serves H / G query heads.
 """
 
 import math
 
 import torch
 
-def rms_norm(x, eps):
-    """x (T, C) → (T, C): each row divided by its root mean square (arXiv:1910.07467)."""
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+# ---- attention ----
 
 def rope(x, base):
-    """x (T, D) → (T, D): the numbers 2i and 2i + 1 of row t are a point in a plane; turn it by the
-    angle t · base^(-2i/D). How two rows match then depends on their distance (arXiv:2104.09864)."""
+    """RoPE (arXiv:2104.09864): x (T, D) → (T, D). The numbers 2i and 2i + 1 of row t are a point in
+    a plane; turn it by the angle t · base^(-2i/D). How well two rows match then depends on their
+    distance alone."""
     T, D = x.shape
-    angle = torch.outer(torch.arange(T).double(), base ** (-torch.arange(0, D, 2).double() / D))
-    a, b = x[:, 0::2], x[:, 1::2]                           # (T, D/2) each
-    turned = (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos())
-    return torch.stack(turned, dim=-1).flatten(1).to(x.dtype)
+    t = torch.arange(T).double()
+    falling = -torch.arange(0, D, 2).double() / D           # 0, -2/D, -4/D, … (D/2,)
+    angle = torch.outer(t, base ** falling)                 # (T, D/2)
+    cos = angle.cos()
+    sin = angle.sin()
+    a = x[:, 0::2]                                          # (T, D/2)
+    b = x[:, 1::2]
+    turned_a = a * cos - b * sin
+    turned_b = a * sin + b * cos
+    pairs = torch.stack((turned_a, turned_b), dim=-1)       # (T, D/2, 2)
+    return pairs.flatten(1).to(x.dtype)
 
-def attention_weights(q, k, visible):
+def project(h, W, D):
+    """h (T, C), W (n·D, C) → n heads (T, D)."""
+    return (h @ W.T).split(D, dim=-1)
+
+def attention_weights(q, k, mask):
     """q: H heads (T, D), k: G heads (T, D) → P: H matrices (T, T). Row t says where token t looks,
     and sums to 1."""
     P = []
+    D = q[0].size(1)
+    served = len(q) // len(k)                               # query heads that share a k: H / G
     for i in range(len(q)):
-        scores = q[i] @ k[i * len(k) // len(q)].T / math.sqrt(q[i].size(-1))
-        P.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1))
+        products = q[i] @ k[i // served].T
+        scores = products / math.sqrt(D) + mask
+        P.append(scores.softmax(dim=-1))
     return P
+
+def weighted_sum(P, v):
+    """P: H matrices (T, T), v: G heads (T, D) → y (T, C)."""
+    y = []
+    served = len(P) // len(v)
+    for i in range(len(P)):
+        y.append(P[i] @ v[i // served])
+    return torch.cat(y, dim=-1)
+
+# ---- the kinds of layers: h (T, C) → y (T, C), and P, k and v, which a layer above may reuse ----
+
+def full_attention(h, W, config, mask, below):
+    """A full layer, or the anchor of a span: queries, keys and values of its own."""
+    H = config.n_head
+    G = config.n_kv_head
+    heads = project(h, W, config.head_dim)                  # H + G + G
+    q = [rope(head, config.rope_base) for head in heads[:H]]
+    k = [rope(head, config.rope_base) for head in heads[H:H + G]]
+    v = heads[H + G:]
+    P = attention_weights(q, k, mask)
+    return weighted_sum(P, v), (P, k, v)
+
+def shared_attention(h, W, config, mask, below):
+    """A reuse layer of Shared Attention: the anchor's P, over values of its own."""
+    P, k, _ = below
+    v = project(h, W, config.head_dim)                      # G heads
+    return weighted_sum(P, v), (P, k, v)
+
+def cross_layer_attention(h, W, config, mask, below):
+    """A reuse layer of Cross-Layer Attention: queries of its own, over the anchor's k and v."""
+    _, k, v = below
+    heads = project(h, W, config.head_dim)                  # H
+    q = [rope(head, config.rope_base) for head in heads]
+    P = attention_weights(q, k, mask)
+    return weighted_sum(P, v), (P, k, v)
+
+REUSE = {"weights": shared_attention, "kv": cross_layer_attention}
+
+# ---- the whole model ----
+
+def rms_norm(x, eps):
+    """x (T, C) → (T, C): each row divided by its root mean square (arXiv:1910.07467)."""
+    mean_square = x.pow(2).mean(-1, keepdim=True)
+    return x / (mean_square + eps).sqrt()
+
+def mlp(h, w, name):
+    """SwiGLU (arXiv:2002.05202): h (T, C) → (T, C)."""
+    gate = h @ w[f"{name}.gate.weight"].T                   # (T, M)
+    up = h @ w[f"{name}.up.weight"].T
+    return (gate * gate.sigmoid() * up) @ w[f"{name}.down.weight"].T
 
 def gpt(w, config, idx, window=None):
     """Token ids idx (T,) → logits (T, V), and P (H, T, T) of every layer.
 
     w: the tensors of model.py by name. window: most tokens that each one sees, if fewer than T.
     """
-    H, G, D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
-    t = torch.arange(len(idx))
+    T = len(idx)
+    t = torch.arange(T)
     distance = t[:, None] - t                               # (T, T): from a query back to a key
-    visible = (distance >= 0) & (distance < (window or len(idx)))
-    x, every_P = w["embed.weight"][idx], []                 # x (T, C): the residual stream
-    q = k = v = P = ()                                      # lists of heads; stay until replaced
+    visible = (distance >= 0) & (distance < (window or T))
+    mask = torch.where(visible, 0.0, -math.inf)
+
+    x = w["embed.weight"][idx]          # (T, C): the residual stream; every layer adds to it
+    below = None
+    every_P = []
     for layer in range(config.n_layer):
-        name, reuse = f"blocks.{layer}.", any(a < layer <= b for a, b in config.spans)
+        name = f"blocks.{layer}"
+        reuses = any(a < layer <= b for a, b in config.spans)
+        attention = REUSE[config.share_kind] if reuses else full_attention
+
         h = rms_norm(x, config.norm_eps)
-        made = (h @ w[name + "attn.qkv.weight"].T).split(D, dim=-1)     # (T, D) each
-
-        if reuse and config.share_kind == "weights":        # Shared Attention: values of its own,
-            v = made                                        # and P is still the anchor's
-        elif reuse:                                         # Cross-Layer Attention: queries of its
-            q = [rope(head, config.rope_base) for head in made]     # own; k and v are the anchor's
-            P = attention_weights(q, k, visible)
-        else:                                               # a full layer, or the anchor of a span
-            q = [rope(head, config.rope_base) for head in made[:H]]
-            k = [rope(head, config.rope_base) for head in made[H:H + G]]
-            v = made[H + G:]
-            P = attention_weights(q, k, visible)
-
+        y, below = attention(h, w[f"{name}.attn.qkv.weight"], config, mask, below)
+        x = x + y @ w[f"{name}.attn.out.weight"].T
+        h = rms_norm(x, config.norm_eps)
+        x = x + mlp(h, w, f"{name}.mlp")
+        P, _, _ = below
         every_P.append(torch.stack(P))
-        y = torch.cat([P[i] @ v[i * G // H] for i in range(H)], dim=-1)         # (T, C)
-        x = x + y @ w[name + "attn.out.weight"].T
-        h = rms_norm(x, config.norm_eps)
-        gate, up = (h @ w[name + f"mlp.{part}.weight"].T for part in ("gate", "up"))    # (T, M)
-        x = x + (gate * gate.sigmoid() * up) @ w[name + "mlp.down.weight"].T    # SwiGLU
+
     h = rms_norm(x, config.norm_eps) * w["norm.weight"]
-    return h @ w["embed.weight" if config.tied else "unembed.weight"].T, every_P
+    unembed = w["embed.weight"] if config.tied else w["unembed.weight"]
+    return h @ unembed.T, every_P
