@@ -20,6 +20,9 @@ from minisa import decode
 
 PREFILL_CHUNK = 256     # tokens of a prompt read at once, so that P is (B, H, 256, S) at most
 
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden",
+         "rope_base", "norm_eps")       # of a GPTConfig
+
 @dataclass
 class GPTConfig:
     block_size: int = 256           # most tokens that a token can see, itself included
@@ -37,25 +40,36 @@ class GPTConfig:
     share_kind: str = "weights"     # what they share: a key of SHARE_KINDS
 
     def __post_init__(self):
-        H, L, M = self.n_head, self.n_layer, (self.n_embd * 8 // 3 + 31) // 32 * 32
-        self.n_kv_head = H if self.n_kv_head is None else self.n_kv_head
-        self.n_hidden = M if self.n_hidden is None else self.n_hidden
-        self.spans = [(int(a), int(b)) for a, b in re.findall(r"(\d+)-(\d+)", self.share)]
-        layers = [layer for span in self.spans for layer in span]
-        read, rising = ",".join(f"{a}-{b}" for a, b in self.spans), layers == sorted(set(layers))
-        sizes = "block_size vocab_size n_layer n_head n_kv_head n_embd n_hidden rope_base norm_eps"
-        for name, holds, rule in (      # checks only: skip them when you read this first
-            *((n, 0 < getattr(self, n) < 2**29, "must be above 0, < 2^29") for n in sizes.split()),
-            ("n_embd", H and self.n_embd % (2 * H) == 0, f"must be a multiple of 2 · {H} (n_head)"),
-            ("n_kv_head", self.n_kv_head and H % self.n_kv_head == 0, f"must divide {H} (n_head)"),
-            ("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1"),
-            ("share", read == self.share and rising, "write rising spans, as in 1-3 or 1-3,5-7"),
-            ("share", max(layers, default=0) < L, f"the layers of this model are 0 to {L - 1}"),
-            ("share_kind", self.share_kind in SHARE_KINDS, f"must be {' or '.join(SHARE_KINDS)}"),
-        ):
-            if not holds:
-                raise ValueError(f"--{name}={getattr(self, name)}: {rule}")
-        self.head_dim = self.n_embd // H
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_hidden is None:
+            self.n_hidden = (self.n_embd * 8 // 3 + 31) // 32 * 32
+        self.spans = parse_spans(self.share)        # "1-3,5-7" → [(1, 3), (5, 7)]
+        check(self)
+        self.head_dim = self.n_embd // self.n_head  # D
+
+def parse_spans(share):
+    return [(int(a), int(b)) for a, b in re.findall(r"(\d+)-(\d+)", share)]
+
+def check(config):
+    """Raises ValueError, which names the flag, unless a config's sizes fit together."""
+    def must(holds, name, rule):
+        if not holds:
+            raise ValueError(f"--{name}={getattr(config, name)}: {rule}")
+
+    for name in SIZES:
+        must(0 < getattr(config, name) < 2**29, name, "must be above 0, and below 2^29")
+    H = config.n_head
+    must(config.n_embd % (2 * H) == 0, "n_embd", f"must be a multiple of 2 · {H} (n_head)")
+    must(H % config.n_kv_head == 0, "n_kv_head", f"must divide {H} (n_head)")
+    must(0 <= config.dropout < 1, "dropout", "must be at least 0 and below 1")
+    must(config.share_kind in SHARE_KINDS, "share_kind", f"must be {' or '.join(SHARE_KINDS)}")
+    layers = [layer for span in config.spans for layer in span]
+    written = ",".join(f"{a}-{b}" for a, b in config.spans)
+    rising = layers == sorted(set(layers))
+    must(written == config.share and rising, "share", "write rising spans, as in 1-3 or 1-3,5-7")
+    last = config.n_layer - 1
+    must(max(layers, default=0) <= last, "share", f"the layers of this model are 0 to {last}")
 
 def rope_angles(config, positions):
     """positions (...) → RoPE's rotations (..., D/2): complex numbers of length 1, for rotate()."""
