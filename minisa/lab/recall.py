@@ -53,7 +53,8 @@ def read(model, idx, settings, room):
     """Read a prompt idx (B, T) once → a cache for each setting; the full one has room for more tokens."""
     policies = [setting.policy for setting in settings if setting]
     reading = squeeze.read(model, idx, "heavy" in policies, room)
-    return [squeeze.squeeze(*reading, *setting) if setting else reading[0] for setting in settings]
+    full, *_ = reading
+    return [squeeze.squeeze(*reading, *setting) if setting else full for setting in settings]
 
 # ---- questions and answers ----
 
@@ -93,7 +94,8 @@ def ask_all(args):
     for source in args.models:
         dtype = getattr(torch, args.dtype)
         model, tokenizer, info = load(source, device=args.device, dtype=dtype)
-        longest, block_size = max(args.lengths), model.config.block_size
+        longest = max(args.lengths)
+        block_size = model.config.block_size
         if longest > block_size:
             raise ValueError(f"--lengths: {longest} tokens are more than the context of {source}, "
                              f"{block_size}")

@@ -139,12 +139,13 @@ def continue_scan(rows, file, origin, model, sharing, windows, spans):
     if not rows:
         rows.append({**origin, "anchor": -1, "last": -1, "loss": full, "divergence": 0.0})
     left = [span for span in spans if span not in column(rows, "loss")]
-    begun = time.perf_counter()
-    for done, (a, b, loss, divergence) in enumerate(scan(model, sharing, windows, left), start=1):
+    ahead, begun = len(left), time.perf_counter()
+    for a, b, loss, divergence in scan(model, sharing, windows, left):
         rows.append({**origin, "anchor": a, "last": b, "loss": loss, "divergence": divergence})
         write_results(file, rows)
-        ahead = len(left) - done
-        minutes = (time.perf_counter() - begun) / done * ahead / 60
+        ahead -= 1
+        seconds = (time.perf_counter() - begun) / (len(left) - ahead)   # of each; later spans take less
+        minutes = seconds * ahead / 60
         print(f"span {a}-{b}: loss {loss:.4f} ({percent(loss, full):+.2f} %), divergence {divergence:.4f}; "
               f"{ahead} spans left, at most {minutes:.0f} minutes", flush=True)
     return full
@@ -153,7 +154,8 @@ def continue_scan(rows, file, origin, model, sharing, windows, spans):
 
 def saved(model, shared, context):
     """→ the fractions of the cache, and of the FLOPs of a decode step, that sharing saves."""
-    full, less = predict(model, context), predict(shared, context)
+    full = predict(model, context)
+    less = predict(shared, context)
     return 1 - less.cache_bytes / full.cache_bytes, 1 - less.decode_flops / full.decode_flops
 
 def summarize(percents, divergences, model, sharing, context):
@@ -163,11 +165,12 @@ def summarize(percents, divergences, model, sharing, context):
     for r in sorted({b - a for a, b in percents}):
         spans = [(a, b) for a, b in percents if b - a == r]
         best = min(spans, key=divergences.get)
-        cache_saved, flops_saved = saved(model, sharing(spans_text([best])), context)
+        name = spans_text([best])
+        cache_saved, flops_saved = saved(model, sharing(name), context)
         rows.append({
             "reuse_layers": r,
             "median_percent": statistics.median(percents[span] for span in spans),
-            "best_span": spans_text([best]),
+            "best_span": name,
             "best_percent": percents[best],
             "cache_saved": cache_saved,
             "flops_saved": flops_saved,
@@ -179,9 +182,10 @@ def measure_sets(sets, model, sharing, held_out, refit_on=None):
     on refit_on (N, T)."""
     full, rows = mean_loss(model, held_out), []
     for r, (_, spans) in sets.items():
-        print(f"measuring {spans_text(spans)}", file=sys.stderr, flush=True)
-        shared = sharing(spans_text(spans))
-        row = {"reuse_layers": r, "spans": spans_text(spans)}
+        name = spans_text(spans)
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        shared = sharing(name)
+        row = {"reuse_layers": r, "spans": name}
         row["percent_measured"] = percent(mean_loss(shared, held_out), full)
         if refit_on is not None:
             refit(shared, model, refit_on)
@@ -190,12 +194,12 @@ def measure_sets(sets, model, sharing, held_out, refit_on=None):
         rows.append(row)
     return rows
 
-def report(title, rows, file):
+def report(rows, file):
     """Print rows as a table, and write them."""
-    print(f"\n{title}")
-    texts = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
-             for row in rows]
-    print_table([list(rows[0]), *texts])
+    table = [list(rows[0])]
+    for row in rows:
+        table.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()])
+    print_table(table)
     write_results(file, rows)
 
 # ---- the command ----
@@ -224,9 +228,13 @@ def main():
     sharing("0-1")                                          # raises if its layers cannot
     name = args.share_kind if args.heads == "same" else f"{args.share_kind}-{args.heads}"
     file = folder / f"scan-{name}.csv"
-    L, version = model.config.n_layer, model.origin[1][:8]          # trained anew, it is another model
-    origin = {"model": f"{args.model} {version}", "windows": f"{args.windows} of {data.name}",
-              "context": str(T)}
+    _, sha256 = model.origin                                # trained anew, it is another model
+    origin = {
+        "model": f"{args.model} {sha256[:8]}",
+        "windows": f"{args.windows} of {data.name}",
+        "context": str(T),
+    }
+    L = model.config.n_layer
     rows = read_scan(file, origin, L)
 
     windows = data.windows("train", 2 * args.windows, T).to(args.device)
@@ -239,13 +247,15 @@ def main():
     plot.span_map(percents, L, f"loss of each span, zero-shot, {name}", file.with_suffix(".png"))
     print(f"wrote {file} and scan-{name}.png; full attention: {full:.4f} nats per token")
 
-    report("loss over full attention, in percent: the median of all spans, and the span of least divergence",
-           summarize(percents, divergences, model, sharing, T), folder / f"spans-{name}.csv")
+    print("\nloss over full attention, in percent: the median of all spans, and the span of least divergence")
+    rows = summarize(percents, divergences, model, sharing, T)
+    report(rows, folder / f"spans-{name}.csv")
     sets = best_sets(divergences, L, args.most)
     held_out = data.windows("val", 2 * args.windows, T).to(args.device)
     refit_on = calibration(model, data) if args.refit else None
-    report(f"the best sets, if divergences add up, on {len(held_out)} windows of the validation part",
-           measure_sets(sets, model, sharing, held_out, refit_on), folder / f"sets-{name}.csv")
+    print(f"\nthe best sets, if divergences add up, on {len(held_out)} windows of the validation part")
+    rows = measure_sets(sets, model, sharing, held_out, refit_on)
+    report(rows, folder / f"sets-{name}.csv")
 
 if __name__ == "__main__":
     command(main)
