@@ -1,4 +1,4 @@
-"""Pictures: matplotlib, which nothing else needs, and how a picture becomes a file."""
+"""Pictures: matplotlib, an optional package, and how a figure becomes a file."""
 
 import io
 from pathlib import Path
@@ -6,32 +6,33 @@ from pathlib import Path
 from minisa.kit.files import write_file
 
 def pyplot(what):
-    """→ matplotlib.pyplot. Raises ValueError, naming what wants it, if matplotlib is missing."""
+    """→ matplotlib.pyplot. Raises ValueError, naming what needs it, if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError(f"{what}: needs matplotlib; install it with: "
                          "pip install matplotlib") from None
-    matplotlib.use("agg")                                   # draws without a screen
+    matplotlib.use("agg")                                   # works without a screen
     import matplotlib.pyplot as plt
-    plt.rcParams["text.parse_math"] = False                 # a name may have a $ in it
+    plt.rcParams["text.parse_math"] = False                 # names may contain a $
     return plt
 
-def drawn(figure, kind, dpi=120):
-    """A figure → the bytes of a picture of this kind, such as "png"; the figure is closed."""
+def encode(figure, kind, dpi=120):
+    """Close a figure → its bytes as a picture of this kind, such as "png"."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=dpi)
     pyplot("the picture").close(figure)
     return buffer.getvalue()
 
 def save(figure, file):
-    """Write a figure as the kind of picture that the file's name ends in, and close it."""
-    write_file(file, drawn(figure, Path(file).suffix[1:]), named=True)
+    """Close a figure, and write it in the format that the file's name ends in."""
+    kind = Path(file).suffix[1:]
+    write_file(file, encode(figure, kind), named=True)
 
 def save_film(figures, file):
-    """Write figures of one size as a moving picture, .gif, half a second each, and close them."""
+    """Close figures of one size, and write them as an animated .gif of two frames per second."""
     from PIL import Image  # comes with matplotlib
-    first, *others = [Image.open(io.BytesIO(drawn(figure, "png", 80))) for figure in figures]
+    frames = [Image.open(io.BytesIO(encode(figure, "png", dpi=80))) for figure in figures]
     buffer = io.BytesIO()
-    first.save(buffer, format="gif", save_all=True, append_images=others, duration=500, loop=0)
+    frames[0].save(buffer, format="gif", save_all=True, append_images=frames[1:], duration=500, loop=0)
     write_file(file, buffer.getvalue(), named=True)

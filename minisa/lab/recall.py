@@ -1,19 +1,14 @@
-"""Does a model still know what it read long ago? A number is told early, and asked for at the end.
+"""Does a model still know what it read long ago? A prompt gives a number early, and asks for it at the end.
 
-    python -m minisa.lab.recall smollm2 out/mixed               beside each other
+    python -m minisa.lab.recall smollm2 out/mixed               side by side
     python -m minisa.lab.recall smollm2 --share=26-28           and made to share, zero-shot
     python -m minisa.lab.recall smollm2 --squeeze=128           and with caches that keep 128 tokens a layer
 
 A prompt of N tokens is: a line of validation text, "The secret number is 4829.", more of the text, and "The
-secret number is". The answer is right if the likeliest next tokens are the digits. A cache that forgot a
-little hardly shows in the loss; here it does. After the share of right answers stands its standard error, as
-by Agresti and Coull: of two right and two wrong answers more. The --context that --squeeze speaks of is the
-shortest of --lengths.
+secret number is". The answer is right if the most likely next tokens are the digits. The loss hardly shows
+what a cache forgot; this does. The share of right answers is followed by its standard error, as by Agresti
+and Coull: with two right and two wrong answers added. For --squeeze, --context is the least of --lengths.
 """
-
-import argparse
-import sys
-import time
 
 import torch
 
@@ -21,87 +16,105 @@ from minisa.axes import squeeze
 from minisa.kit.checkpoint import load, reconfigure
 from minisa.kit.cli import Parser, at_least, command, count, device, table
 from minisa.kit.data import data_of
-from minisa.kit.files import write_csv
 from minisa.kit.machine import keep_memory
-from minisa.kit.results import print_table
-from minisa.lab.tables import share_of
+from minisa.kit.results import write_results
 
-FACT, QUESTION = "\n\nThe secret number is {}.\n\n", "\n\nThe secret number is"
-BEFORE, BATCH = 16, 4           # tokens of text before the fact; prompts read at once
+FACT = "\n\nThe secret number is {}.\n\n"
+QUESTION = "\n\nThe secret number is"
+BEFORE = 16                 # tokens of text before the fact
+BATCH = 4                   # prompts read at once
 
-def prompts(data, tokenizer, n, length, seed):
-    """n prompts of `length` tokens (n, length), and what is to be said after each (n, digits)."""
-    rng = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(1000, 10000, (n,), generator=rng).tolist()
-    question, rows = tokenizer.encode(QUESTION), []
-    answers = [tokenizer.encode(f" {number}") for number in numbers]
-    for text, number in zip(data.windows("val", n, length).tolist(), numbers):
-        fact = tokenizer.encode(FACT.format(number))
-        rest = length - BEFORE - len(fact) - len(question)
-        rows.append(text[:BEFORE] + fact + text[BEFORE:BEFORE + rest] + question)
-    return torch.tensor(rows), torch.tensor(answers)
+def make_prompts(data, n, length, seed):
+    """→ n prompts of `length` tokens (n, length), and the right answer to each (n, digits)."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(1000, 10000, (n,), generator=generator).tolist()
+    texts = data.windows("val", n, length).tolist()
+    encode = data.tokenizer.encode
+    question = encode(QUESTION)
+    prompts = []
+    for text, number in zip(texts, numbers):
+        fact = encode(FACT.format(number))
+        end = length - len(fact) - len(question)
+        prompts.append(text[:BEFORE] + fact + text[BEFORE:end] + question)
+    answers = [encode(f" {number}") for number in numbers]
+    return torch.tensor(prompts), torch.tensor(answers)
 
-def right_answers(model, idx, answers, ways):
-    """idx (n, T), answers (n, D) → {way: how many of the n are said}. A way is a squeeze.Squeezing, or None
-    for the full cache. BATCH prompts are read at once, and once for all ways; they share their budgets."""
-    right = dict.fromkeys(ways, 0)
-    look = any(way and way.policy == "heavy" for way in ways)
-    for rows, expected in zip(idx.split(BATCH), answers.split(BATCH)):
-        rows, D = rows.to(model.embed.weight.device), expected.size(1)
-        room = min(D, model.config.block_size + 1 - rows.size(1))       # then the oldest tokens go
-        reading = squeeze.read(model, rows[:, :-1], look, room)
-        caches = {way: squeeze.squeeze(*reading, *way) if way else reading[0] for way in ways}
-        for way, cache in caches.items():
-            said = torch.cat([*model.stream(rows[:, -1:], D, temperature=0, cache=cache)], dim=1)
-            right[way] += (said.cpu() == expected).all(1).sum().item()
+# ---- caches: the full one (None), and squeezed ones (squeeze.Squeezing) ----
+
+def settings_of(args, model):
+    return [None, *squeeze.settings(args, model)] if args.squeeze else [None]
+
+def facts(setting):
+    """What a CSV file says of a cache."""
+    facts = {"policy": "", "budget": "", "cut": ""}
+    return {**facts, **setting._asdict()} if setting else facts
+
+def read(model, idx, settings, room):
+    """Read a prompt idx (B, T) once → a cache for each setting; the full one has room for more tokens."""
+    policies = [setting.policy for setting in settings if setting]
+    reading = squeeze.read(model, idx, "heavy" in policies, room)
+    full, *_ = reading
+    return [squeeze.squeeze(*reading, *setting) if setting else full for setting in settings]
+
+# ---- questions and answers ----
+
+def right_answers(model, prompts, answers, settings):
+    """prompts (n, T), answers (n, D) → for each setting, how many of the n the model gives with such a cache.
+    The prompts of a batch share their budgets."""
+    D = answers.size(1)
+    free = model.config.block_size + 1 - prompts.size(1)                # beyond it, the oldest tokens go
+    right = [0] * len(settings)
+    for batch, expected in zip(prompts.split(BATCH), answers.split(BATCH)):
+        batch = batch.to(model.embed.weight.device)
+        caches = read(model, batch[:, :-1], settings, min(D, free))
+        for i, cache in enumerate(caches):
+            tokens = list(model.stream(batch[:, -1:], D, temperature=0, cache=cache))
+            given = torch.cat(tokens, dim=1).cpu()                      # (B, D)
+            right[i] += (given == expected).all(dim=1).sum().item()
     return right
 
-def variants(args, source):
-    """Yield (name, model, tokenizer, info) of what is to be asked."""
-    model, tokenizer, info = load(source, device=args.device, dtype=getattr(torch, args.dtype))
-    size = model.config.block_size
-    if max(args.lengths) > size:
-        raise ValueError(f"--lengths: {max(args.lengths)} tokens are more than the context of {source}, "
-                         f"{size}")
-    models = {source: model}
-    if args.share and not model.config.share:
-        models[f"{source}, share {args.share}"] = reconfigure(model, share=args.share)
-    for name, each in models.items():
-        yield name, each, tokenizer, info
+def ask(args, source, model, data):
+    """Yield a row for a CSV file for each length and cache."""
+    settings = settings_of(args, model)
+    for length in args.lengths:
+        prompts, answers = make_prompts(data, args.prompts, length, args.seed)
+        right = right_answers(model, prompts, answers, settings)
+        for setting, n in zip(settings, right):
+            yield {
+                "model": source,
+                "share": model.config.share,
+                **facts(setting),
+                "length": length,
+                "prompts": args.prompts,
+                "right": n,
+            }
 
-def ask(args):
-    """Ask all models at all lengths. → rows for a CSV file: name, tokens, prompts, right answers"""
-    rows = []
+def ask_all(args):
+    """Yield the rows of all models, each as it is, and made to share."""
     for source in args.models:
-        for name, model, tokenizer, info in variants(args, source):
-            data = data_of(info, tokenizer, args.text)
-            ways = [None, *(squeeze.settings(args, model) if args.squeeze else [])]
-            for length in args.lengths:
-                begun = time.perf_counter()
-                idx, answers = prompts(data, tokenizer, args.prompts, length, args.seed)
-                right = right_answers(model, idx, answers, ways)
-                rows += [[name + f", {way}" * bool(way), length, args.prompts, n] for way, n in right.items()]
-                print(f"{name}, {length} tokens: {', '.join(map(str, right.values()))} of {args.prompts} "
-                      f"right, in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-    return rows
+        dtype = getattr(torch, args.dtype)
+        model, tokenizer, info = load(source, device=args.device, dtype=dtype)
+        longest = max(args.lengths)
+        block_size = model.config.block_size
+        if longest > block_size:
+            raise ValueError(f"--lengths: {longest} tokens are more than the context of {source}, "
+                             f"{block_size}")
+        data = data_of(info, tokenizer, args.text)
+        yield from ask(args, source, model, data)
+        if args.share and not model.config.share:
+            yield from ask(args, source, reconfigure(model, share=args.share), data)
 
-def table_of(rows):
-    """Rows of ask() → a table, a row for each model, a column for each length."""
-    tokens = dict.fromkeys(row[1] for row in rows)
-    cells = {(name, length): share_of(right, n) for name, length, n, right in rows}
-    names = dict.fromkeys(row[0] for row in rows)
-    return [["", *(f"{length} tokens" for length in tokens)],
-            *([name, *(cells[name, length] for length in tokens)] for name in names)]
+def accuracy(right, n):
+    """→ the share of right answers and its standard error, as text."""
+    near = (right + 2) / (n + 4)
+    error = (near * (1 - near) / (n + 4))**0.5
+    return f"{right / n:.1%} ± {error:.1%}"
+
+# ---- the command ----
 
 def lengths(text):
     """A type for a flag: numbers of tokens, with commas between them."""
-    try:
-        values = [count(part) for part in text.split(",")]
-    except (ValueError, argparse.ArgumentTypeError):
-        values = [0]
-    if min(values) < 64:
-        raise argparse.ArgumentTypeError(f"{text} must be numbers from 64 up, with commas between")
-    return values
+    return [at_least(int, 64)(length) for length in text.split(",")]
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.recall MODEL [MODEL ...] [--FLAG=VALUE ...]")
@@ -120,10 +133,13 @@ def main():
     args = parser.parse_intermixed_args()
     args.context = min(args.lengths)                        # the most that a squeezed cache may keep
     keep_memory()
-    rows = ask(args)
-    print_table(table_of(rows))
+    rows = []
+    for row in ask_all(args):
+        rows.append(row)
+        known = ", ".join(f"{name} {value}" for name, value in row.items() if value != "")
+        print(f"{known}: {accuracy(row['right'], row['prompts'])}", flush=True)
     if args.csv:
-        write_csv(args.csv, ["model", "tokens", "prompts", "right"], rows)
+        write_results(args.csv, rows)
 
 if __name__ == "__main__":
     command(main)

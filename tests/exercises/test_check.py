@@ -1,14 +1,17 @@
 """The grader takes right answers and refuses wrong ones, however plausible, and survives what they do.
 
-The right answers are minisa's own code, so that no solution lies here.
+Where minisa has code of its own for an exercise, that is the right answer.
 """
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -26,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def step(cache=None):
     return Step(None, None, False, cache)
 
-# ---- right answers: minisa's own code ----
+# ---- right answers ----
 
-def attention_row(q, k, t, S=None):
+def attention_row(q, k, t):
     row = step().attention_weights(*(torch.tensor(x).double()[None, None] for x in (q[t:t + 1], k[:t + 1])))
     return [*row.flatten().tolist(), *[0.0] * (len(q) - t - 1)]
 
@@ -49,7 +52,7 @@ def decode(values, P, v):
     return step().weighted_sum(P[None, :, None], torch.stack(values, 1)[None])[0, :, 0]
 
 def roles(share, n_layer):
-    config = GPTConfig(n_layer=n_layer, share=share)
+    config = GPTConfig(n_layer=n_layer, n_embd=8, vocab_size=2, share=share)
     if any(a >= b for a, b in config.spans):
         raise ValueError
     words = {"Attention": "full", "Anchor": "anchor", "SharedAttention": "reuse"}
@@ -108,9 +111,23 @@ def keep(received, budget):
 def bits_per_byte(nats, tokens, text):
     return nats * tokens / torch.tensor(2.0).log().item() / len(text.encode())
 
-@pytest.mark.parametrize("name", check.POINTS)
-def test_a_right_answer_is_taken(name):
-    assert check.grade(name, globals()[name]) is None
+NAMES = [cases.__name__ for cases in check.POINTS]
+
+def grade(name, answer):
+    return check.grade(getattr(check, name), answer)
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_right_answer_is_taken_whatever_the_seed(name, monkeypatch):
+    for seed in range(2):
+        monkeypatch.setattr(check, "SEED", seed)
+        assert grade(name, globals()[name]) is None
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_seed_makes_new_cases(name):
+    def inputs(seed):
+        return [repr(arguments) for arguments, _ in getattr(check, name)(np.random.default_rng(seed))]
+    one, other = inputs(0), inputs(1)
+    assert len(one) == len(other) and len(set(other) - set(one)) >= len(one) / 2
 
 # ---- wrong ones ----
 
@@ -118,8 +135,14 @@ def unscaled(q, k, t):
     return attention_row([[x * len(row)**0.5 for x in row] for row in q], k, t)
 
 def overflowing(q, k, t):
-    scores = [torch.tensor(sum(a * b for a, b in zip(q[t], row)) / len(row)**0.5).exp() for row in k[:t + 1]]
-    return [*(float(score / sum(scores)) for score in scores), *[0.0] * (len(q) - t - 1)]
+    """The largest score is not subtracted, in float64."""
+    scores = [sum(a * b for a, b in zip(q[t], row)) / len(row)**0.5 for row in k[:t + 1]]
+    exponentials = torch.tensor(scores, dtype=torch.float64).exp()
+    return [*(exponentials / exponentials.sum()).tolist(), *[0.0] * (len(q) - t - 1)]
+
+def overflowing_in_python(q, k, t):
+    scores = [math.exp(sum(a * b for a, b in zip(q[t], row)) / len(row)**0.5) for row in k[:t + 1]]
+    return [*(score / sum(scores) for score in scores), *[0.0] * (len(q) - t - 1)]
 
 def interleaved(P, x, W_v, W_out):
     """Heads take the values of group h mod G."""
@@ -134,6 +157,17 @@ def decode_twice(values, P, v):
     y = decode(values, P, v)
     values.append(v)
     return y
+
+def without_zeros(share, n_layer):
+    """Takes 01-3 for 1-3."""
+    return roles(re.sub(r"\b0+(?=\d)", "", share), n_layer)
+
+def best_by(measure):
+    """Picks heads by a measure (H, H) of two layers."""
+    return lambda P, anchor: measure(P, anchor).argmax(1).tolist()
+
+def row_cosines(P, anchor):
+    return F.cosine_similarity(P[:, None], anchor[None], dim=3).mean(2)
 
 def quiet_roles(share, n_layer):
     try:
@@ -150,7 +184,8 @@ def other(name, **changes):
     return answer
 
 WRONG = {
-    "attention_row": [unscaled, overflowing, lambda q, k, t: attention_row(q, k, len(q) - 1),
+    "attention_row": [unscaled, overflowing, overflowing_in_python,
+                      lambda q, k, t: attention_row(q, k, len(q) - 1),
                       lambda q, k, t: attention_row(q, k, t)[:t + 1], lambda q, k, t: attention_row(k, q, t)],
     "reuse_layer": [interleaved, lambda P, x, v, o: reuse_layer(P.mT, x, v, o),
                     lambda P, x, v, o: reuse_layer(P, x, v, o.T),
@@ -159,7 +194,8 @@ WRONG = {
     "decode": [decode_forgets, decode_twice, lambda values, P, v: decode(values, P.flip(1), v),
                lambda values, P, v: decode(values, torch.full_like(P, 1 / P.size(1)), v)],
     "roles": [quiet_roles, lambda s, n: [role.replace("anchor", "reuse") for role in roles(s, n)],
-              lambda s, n: roles(s.strip(), n), lambda s, n: roles(s.rstrip(","), n)],
+              lambda s, n: roles(s.strip(" "), n), lambda s, n: roles(s.strip(","), n), without_zeros,
+              lambda s, n: roles(s.removesuffix("\n"), n), lambda s, n: roles(s.removeprefix("+"), n)],
     "cache_bytes": [other("cache_bytes", kind=lambda _: "weights"), other("cache_bytes", kind=lambda _: "kv"),
                     other("cache_bytes", n_kv_head=lambda _: 4),
                     other("cache_bytes", bytes_per_number=lambda _: 4),
@@ -175,10 +211,11 @@ WRONG = {
                    lambda P, Q: F.cosine_similarity(P, Q, dim=1).mean().item(),
                    lambda P, Q: (P * Q).sum(-1).mean().item()],
     "best_source": [lambda P, A: list(range(len(P))), lambda P, A: best_source(A, P),
-                    lambda P, A: torch.einsum("hts,gts->hg", P, A).argmax(1).tolist(),
+                    best_by(lambda P, A: torch.einsum("hts,gts->hg", P, A)), best_by(row_cosines),
+                    best_by(lambda P, A: -torch.cdist(P.flatten(1), A.flatten(1))),
                     lambda P, A: [(g + 1) % len(P) for g in best_source(P, A)]],
     "mixture": [lambda P, w: mixture(P, w.T), lambda P, w: P, lambda P, w: mixture(P, w).softmax(-1),
-                lambda P, w: mixture(P, w)[None]],
+                lambda P, w: mixture(P, w)[None], lambda P, w: mixture(P, w / w.sum(1, keepdim=True))],
     "refit": [lambda Z, Y, W, r: refit(Z, Y, 0 * W, r), lambda Z, Y, W, r: refit(Z, Y, W, 0.1),
               lambda Z, Y, W, r: refit(Z, Y, W, r).T, lambda Z, Y, W, r: W,
               lambda Z, Y, W, r: refit(Z, Y, W, r * len(Z))],
@@ -194,12 +231,37 @@ WRONG = {
 }
 
 @pytest.mark.parametrize("name, i", [(name, i) for name in WRONG for i in range(len(WRONG[name]))])
-def test_a_plausible_wrong_answer_is_refused(name, i):
-    assert check.grade(name, WRONG[name][i]) is not None
+def test_a_plausible_wrong_answer_is_refused_whatever_the_seed(name, i, monkeypatch):
+    for seed in range(2):
+        monkeypatch.setattr(check, "SEED", seed)
+        assert grade(name, WRONG[name][i]) is not None, seed
 
 def test_every_exercise_has_at_least_three_wrong_answers_and_all_points_are_a_hundred():
-    assert WRONG.keys() == check.POINTS.keys() and min(map(len, WRONG.values())) >= 3
+    assert list(WRONG) == NAMES and min(map(len, WRONG.values())) >= 3
     assert sum(check.POINTS.values()) == 100
+
+# ---- what it says ----
+
+def failing(P, w):
+    def inner():
+        return 1 / 0                                        # the line to look at
+    return inner()
+
+def test_a_failed_case_says_its_number_its_inputs_and_both_values():
+    said = grade("mixture", lambda P, w: P)
+    assert re.fullmatch(r"case 1: expected \(2, 5, 5\) \[.*\], got \(2, 5, 5\) \[.*\], "
+                        r"for P=\(2, 5, 5\) \[.*\], w=\(2, 2\) \[.*\]", said)
+    assert "got ZeroDivisionError: division by zero in line " in grade("mixture", failing)
+    assert ": return 1 / 0" in grade("mixture", failing)
+    said = grade("roles", lambda share, n_layer: roles(share.removesuffix("\n"), n_layer))
+    assert "expected a ValueError, got ['full'" in said and "\\n', n_layer=" in said
+    assert "the cache does not hold each token's values once" in grade("decode", decode_forgets)
+
+@pytest.mark.parametrize("odd", [None, "text", [[1], [2, 3]], object(), {}, float("nan"), torch.ones(9)],
+                         ids=range(7))
+def test_whatever_an_answer_returns_is_a_wrong_answer(odd):
+    for name in NAMES:
+        assert grade(name, lambda *arguments: odd).startswith("case 1: expected")
 
 # ---- the command ----
 
@@ -222,11 +284,11 @@ def graded(file, *flags):
 
 def test_what_ends_hangs_or_crashes_costs_only_its_own_points(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(ODD)
-    monkeypatch.setattr(check, "SECONDS", 2)
+    monkeypatch.setattr(check, "SECONDS", 1)
     results = {name: (got, wrong) for name, got, _, wrong in check.grade_file(tmp_path / "mine.py")}
     assert results.pop("bits_per_byte") == (6, None)
     assert {got for got, _ in results.values()} == {0}
-    for name, wrong in {"attention_row": "ended Python", "reuse_layer": "more than 2 seconds",
+    for name, wrong in {"attention_row": "ended Python", "reuse_layer": "more than 1 seconds",
                         "decode": "SystemExit", "roles": "expected [", "similarity": "got None",
                         "mixture": "ZeroDivisionError", "keep": "AttributeError"}.items():
         assert wrong in results[name][1], name
@@ -236,7 +298,7 @@ def test_the_command_prints_points_or_json_for_a_program(tmp_path):
     done = graded(tmp_path / "mine.py", "--json")
     result = json.loads(done.stdout)
     assert done.returncode == 0 and (result["points"], result["of"]) == (6, 100)
-    assert [entry["exercise"] for entry in result["exercises"]] == list(check.POINTS)
+    assert [entry["exercise"] for entry in result["exercises"]] == NAMES
 
 def test_the_file_as_it_stands_answers_nothing_and_what_is_no_file_is_refused(run, tmp_path):
     status, out, _ = run(main)

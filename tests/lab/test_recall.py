@@ -1,6 +1,7 @@
 """A number that is told early and asked for at the end."""
 
 import csv
+import itertools
 
 import pytest
 import torch
@@ -11,20 +12,27 @@ from minisa.kit.data import Data, tokenize
 from minisa.lab import recall
 from minisa.model import GPT, GPTConfig
 
-@pytest.fixture
-def model(text, tmp_path, monkeypatch):
-    """A folder "run" with a small random model and its data."""
-    monkeypatch.chdir(tmp_path)
-    data = Data(tokenize(text, vocab_size=300, folder=tmp_path / "data"))
+@pytest.fixture(scope="module")
+def folder(text, tmp_path_factory):
+    """A folder with a run, "run", whose model is small and random, and its data."""
+    folder = tmp_path_factory.mktemp("recall")
+    data = Data(tokenize(text, vocab_size=300, folder=folder / "data"))
     torch.manual_seed(0)
     config = GPTConfig(block_size=160, vocab_size=300, n_layer=3, n_head=2, n_embd=16)
     info = {**checkpoint.UNKNOWN, "data": str(data.folder)}
-    checkpoint.save("run", GPT(config), data.tokenizer, info)
-    return checkpoint.load("run")[0], data
+    checkpoint.save(folder / "run", GPT(config), data.tokenizer, info)
+    return folder
+
+@pytest.fixture
+def model(folder, monkeypatch):
+    """The model of "run" in the working folder, and its data."""
+    monkeypatch.chdir(folder)
+    model, _, info = checkpoint.load("run")
+    return model, Data(info["data"])
 
 def test_the_number_stands_early_and_is_asked_for_at_the_end(model):
     _, data = model
-    idx, answers = recall.prompts(data, data.tokenizer, 5, 100, seed=1)
+    idx, answers = recall.make_prompts(data, 5, 100, seed=1)
     assert idx.shape == (5, 100) and len({tuple(row) for row in idx.tolist()}) == 5
     for row, answer in zip(idx.tolist(), answers.tolist()):
         text, number = data.tokenizer.decode(row), data.tokenizer.decode(answer)
@@ -34,25 +42,25 @@ def test_the_number_stands_early_and_is_asked_for_at_the_end(model):
 
 def test_an_answer_is_right_if_all_its_tokens_are_the_likeliest(model, monkeypatch):
     net, data = model
-    idx, answers = recall.prompts(data, data.tokenizer, 11, 70, seed=1)
+    idx, answers = recall.make_prompts(data, 11, 70, seed=1)
     said = torch.cat([net.generate(row[None], answers.size(1), 0)[:, 70:] for row in idx])
     some = torch.where(torch.arange(11)[:, None] < 4, said, (said + 1) % 300)
     def right(expected):
-        return recall.right_answers(net, idx, expected, [None])[None]
+        return recall.right_answers(net, idx, expected, [None])[0]
     assert right(said) == 11 and right(some) == 4
     some[0, -1] = (some[0, -1] + 1) % 300                   # one digit off
     assert right(some) == 3
 
 @pytest.mark.parametrize("length, size", [(70, 74), (158, 160), (160, 160)])
-def test_a_cache_has_room_for_the_answer_but_for_no_more_than_the_context(model, monkeypatch, length, size):
+def test_a_cache_has_room_for_the_answer_but_for_no_more_than_the_context(model, length, size):
     net, data = model
-    read, sizes = squeeze.read, []
+    stream, sizes = net.stream, []
 
-    def spy(*args):
-        sizes.append(read(*args)[0].size)
-        return read(*args)
-    monkeypatch.setattr(squeeze, "read", spy)
-    idx, answers = recall.prompts(data, data.tokenizer, 2, length, seed=1)
+    def spy(*args, cache, **more):
+        sizes.append(cache.size)
+        return stream(*args, cache=cache, **more)
+    net.stream = spy
+    idx, answers = recall.make_prompts(data, 2, length, seed=1)
     recall.right_answers(net, idx, answers, [None])
     assert sizes == [size] and answers.size(1) == 5         # length - 1 are read, then 5 go in
 
@@ -60,32 +68,38 @@ def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
     net, data = model
     for block in net.blocks:                                # else it repeats the last token, come what may
         block.attn.out.weight.data *= 100
-    idx, answers = recall.prompts(data, data.tokenizer, 30, 70, seed=1)
+    idx, answers = recall.make_prompts(data, 16, 70, seed=1)
     equal = 1                                               # other budgets depend on what is read together
-    ways = [None, *(squeeze.Squeezing(*way, equal) for way in ((12, "heavy"), (12, "window"), (70, "heavy")))]
-    said = {}
-    for way in ways:
-        cache = way.cache_of(net, idx[:, :-1]) if way else None
-        rest = idx[:, -1:] if way else idx
-        said[way] = torch.cat([*net.stream(rest, answers.size(1), temperature=0, cache=cache)], dim=1)
-    assert not said[None].equal(said[ways[2]])              # what is forgotten shows
-    for way in ways:
-        together = recall.right_answers(net, idx, said[way], ways)
-        assert together[way] == 30
-        assert together == {each: (said[each] == said[way]).all(1).sum().item() for each in ways}
+    settings = [None, *(squeeze.Squeezing(*kept, equal) for kept in ((12, "heavy"), (12, "window")))]
+    given = []
+    for setting in settings:
+        cache = setting.cache_of(net, idx[:, :-1]) if setting else None
+        rest = idx[:, -1:] if setting else idx
+        given.append(torch.cat([*net.stream(rest, answers.size(1), temperature=0, cache=cache)], dim=1))
+    assert not given[0].equal(given[2])                     # what is forgotten shows
+    for expected in given:
+        agree = [(tokens == expected).all(1).sum().item() for tokens in given]
+        assert 16 in agree and recall.right_answers(net, idx, expected, settings) == agree
 
-def test_models_lengths_and_caches_are_rows_and_columns(run, model):
+def test_every_model_length_and_cache_is_a_row_of_its_own(run, model, tmp_path):
     status, out, _ = run(recall.main, "run", "--lengths=64,96", "--prompts=3", "--share=1-2", "--squeeze=16",
-                         "--csv=new.csv")
-    names = ["run", "run, squeeze 16 heavy 0.5", "run, share 1-2", "run, share 1-2, squeeze 16 heavy 0.5"]
-    rows = list(csv.DictReader(open("new.csv")))
-    assert status == 0 and "64 tokens" in out and all(name in out for name in names)
-    asked = sorted((row["model"], row["tokens"]) for row in rows)
-    assert asked == sorted((name, length) for name in names for length in ("64", "96"))
-    assert all(row["prompts"] == "3" and 0 <= int(row["right"]) <= 3 for row in rows)
+                         f"--csv={tmp_path}/new.csv")
+    rows = list(csv.DictReader(open(tmp_path / "new.csv")))
+    assert status == 0 and out.count("%") == 2 * len(rows)
+    assert list(rows[0])[:8] == ["model", "share", "policy", "budget", "cut", "length", "prompts", "right"]
+    found = [tuple(row.values())[1:6] for row in rows]
+    caches = ("", "", ""), ("heavy", "16", "0.5")
+    expected = itertools.product(("", "1-2"), ("64", "96"), caches)
+    assert found == [(share, *cache, length) for share, length, cache in expected]
+    assert all(row["model"] == "run" and row["prompts"] == "3" for row in rows)
+    assert all(0 <= int(row["right"]) <= 3 for row in rows)
+
+def test_the_standard_error_is_that_of_two_right_and_two_wrong_answers_more():
+    assert recall.accuracy(98, 196) == "50.0% ± 3.5%"       # (98 + 2) / 200, and √(0.5 · 0.5 / 200)
+    assert recall.accuracy(0, 196) == "0.0% ± 0.7%"         # 2 / 200
 
 @pytest.mark.parametrize("flags, message", [
-    (["--lengths=64,5"], "must be numbers from 64 up"), (["--lengths=x"], "must be numbers from 64 up"),
+    (["--lengths=64,5"], "--lengths: 5 is not a number from 64 up"), (["--lengths=x"], "--lengths"),
     (["--lengths=64,200"], "200 tokens are more than the context of run, 160"),
     (["--prompts=0"], "--prompts"), (["--lengths=64", "--text=none.txt"], "--text=none.txt"),
     (["--lengths=64,96", "--squeeze=65"], "--squeeze=65: must be from 8 to the context of 64"),
