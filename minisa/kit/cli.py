@@ -141,13 +141,31 @@ def refuse_odd_bytes(words):
             raise ValueError(f"{word!a}: not UTF-8 text; write it in UTF-8, or rename the "
                              "file") from None
 
+def open_streams():
+    """Give a program the standard streams that whoever started it has closed."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    sys.stdout.reconfigure(errors="backslashreplace")       # where a terminal lacks a character
+
+def explain(error):
+    """An error that the user can fix → one line. Raises any other."""
+    if isinstance(error, ValueError):
+        message = str(error)
+    elif isinstance(error, OSError):
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    elif isinstance(error, MemoryError) or "memory" in str(error):      # a RuntimeError of torch
+        first = str(error).partition("\n")[0]
+        message = f"out of memory: {first}; take a smaller --batch_size, --block_size or model"
+    else:
+        raise error
+    line = " ".join(message.split("\n"))
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+
 def command(main):
-    """Run a command's main(). What the user can mend becomes one line on stderr, and status 2."""
+    """Run a command's main(). What the user can fix becomes one line on stderr, and status 2."""
     try:
-        for name in ("stdin", "stdout", "stderr"):
-            if getattr(sys, name) is None:                  # closed by who started this
-                setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-        sys.stdout.reconfigure(errors="backslashreplace")   # where a terminal lacks a character
+        open_streams()
         refuse_odd_bytes(sys.argv)
         sys.exit(main())
     except KeyboardInterrupt:
@@ -155,15 +173,7 @@ def command(main):
     except BrokenPipeError:
         silence()
         sys.exit(0)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ValueError as error:
-        message = str(error)
-    except (MemoryError, RuntimeError) as error:       # torch has no class for a CPU without memory
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        first = str(error).partition("\n")[0]
-        message = f"out of memory: {first}; take a smaller --batch_size, --block_size or model"
-    message = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(message.split("\n")))
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        message = explain(error)
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(2)

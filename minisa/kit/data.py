@@ -122,14 +122,15 @@ class Data:
         self.folder, self.name = Path(folder), Path(folder).name
         fix = "delete that folder, and its files are made again"
         with reading(folder, "no folder of token files", fix):
-            files = {name: read_file(self.folder / name) for name in ("train.npy", "val.npy")}
-            meta = json.loads(read_file(self.folder / "meta.json"))
+            names = "train.npy", "val.npy", "meta.json"
+            files = {name: read_file(self.folder / name) for name in names}
+            meta = json.loads(files["meta.json"])
             check(meta, {"tokenizer": dict, "val_bytes": int, "digest": str}, "meta.json")
             if meta["digest"] != digest(meta, files):
                 raise ValueError("they are not as they were made")
             self.tokenizer = from_json(meta["tokenizer"])
             self.val_bytes, self.digest = meta["val_bytes"], meta["digest"]
-            self.train, self.val = (np.load(io.BytesIO(data)) for data in files.values())
+            self.train, self.val = (np.load(io.BytesIO(files[name])) for name in names[:2])
             for ids in (self.train, self.val):
                 refuse_odd(ids, self.tokenizer.vocab_size)
 
