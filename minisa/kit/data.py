@@ -115,6 +115,11 @@ def refuse_odd(ids, vocab_size):
     if ids.max() >= vocab_size:
         raise ValueError("a token id is out of range")
 
+def windows_at(ids, starts, T):
+    """→ windows of T + 1 token ids, (n, T + 1) int64."""
+    rows = ids[starts[:, None] + np.arange(T + 1)]
+    return torch.from_numpy(rows.astype(np.int64))
+
 class Data:
     """The token files of a folder: .train and .val (arrays of ids), .tokenizer, .val_bytes."""
 
@@ -139,11 +144,11 @@ class Data:
         step, of which a process takes its rows."""
         last = len(self.train) - block_size
         starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)[rows]
-        windows = self.cut(self.train, starts, block_size)
+        windows = windows_at(self.train, starts, block_size)
         return windows[:, :-1], windows[:, 1:]
 
     def windows(self, part, n, T):
-        """n windows of T + 1 tokens, spread evenly over "train" or "val" → (n, T + 1) int64.
+        """n windows of T + 1 tokens, evenly spaced over "train" or "val" → (n, T + 1) int64.
 
         Raises ValueError if the part is shorter than a window.
         """
@@ -151,22 +156,20 @@ class Data:
         if len(ids) < T + n:                                          # no two may be the same
             raise ValueError(f"the text has only {len(ids)} tokens in its {part} part; "
                              f"{n} windows of {T} need more text")
-        return self.cut(ids, np.linspace(0, len(ids) - T - 1, n).astype(int), T)
+        starts = np.linspace(0, len(ids) - T - 1, n).astype(int)
+        return windows_at(ids, starts, T)
 
-    def cut(self, ids, starts, T):
-        rows = ids[starts[:, None] + np.arange(T + 1)]
-        return torch.from_numpy(rows.astype(np.int64))
-
-    def in_windows(self, T):
-        """All of the validation split: inputs and targets (n, T), padded at the end with -100,
-        which is no target; and how many bytes the targets are."""
+    def all_of_val(self, T):
+        """The whole validation split → inputs and targets (n, T), padded at the end with -100, which
+        is no target; and how many bytes the targets are."""
         ids = torch.from_numpy(self.val.astype(np.int64))
-        pad = -(len(ids) - 1) % T
-        x, y = F.pad(ids[:-1], (0, pad)), F.pad(ids[1:], (0, pad), value=-100)
+        padding = -(len(ids) - 1) % T
+        x = F.pad(ids[:-1], (0, padding))
+        y = F.pad(ids[1:], (0, padding), value=-100)
         return x.view(-1, T), y.view(-1, T), self.val_bytes
 
-    def spread(self, T, tokens):
-        """About so many tokens of the validation split, in spread windows: as in_windows()."""
+    def part_of_val(self, T, tokens):
+        """About so many tokens of the validation split, evenly spaced: as all_of_val()."""
         windows = self.windows("val", tokens // T, T)
         x, y = windows[:, :-1], windows[:, 1:]
         return x, y, sum(len(self.tokenizer.decode_bytes(row)) for row in y.tolist())
@@ -181,11 +184,11 @@ class Data:
         """
         T, device = min(model.config.block_size, 4096), model.embed.weight.device
         if tokens and tokens < len(self.val) - 1:
-            x, y, n_bytes = self.spread(min(T, 512, tokens), tokens)
+            x, y, n_bytes = self.part_of_val(min(T, 512, tokens), tokens)
         else:
-            x, y, n_bytes = self.in_windows(T)
-        T, count = x.size(1), (y != -100).sum().item()
-        batch_size = max(1, min(32, 2**26 // (T * model.config.vocab_size)))    # 256 MB of logits
+            x, y, n_bytes = self.all_of_val(T)
+        logits_of_a_row = x.size(1) * model.config.vocab_size
+        batch_size = max(1, min(32, 2**26 // logits_of_a_row))        # 256 MB of logits
         nats, training = 0.0, model.training
         model.eval()
         for x_part, y_part in zip(x.split(batch_size), y.split(batch_size)):
@@ -193,4 +196,4 @@ class Data:
             targets = y_part.to(device).flatten()
             nats += F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").item()
         model.train(training)
-        return nats / count, nats / math.log(2) / n_bytes
+        return nats / (y != -100).sum().item(), nats / math.log(2) / n_bytes
