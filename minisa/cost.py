@@ -126,7 +126,7 @@ def measure(model, context, batch_size=1, cache_of=None, engine="torch"):
         return counter.get_total_flops(), reads.bytes
 
     tokens = torch.zeros(batch_size, context, dtype=torch.long, device=weight.device)
-    cache = KVCache(model, batch_size, context, weight.dtype, weight.device)
+    cache = KVCache(model, batch_size, context)
     (prefill, _), per_token = run(cache, tokens), cache.nbytes // (context * batch_size)
     if cache_of:
         cache = cache_of(tokens[:, :-1])

@@ -122,7 +122,7 @@ class SqueezedCache(KVCache):
     def watch(self):
         return self.add_up if self.policy == "heavy" else None  # for others no P need be formed
 
-    def open(self, positions):
+    def advance(self, positions):
         """Make room for a token at positions (1,). → the positions (S,) then visible to the unit
         that holds most tokens, in the first sequence."""
         for kept in self.units:
@@ -132,7 +132,7 @@ class SqueezedCache(KVCache):
         most = max(self.units, key=lambda kept: kept.count)
         return most.where[0, :most.count]
 
-    def write(self, name, layer, new):
+    def remember(self, name, layer, new):
         """A layer's new k or v (B, G, 1, d) → all that it keeps (B, G, S, d)."""
         stored, kept = getattr(self, name)[layer], self.kept[layer]
         sequences, places = kept.newest
@@ -140,7 +140,7 @@ class SqueezedCache(KVCache):
         return stored[:, :, :kept.count]
 
     def key_positions(self, layer):
-        """The positions (B, 1, S) of the keys that write() gives for a layer."""
+        """The positions (B, 1, S) of the keys that remember() gives for a layer."""
         kept = self.kept[layer]
         return kept.where[:, None, :kept.count]
 
@@ -158,7 +158,7 @@ def read(model, idx, weights=True, room=0):
     cosine_l of each layer (L,); and {unit: the attention weight (B, T) that each token received},
     zeros unless `weights`."""
     (B, T), like = idx.shape, model.embed.weight
-    cache = KVCache(model, B, max(T + room, 1), like.dtype, like.device)
+    cache = KVCache(model, B, max(T + room, 1))
     cosines = [0.0] * model.config.n_layer
     received = {unit: torch.zeros(B, T, device=idx.device) for unit in units(model.config)}
     of_layer = {layer: got for unit, got in received.items() for layer in unit}

@@ -58,14 +58,14 @@ class StoredCache(KVCache):
     in_numpy = True                                     # after a prompt, when all layers are there
     arriving, places = {}, ()                           # layer → a future of its blocks
 
-    def write(self, name, layer, new):
-        """As KVCache.write(), once the layer is there. Raises Damaged if it did not come whole."""
+    def remember(self, name, layer, new):
+        """As KVCache.remember(), once the layer is there. Raises Damaged if it did not come whole."""
         if layer in self.arriving:
             blocks = self.arriving.pop(layer).result()          # threads do not touch the device
             for slots, (k, v) in zip(self.places, blocks):
                 self.k[layer][0].index_copy_(1, slots, k.to(self.k[layer]))
                 self.v[layer][0].index_copy_(1, slots, v.to(self.v[layer]))
-        return super().write(name, layer, new)
+        return super().remember(name, layer, new)
 
 def raw(t):
     """A tensor → its bytes, as an array."""

@@ -86,7 +86,7 @@ def cache_bytes(rng):
     for (layers, share), kind, G in zip(modes, ["weights", "kv"] * 3, [4, 4, 2, 1, 2, 4]):
         config = GPTConfig(n_layer=len(layers), n_embd=64, n_kv_head=G, share=share, share_kind=kind)
         for tokens, dtype in ((1, torch.float32), (700, torch.bfloat16)):
-            held = KVCache(GPT(config), 1, tokens, dtype).nbytes    # what a real cache takes
+            held = KVCache(GPT(config).to(dtype), 1, tokens).nbytes    # what a real cache takes
             yield (layers, kind, 4, G, 64, tokens, dtype.itemsize), held
 
 def decode_flops(rng):

@@ -29,8 +29,7 @@ def sharing(model):
 
 def engine_of(model, cache=None):
     """What GPT.stream() decodes with: "numpy" (decode.py) or "torch" (model.py)."""
-    weight = model.embed.weight
-    cache = cache or KVCache(model, 1, 1, weight.dtype, weight.device)
+    cache = cache or KVCache(model, 1, 1)
     return "numpy" if handles(model, cache) else "torch"
 
 def both(predicted, measured):

@@ -56,7 +56,7 @@ def read(model, store, history):
 
 @torch.no_grad()
 def fresh(model, history, size=400):
-    cache = KVCache(model, 1, size, model.embed.weight.dtype)
+    cache = KVCache(model, 1, size)
     for part in torch.tensor([history]).split(100, dim=1):
         logits, _ = model(part, cache=cache)
     return logits[0, -1]
@@ -175,7 +175,7 @@ def test_both_tiers_keep_their_limits_and_let_the_least_recently_used_go(tmp_pat
 def test_layers_arrive_while_earlier_ones_compute(tmp_path, monkeypatch):
     model, history = make(), tokens(200)
     remember(model, tmp_path, history)
-    events, unpack, write = [], Store.unpack, StoredCache.write
+    events, unpack, write = [], Store.unpack, StoredCache.remember
 
     def slow(self, layer, numbers):
         time.sleep(0.01)
@@ -187,7 +187,7 @@ def test_layers_arrive_while_earlier_ones_compute(tmp_path, monkeypatch):
         events.append(("computed", layer))
         return out
     monkeypatch.setattr(Store, "unpack", slow)
-    monkeypatch.setattr(StoredCache, "write", attend)
+    monkeypatch.setattr(StoredCache, "remember", attend)
     logits, reused, _ = read(model, Store(model, tmp_path), history)
     assert reused == 192 and same(logits, fresh(model, history))
     assert events.index(("computed", 0)) < events.index(("arrived", 2))
