@@ -120,7 +120,7 @@ def measure(model, context, batch_size=1, cache_of=None, engine="torch"):
 
     def run(cache, tokens):
         """FLOPs and bytes read of what GPT.read() does."""
-        reads = Reads([*model.parameters(), *cache.k, *cache.v])
+        reads = Reads([*model.parameters(), *cache.tensors])
         with FlopCounterMode(display=False) as counter, reads:
             explicit.read(tokens, cache)
         return counter.get_total_flops(), reads.bytes

@@ -209,9 +209,13 @@ class KVCache:
         self.length = 0             # tokens seen so far
 
     @property
+    def tensors(self):
+        return self.k + self.v
+
+    @property
     def nbytes(self):
         """Bytes of storage held for keys and values."""
-        return sum(t.untyped_storage().nbytes() for t in self.k + self.v)
+        return sum(t.untyped_storage().nbytes() for t in self.tensors)
 
     def advance(self, positions):
         """Before T tokens at positions (T,) run through the layers: give them their slots. → the

@@ -45,6 +45,13 @@ def at_least(kind, lowest, highest=None):
 
 count, amount = at_least(int, 1), at_least(float, 0.0)
 
+def several(kind):
+    """A type for a flag: values of a kind, with commas between them."""
+    def parse(text):
+        return [kind(part) for part in text.split(",")]
+    parse.__name__ = kind.__name__
+    return parse
+
 def device(name):
     """A type for a flag: a torch.device that this machine has, and that can compute."""
     import torch

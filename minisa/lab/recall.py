@@ -11,7 +11,6 @@ by Agresti and Coull: of two right and two wrong answers more. The --context tha
 shortest of --lengths.
 """
 
-import argparse
 import sys
 import time
 
@@ -19,7 +18,7 @@ import torch
 
 from minisa.axes import squeeze
 from minisa.kit.checkpoint import load, reconfigure
-from minisa.kit.cli import Parser, at_least, command, count, device, table
+from minisa.kit.cli import Parser, at_least, command, count, device, several, table
 from minisa.kit.data import data_of
 from minisa.kit.files import write_csv
 from minisa.kit.results import print_table
@@ -42,15 +41,14 @@ def prompts(data, tokenizer, n, length, seed):
     return torch.tensor(rows), torch.tensor(answers)
 
 def right_answers(model, idx, answers, ways):
-    """idx (n, T), answers (n, D) → {way: how many of the n are said}. A way is a squeeze.Squeezing, or None
-    for the full cache. BATCH prompts are read at once, and once for all ways; they share their budgets."""
+    """idx (n, T), answers (n, D) → {way to keep the cache: how many of the n are said}. BATCH prompts are
+    read at once, and once for all ways; they share their budgets."""
     right = dict.fromkeys(ways, 0)
-    look = any(way and way.policy == "heavy" for way in ways)
     for rows, expected in zip(idx.split(BATCH), answers.split(BATCH)):
         rows, D = rows.to(model.embed.weight.device), expected.size(1)
         room = min(D, model.config.block_size + 1 - rows.size(1))       # then the oldest tokens go
-        reading = squeeze.read(model, rows[:, :-1], look, room)
-        caches = {way: squeeze.squeeze(*reading, *way) if way else reading[0] for way in ways}
+        reading = squeeze.read(model, rows[:, :-1], ways, room)
+        caches = {way: way.of(reading) for way in ways}
         for way, cache in caches.items():
             said = torch.cat([*model.stream(rows[:, -1:], D, temperature=0, cache=cache)], dim=1)
             right[way] += (said.cpu() == expected).all(1).sum().item()
@@ -75,12 +73,12 @@ def ask(args):
     for source in args.models:
         for name, model, tokenizer, info in variants(args, source):
             data = data_of(info, tokenizer, args.text)
-            ways = [None, *(squeeze.settings(args, model) if args.squeeze else [])]
+            ways = squeeze.ways_of(args, model)
             for length in args.lengths:
                 begun = time.perf_counter()
                 idx, answers = prompts(data, tokenizer, args.prompts, length, args.seed)
                 right = right_answers(model, idx, answers, ways)
-                rows += [[name + f", {way}" * bool(way), length, args.prompts, n] for way, n in right.items()]
+                rows += [[way.name(name), length, args.prompts, n] for way, n in right.items()]
                 print(f"{name}, {length} tokens: {', '.join(map(str, right.values()))} of {args.prompts} "
                       f"right, in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     return rows
@@ -93,21 +91,12 @@ def table_of(rows):
     return [["", *(f"{length} tokens" for length in tokens)],
             *([name, *(cells[name, length] for length in tokens)] for name in names)]
 
-def lengths(text):
-    """A type for a flag: numbers of tokens, with commas between them."""
-    try:
-        values = [count(part) for part in text.split(",")]
-    except (ValueError, argparse.ArgumentTypeError):
-        values = [0]
-    if min(values) < 64:
-        raise argparse.ArgumentTypeError(f"{text} must be numbers from 64 up, with commas between")
-    return values
-
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.recall MODEL [MODEL ...] [--FLAG=VALUE ...]")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
                         "or smollm2, which is downloaded once")
-    parser.flag("lengths", lengths, "256,512,1024,1536", "of the prompts, in tokens; several with commas")
+    parser.flag("lengths", several(at_least(int, 64)), "256,512,1024,1536",
+                "of the prompts, in tokens; several with commas")
     parser.flag("prompts", count, 200, "how many of each length")
     parser.flag("share", str, "", "spans that share, zero-shot, in models trained without", "none")
     squeeze.add_flags(parser)

@@ -102,7 +102,8 @@ def refit(Z, Y, W, ridge):
 def keep(received, budget):
     T = len(received)
     got = torch.tensor([received]).double() + 1e-9 * torch.arange(T)    # of two alike, the later
-    best = squeeze.priority("heavy", torch.arange(T)[None], got, T, budget).topk(budget).indices
+    scores = squeeze.POLICIES["heavy"].score(torch.arange(T)[None], got, T, budget)
+    best = scores.topk(budget).indices
     return sorted(best[0].tolist())
 
 def bits_per_byte(nats, tokens, text):

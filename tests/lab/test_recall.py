@@ -38,7 +38,7 @@ def test_an_answer_is_right_if_all_its_tokens_are_the_likeliest(model, monkeypat
     said = torch.cat([net.generate(row[None], answers.size(1), 0)[:, 70:] for row in idx])
     some = torch.where(torch.arange(11)[:, None] < 4, said, (said + 1) % 300)
     def right(expected):
-        return recall.right_answers(net, idx, expected, [None])[None]
+        return sum(recall.right_answers(net, idx, expected, [squeeze.Whole()]).values())
     assert right(said) == 11 and right(some) == 4
     some[0, -1] = (some[0, -1] + 1) % 300                   # one digit off
     assert right(some) == 3
@@ -49,11 +49,12 @@ def test_a_cache_has_room_for_the_answer_but_for_no_more_than_the_context(model,
     read, sizes = squeeze.read, []
 
     def spy(*args):
-        sizes.append(read(*args)[0].size)
-        return read(*args)
+        reading = read(*args)
+        sizes.append(reading.cache.size)
+        return reading
     monkeypatch.setattr(squeeze, "read", spy)
     idx, answers = recall.prompts(data, data.tokenizer, 2, length, seed=1)
-    recall.right_answers(net, idx, answers, [None])
+    recall.right_answers(net, idx, answers, [squeeze.Whole()])
     assert sizes == [size] and answers.size(1) == 5         # length - 1 are read, then 5 go in
 
 def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
@@ -62,13 +63,13 @@ def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
         block.attn.out.weight.data *= 100
     idx, answers = recall.prompts(data, data.tokenizer, 30, 70, seed=1)
     equal = 1                                               # other budgets depend on what is read together
-    ways = [None, *(squeeze.Squeezing(*way, equal) for way in ((12, "heavy"), (12, "window"), (70, "heavy")))]
-    said = {}
+    whole, *others = squeeze.Whole(), *(
+        squeeze.Squeezing(*way, equal) for way in ((12, "heavy"), (12, "window"), (70, "heavy")))
+    said, ways = {}, [whole, *others]
     for way in ways:
-        cache = way.cache_of(net, idx[:, :-1]) if way else None
-        rest = idx[:, -1:] if way else idx
+        rest, cache = way.begin(net, idx)
         said[way] = torch.cat([*net.stream(rest, answers.size(1), temperature=0, cache=cache)], dim=1)
-    assert not said[None].equal(said[ways[2]])              # what is forgotten shows
+    assert not said[whole].equal(said[others[1]])           # what is forgotten shows
     for way in ways:
         together = recall.right_answers(net, idx, said[way], ways)
         assert together[way] == 30
@@ -85,7 +86,7 @@ def test_models_lengths_and_caches_are_rows_and_columns(run, model):
     assert all(row["prompts"] == "3" and 0 <= int(row["right"]) <= 3 for row in rows)
 
 @pytest.mark.parametrize("flags, message", [
-    (["--lengths=64,5"], "must be numbers from 64 up"), (["--lengths=x"], "must be numbers from 64 up"),
+    (["--lengths=64,5"], "5 is not a number from 64 up"), (["--lengths=x"], "invalid int value"),
     (["--lengths=64,200"], "200 tokens are more than the context of run, 160"),
     (["--prompts=0"], "--prompts"), (["--lengths=64", "--text=none.txt"], "--text=none.txt"),
     (["--lengths=64,96", "--squeeze=65"], "--squeeze=65: must be from 8 to the context of 64"),
