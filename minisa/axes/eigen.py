@@ -70,7 +70,7 @@ class Narrow:
         v = step.remember("v", self.layer, split_heads(v, self.G))
         if self.restore is None:
             return q, step.remember("k", self.layer, rotate(k, step.rope)), v
-        k = step.remember("k", self.layer, k) @ self.restore     # (B, G, S, D)
+        k = step.remember("k", self.layer, k) @ self.restore    # (B, G, S, D)
         return q, rotate(k, self.rope_of_keys(step)), v
 
     def rope_of_keys(self, step):

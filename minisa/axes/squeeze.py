@@ -136,7 +136,7 @@ class Kept:
         (B, T), device = received.shape, received.device
         where = torch.arange(T, device=device).expand(B, T)
         scores = policy.score(where, received, T, room)
-        self.policy, self.count = policy, min(room, T)
+        self.policy, self.room, self.count = policy, room, min(room, T)
         best = scores.topk(self.count).indices.sort().values            # (B, count)
         free = 0, room - self.count
         self.where = F.pad(best, free)                                  # (B, room): their positions
@@ -145,12 +145,11 @@ class Kept:
 
     def admit(self, positions, length):
         """Give the token at positions (1,) a free place, or that of a token which then goes."""
-        room = self.where.size(1)
-        if self.count < room:
+        if self.count < self.room:
             self.places = torch.full_like(self.sequences, self.count)   # (B,)
             self.count += 1
         else:
-            scores = self.policy.score(self.where, self.received, length, room)
+            scores = self.policy.score(self.where, self.received, length, self.room)
             self.places = scores.argmin(1)
         self.where[self.sequences, self.places] = positions
         self.received[self.sequences, self.places] = 0.0
@@ -160,11 +159,15 @@ class SqueezedCache:
     there for what the methods do. Made by Squeezing."""
     size = 1                        # tokens at once, as another may have to go for each
 
-    def __init__(self, needs_weights, length):
-        self.watch = self.receive if needs_weights else None    # None: P need not be formed
+    def __init__(self, length):
         self.length = length
         self.units = []                             # a Kept for each unit
         self.kept, self.k, self.v = [], [], []      # for each layer its unit's Kept, its storages
+
+    @property
+    def watch(self):
+        policy = self.units[0].policy
+        return self.receive if policy.needs_weights else None   # None: P need not be formed
 
     @property
     def tensors(self):
@@ -177,7 +180,7 @@ class SqueezedCache:
     @property
     def rooms(self):
         """How many tokens each layer has room for."""
-        return [kept.where.size(1) for kept in self.kept]
+        return [kept.room for kept in self.kept]
 
     def predict(self, model, context):
         """→ the Cost of a token of a model after `context` - 1 others, as cost.predict()."""
@@ -295,7 +298,7 @@ class Squeezing(Whole):
     @torch.no_grad()
     def of(self, reading):
         whole, received = reading.cache, reading.received
-        small = SqueezedCache(self.needs_weights, whole.length)
+        small = SqueezedCache(whole.length)
         sizes = [k.size(3) + v.size(3) for k, v in zip(whole.k, whole.v)]
         rooms = budgets(list(received), reading.cosines, sizes, self.budget, self.cut)
         for unit, room in zip(received, rooms):
@@ -351,7 +354,7 @@ def bits_per_byte(model, data, context, eval_tokens, ways):
 
 # ---- flags ----
 
-def policy(name):
+def policy_name(name):
     """A type for a flag."""
     if name not in POLICIES:
         raise argparse.ArgumentTypeError(f"{name} must be one of {', '.join(POLICIES)}")
@@ -363,8 +366,8 @@ def add_flags(parser):
     parser.flag("squeeze", at_least(int, 8), None, "tokens that a layer's cache keeps on average, "
                 "at most --context; the loss is then that of the last quarter of --context, after "
                 "the rest", "all")
-    parser.flag("squeeze_policy", several(policy), "heavy", f"with --squeeze: which tokens stay: "
-                f"{stay}; or several, as sinks,heavy, a row each", "heavy")
+    parser.flag("squeeze_policy", several(policy_name), "heavy", "with --squeeze: which tokens "
+                f"stay: {stay}; or several, as sinks,heavy, a row each", "heavy")
     parser.flag("squeeze_cut", several(at_least(float, 0.01, 1)), "0.5", "with --squeeze: the "
                 "fraction of it that the layers which matter least keep, 1 for equal budgets; or "
                 "several, as 1,0.5, a row each", "0.5")
@@ -378,5 +381,6 @@ def ways_of(args, model):
     if args.squeeze > context:
         raise ValueError(f"--squeeze={args.squeeze}: must be from 8 to the context of {context} "
                          "tokens")
-    settings = itertools.product(args.squeeze_policy, args.squeeze_cut)
-    return [Whole(), *(Squeezing(args.squeeze, *each) for each in settings)]
+    pairs = itertools.product(args.squeeze_policy, args.squeeze_cut)
+    squeezings = [Squeezing(args.squeeze, policy, cut) for policy, cut in pairs]
+    return [Whole(), *squeezings]
