@@ -86,7 +86,7 @@ def digest(name, layer, numbers):
 
 class Disk:
     """Blocks as files of a folder that other processes may use too, up to `limit` bytes. A block is
-    a list of (k, v), (G, 64, d) each, one pair per layer; `like` is one without numbers in use.
+    a list of pairs k, v (G, 64, d), one per layer; `like` is one with any numbers.
 
     trouble: None, or what went wrong with the last writing or deleting, in words.
     Raises ValueError if the folder cannot be used.
@@ -195,7 +195,8 @@ class Store:
         self.block_bytes = like.nbytes
         self.root = root_name(model, self.size)
         self.memory = OrderedDict()     # name → its block; only the background thread removes one
-        self.disk = folder and Disk(folder, disk, [(k[0], v[0]) for k, v in zip(like.k, like.v)])
+        pairs = [(k[0], v[0]) for k, v in zip(like.k, like.v)]
+        self.disk = Disk(folder, disk, pairs) if folder else None
         self.reader, self.background = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def names(self, tokens):
