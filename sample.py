@@ -10,12 +10,12 @@
 import minisa  # isort: skip  # noqa: F401 (before torch, as it sees to Ctrl-C)
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from minisa.axes import squeeze
-from minisa.cost import predict
 from minisa.kit import bill
 from minisa.kit.checkpoint import load, reconfigure
 from minisa.kit.cli import Parser, amount, at_least, command, count, device, picture, prompt, table
@@ -48,12 +48,12 @@ def read_flags():
     flag("plot", picture, None, "file to draw the bill in, as .png, .svg or .pdf; needs matplotlib")
     return parser.parse_intermixed_args()
 
-def write(model, tokenizer, args, way=None):
+def write(model, tokenizer, args, way):
     """Stream the texts to stdout. → decoded tokens per second, after the prompt and the first step, which
     makes the weights ready; None for two tokens. And the tokens in the cache meanwhile, in the mean."""
     if not (tokens := tokenizer.encode(args.prompt)):
         raise ValueError("--prompt: this model has no token for any of it; take another text")
-    far = model.config.block_size * (1 if way else len(model.blocks))   # back, for all layers together
+    far = model.config.block_size * len(model.blocks)   # back, for all layers together
     ids = torch.tensor([tokens[-far:]], device=args.device)
     times = []
 
@@ -65,7 +65,7 @@ def write(model, tokenizer, args, way=None):
     seconds = 0.0
     for sample in range(args.num_samples):
         generator = torch.Generator(args.device).manual_seed(args.seed + sample)
-        cache, rest = (way.cache_of(model, ids[:, :-1]), ids[:, -1:]) if way else (None, ids)
+        rest, cache = way.begin(model, ids)
         stream = model.stream(rest, args.max_new_tokens, args.temperature, args.top_k, generator, cache)
         print(args.prompt, end="", flush=True)
         for text in tokenizer.decode_stream(timed(stream)):
@@ -81,13 +81,12 @@ def reached(model, speed, visible, args, cache):
     """→ share_of_limit() of decoding at some speed, or None if that is not known."""
     if speed is None:
         return None
-    size, rooms = model.embed.weight.element_size(), cache and cache.rooms
-    cost = predict(model, visible, bytes_per_number=size, kept=rooms)
+    cost = bill.predicted(model, visible, cache)
     return share_of_limit(cost.read_bytes, 1 / speed, args.device)
 
 def bits_per_byte(name, model, tokenizer, info, args, ways):
-    """→ the loss on validation text with each of some ways to squeeze; None if the text that the model was
-    trained on is gone. Raises ValueError if it is, with --squeeze."""
+    """→ the loss on validation text with each of some ways to keep the cache; None if the text that the model
+    was trained on is gone. Raises ValueError if it is, with --squeeze."""
     if info["val_bpb"] and not args.squeeze:
         return [info["val_bpb"]]
     try:
@@ -103,16 +102,16 @@ def bits_per_byte(name, model, tokenizer, info, args, ways):
     return [data.evaluate(model, tokens=None if info["data"] else args.eval_tokens)[1]]
 
 def variants(source, args):
-    """Yield (name, model, tokenizer, info, way to squeeze, bits per byte) of each row of the bill."""
+    """Yield (name, model, tokenizer, info, way to keep the cache, bits per byte) of each row of the bill."""
     model, tokenizer, info = load(source, device=args.device, dtype=getattr(torch, args.dtype))
     models = [(source, model, info)]
     if args.share and (args.models or not model.config.share):
         shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
         models.append((source, shared, {**info, "val_bpb": None}))
     for name, model, info in models:
-        ways = [None, *squeeze.settings(args, model)] if args.squeeze else [None]
+        ways = squeeze.ways_of(args, model)
         for way, bpb in zip(ways, bits_per_byte(name, model, tokenizer, info, args, ways)):
-            yield f"{name}, {way}" if way else name, model, tokenizer, info, way, bpb
+            yield way.name(name), model, tokenizer, info, way, bpb
 
 def main():
     args = read_flags()
@@ -127,7 +126,7 @@ def main():
         for name, model, tokenizer, info, way, bpb in variants(source, args):
             print(f"{name}, sharing {bill.sharing(model)}\n" + "-" * 80)
             speed, visible = write(model, tokenizer, args, way)
-            cache = way and way.cache_for_bill(model, data_of(info, tokenizer), args.context)
+            cache = way.for_bill(model, partial(data_of, info, tokenizer), args.context)
             limit = reached(model, speed, visible, args, cache)
             row, met = bill.row(name, model, bpb, speed, args.context, cache, limit)
             rows.append(row)

@@ -120,13 +120,13 @@ def measure(model, context, batch_size=1, cache_of=None, engine="torch"):
 
     def run(cache, tokens):
         """FLOPs and bytes read of what GPT.read() does."""
-        reads = Reads([*model.parameters(), *cache.k, *cache.v])
+        reads = Reads([*model.parameters(), *cache.tensors])
         with FlopCounterMode(display=False) as counter, reads:
             explicit.read(tokens, cache)
         return counter.get_total_flops(), reads.bytes
 
     tokens = torch.zeros(batch_size, context, dtype=torch.long, device=weight.device)
-    cache = KVCache(model, batch_size, context, weight.dtype, weight.device)
+    cache = KVCache(model, batch_size, context)
     (prefill, _), per_token = run(cache, tokens), cache.nbytes // (context * batch_size)
     if cache_of:
         cache = cache_of(tokens[:, :-1])

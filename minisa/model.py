@@ -97,9 +97,9 @@ class Step:
     fuse: bool = True               # False: all layers form P, also those that need not
     watch: object = None            # a function that is shown every P, layer after layer
 
-    def visible(self, name, layer, new):
+    def remember(self, name, layer, new):
         """Cache a layer's new k or v ("k", "v") (B, G, T, D) → it and the cached (B, G, S, D)."""
-        return self.cache.write(name, layer, new) if self.cache else new
+        return self.cache.remember(name, layer, new) if self.cache else new
 
     def attention_weights(self, q, k):
         """q (B, H, T, D), k (B, G, S, D) → P (B, H, T, S)."""
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         heads = split_heads(self.qkv(x), self.H + 2 * self.G)
         qk, v = heads.split_with_sizes((self.H + self.G, self.G), dim=1)
         q, k = rotate(qk, step.rope).split_with_sizes((self.H, self.G), dim=1)
-        return q, step.visible("k", self.layer, k), step.visible("v", self.layer, v)
+        return q, step.remember("k", self.layer, k), step.remember("v", self.layer, v)
 
     def merge(self, y):
         return self.out(y.transpose(1, 2).flatten(2))           # (B, H, T, D) → (B, T, C)
@@ -168,7 +168,7 @@ class SharedAttention(Attention):
 
     def forward(self, x, step, P):
         v = split_heads(self.qkv(x), self.G)                    # qkv is v only here: (B, G, T, D)
-        v = step.visible("v", self.layer, v)                    # (B, G, S, D)
+        v = step.remember("v", self.layer, v)                   # (B, G, S, D)
         return self.merge(step.weighted_sum(P, v)), P           # P goes on up as it came
 
 class KVAnchor(Attention):
@@ -191,43 +191,67 @@ class CrossLayerAttention(Attention):
 SHARE_KINDS = {"weights": (Anchor, SharedAttention), "kv": (KVAnchor, CrossLayerAttention)}
 
 class KVCache:
-    """The keys and values of the last `size` tokens of B sequences; 0 wide if a layer makes none.
-    A ring: position p lives in slot p mod size, so a new token overwrites the oldest. Keys are kept
-    rotated; as only distances count in RoPE, they stay valid however far generation goes."""
+    """The keys and values that each layer made of the last `size` tokens of B sequences.
+
+    It is a ring: position p has slot p mod size, so a new token replaces the oldest. The order of
+    slots does not matter to a sum, and only distances count in RoPE, so rotated keys stay valid
+    however far generation goes. A ring of four slots, by the positions that they hold:
+
+        new tokens    slots before    slots after    visible to the new tokens
+        0 1 2         - - - -         0 1 2 -        0 1 2
+        3             0 1 2 -         0 1 2 3        0 1 2 3
+        4             0 1 2 3         4 1 2 3        4 1 2 3            it sees itself, not 0
+        5 6           4 1 2 3         4 5 6 3        4 1 2 3 5 6        5 sees 2, whose slot 6 takes
+
+    The mask hides from a token what is later, or `size` and more back: above, 6 and 1 from 5.
+    """
     watch = None                    # a cache that must see every P has a function here: see Step
     in_numpy = True                 # decode.py can go on from it. A subclass must say so itself
 
-    def __init__(self, model, batch_size, size, dtype=torch.float32, device="cpu"):
-        G = model.config.n_kv_head
-        self.k, self.v = ([torch.empty(batch_size, G, size, block.attn.widths[i] // G, dtype=dtype,
-                                       device=device) for block in model.blocks] for i in (1, 2))
-        self.where = torch.zeros(1, 1, size, 1, dtype=torch.long, device=device)  # slot → position
-        self.size, self.length = size, 0                        # length: tokens seen so far
+    def __init__(self, model, batch_size, size):
+        like = model.embed.weight                               # its dtype and device
+
+        def slots(width):                                       # 0 wide if a layer makes none
+            G = model.config.n_kv_head
+            return like.new_empty(batch_size, G, size, width // G)
+
+        widths = [block.attn.widths for block in model.blocks]
+        self.k = [slots(n_k) for _, n_k, _ in widths]           # (B, G, size, D) for each layer
+        self.v = [slots(n_v) for _, _, n_v in widths]
+        self.where = like.new_zeros(1, 1, size, 1, dtype=torch.long)    # slot → position
+        self.size = size
+        self.length = 0             # tokens seen so far
+
+    @property
+    def tensors(self):
+        return self.k + self.v
 
     @property
     def nbytes(self):
         """Bytes of storage held for keys and values."""
-        return sum(t.untyped_storage().nbytes() for t in self.k + self.v)
+        return sum(t.untyped_storage().nbytes() for t in self.tensors)
 
-    def open(self, positions):
-        """Make room for tokens at positions (T,), once for all layers → all visible ones (S,)."""
-        T = len(positions)
+    def advance(self, positions):
+        """Before T tokens at positions (T,) run through the layers: give them their slots. → the
+        positions (S,) of all keys that remember() will then return."""
         self.slots = positions % self.size
-        self.overflows = T > 1 and self.length + T > self.size  # first see what last erase
-        self.held = min(self.length if self.overflows else self.length + T, self.size)
-        self.length += T
-        self.positions = self.put(self.where, positions.view(1, 1, T, 1)).view(-1)
+        self.length += len(positions)
+        self.positions = self.replace(self.where, positions.view(1, 1, -1, 1)).view(-1)
         return self.positions
 
-    def write(self, name, layer, new):
-        return self.put(getattr(self, name)[layer], new)        # (B, G, T, D) → (B, G, S, D)
+    def remember(self, name, layer, new):
+        """Store a layer's new k or v ("k", "v") (B, G, T, D) → all visible ones (B, G, S, D)."""
+        return self.replace(getattr(self, name)[layer], new)
 
-    def put(self, stored, new):
-        if self.overflows:                                      # copy first, then overwrite
-            visible = torch.cat((stored[:, :, :self.held], new), dim=2)
-            stored.index_copy_(2, self.slots, new)
-            return visible
-        return stored.index_copy_(2, self.slots, new)[:, :, :self.held]
+    def replace(self, stored, new):
+        """Write the T newest tokens, which self.length counts already, into their slots."""
+        T = new.size(2)
+        if T == 1 or self.length <= self.size:
+            return stored.index_copy_(2, self.slots, new)[:, :, :min(self.length, self.size)]
+        before = stored[:, :, :self.length - T]                 # the first of the T still see it,
+        visible = torch.cat((before, new), dim=2)
+        stored.index_copy_(2, self.slots, new)                  # but the last overwrite some of it
+        return visible
 
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
@@ -286,13 +310,14 @@ class GPT(nn.Module):
         if T > size:
             raise ValueError(f"{T} tokens at once are more than the {size} that fit: crop them")
         positions = torch.arange(length, length + T, device=idx.device)
-        keys = cache.open(positions) if cache else positions    # (S,)
+        key_positions = cache.advance(positions) if cache else positions        # (S,)
         x, mask = self.drop(self.embed(idx)), None
         if T > 1:                                               # a single token sees all there is
-            distance = positions[:, None] - keys                # (T, S)
+            distance = positions[:, None] - key_positions       # (T, S)
             mask = torch.where((distance >= 0) & (distance < size), 0.0, -torch.inf).to(x.dtype)
         rope, watch = rope_angles(self.config, positions), watch or (cache and cache.watch)
-        return x, Step(rope, mask, 1 < T == len(keys) and not idx.is_mps, cache, self.fuse, watch)
+        causal = T > 1 and len(key_positions) == T and not idx.is_mps
+        return x, Step(rope, mask, causal, cache, self.fuse, watch)
 
     def hidden(self, idx, cache=None, watch=None):
         """idx (B, T) → the last hidden states (B, T, C), which head() turns into logits."""
@@ -334,7 +359,7 @@ class GPT(nn.Module):
         that moment."""
         B, device = len(idx), idx.device
         if cache is None:
-            cache = KVCache(self, B, self.config.block_size, self.embed.weight.dtype, device)
+            cache = KVCache(self, B, self.config.block_size)
         randoms, decoder = uniform(B, generator, device), None
         for n in range(max_new_tokens):
             if n == 1 and decode.handles(self, cache):

@@ -67,10 +67,10 @@ class Narrow:
         q, k, v = self.qkv(x).split(self.widths, dim=2)
         q, k = q.contiguous(), k.contiguous()                   # rotate() needs rows of even length
         q, k = rotate(split_heads(q, self.H), step.rope), split_heads(k, self.G)
-        v = step.visible("v", self.layer, split_heads(v, self.G))
+        v = step.remember("v", self.layer, split_heads(v, self.G))
         if self.restore is None:
-            return q, step.visible("k", self.layer, rotate(k, step.rope)), v
-        k = step.visible("k", self.layer, k) @ self.restore     # (B, G, S, D)
+            return q, step.remember("k", self.layer, rotate(k, step.rope)), v
+        k = step.remember("k", self.layer, k) @ self.restore    # (B, G, S, D)
         return q, rotate(k, self.rope_of_keys(step)), v
 
     def rope_of_keys(self, step):

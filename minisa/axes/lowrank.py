@@ -31,8 +31,8 @@ class Corrected(SharedAttention):
         q, k, v = self.qkv(x).split(self.widths, dim=2)
         q, k, v = split_heads(q, self.H), split_heads(k, self.G), split_heads(v, self.G)
         rope = step.rope[:, ::step.rope.size(1) * 2 // q.size(3)]           # R/2 of D/2 angles
-        k = step.visible("k", self.layer, rotate(k, rope))      # (B, G, S, R)
-        v = step.visible("v", self.layer, v)
+        k = step.remember("k", self.layer, rotate(k, rope))     # (B, G, S, R)
+        v = step.remember("v", self.layer, v)
         correction = step.attention_weights(rotate(q, rope), k)
         product = P.float() * correction                        # (B, H, T, S); 0 where P is
         total = product.sum(-1, keepdim=True).clamp(min=torch.finfo(product.dtype).tiny)

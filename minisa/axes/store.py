@@ -2,7 +2,7 @@
 conversation between its turns.
 
 Without it, each turn reads the whole history again. With it, the cache of what was read is kept in
-memory, up to a number of bytes, and on disk, up to another; in both the least recently used goes
+memory, up to a number of bytes, and on disk, up to another; in both, the least recently used goes
 first. It is saved in the background after a turn, and loaded layer by layer, while the layers below
 already compute.
 
@@ -15,28 +15,28 @@ all tokens up to its end:
 
 So the longest common beginning of two histories is found by its names: an edited history reuses
 what comes before the edit, conversations with the same system prompt share it, another model finds
-nothing, and processes can use one folder together. What is left over, less than 64 tokens and the
-new turn, is computed. When a conversation outgrows the window, the oldest tokens drop out of the
-cache as out of any KVCache. The rest stays valid, as only distances count in RoPE; the paper stores
+nothing, and several processes can use one folder. What remains, less than 64 tokens and the new
+turn, is computed. When a conversation outgrows the window, the oldest tokens drop out of the cache
+as they do from any KVCache. The rest stays valid, as only distances count in RoPE; the paper stores
 keys before RoPE for that.
 
-A file is its name, a sha256 of (name, layer, numbers) for each layer, and the numbers. It is
-written under another name and renamed when whole. Whatever is wrong with it is found before its
-numbers are used; then it is deleted, and its tokens are computed anew. A file of another name,
-or that does not begin with its own, was made by somebody else, and stays.
+A file is its name, and for each layer a sha256 of (name, layer, numbers) and the numbers. It is
+written under another name and renamed when complete. Any damage is found before the numbers are
+used; then the file is deleted, and its tokens are computed again. A file with another name, or one
+that does not begin with its own, was made by something else, and stays.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
 import stat
-import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -48,24 +48,23 @@ from minisa.model import KVCache
 
 BLOCK = 64              # tokens
 DIGEST = 32             # bytes of a sha256
-ABANDONED = 3600        # seconds after which a file that is still not whole has no writer any more
+ABANDONED = 3600        # seconds after which an incomplete file has no writer any more
 
 class Damaged(Exception):
-    """A block could not be used. It is deleted by then, so that the next try does without it."""
+    """A block could not be used. It is gone by then, so the next load() does without it."""
 
 class StoredCache(KVCache):
-    """A KVCache whose layers are still arriving, at `places`, the slots of each block."""
+    """A KVCache whose layers are still arriving."""
     in_numpy = True                                     # after a prompt, when all layers are there
-    arriving, places = {}, ()                           # layer → a future of its blocks
+    arriving, loaded = {}, None             # layer → a Future of its k and v; the slots they go to
 
-    def write(self, name, layer, new):
-        """As KVCache.write(), once the layer is there. Raises Damaged if it did not come whole."""
+    def remember(self, name, layer, new):
+        """As KVCache.remember(), once the layer is there. Raises Damaged if it is not as it was
+        saved."""
         if layer in self.arriving:
-            blocks = self.arriving.pop(layer).result()          # threads do not touch the device
-            for slots, (k, v) in zip(self.places, blocks):
-                self.k[layer][0].index_copy_(1, slots, k.to(self.k[layer]))
-                self.v[layer][0].index_copy_(1, slots, v.to(self.v[layer]))
-        return super().write(name, layer, new)
+            for stored, numbers in zip((self.k, self.v), self.arriving.pop(layer).result()):
+                stored[layer][0].index_copy_(1, self.loaded, numbers.to(stored[layer]))
+        return super().remember(name, layer, new)
 
 def raw(t):
     """A tensor → its bytes, as an array."""
@@ -83,20 +82,26 @@ def root_name(model, size):
 def digest(name, layer, numbers):
     return hashlib.sha256(name + layer.to_bytes(4, "little") + numbers).digest()
 
+# ---- blocks as files ----
+
 class Disk:
-    """Blocks as files of a folder that other processes may use too, up to `limit` bytes.
+    """Blocks as files of a folder that other processes may use too, up to `limit` bytes. A block is
+    a list of pairs k, v (G, 64, d), one per layer; `like` is one with any numbers.
 
     trouble: None, or what went wrong with the last writing or deleting, in words.
     Raises ValueError if the folder cannot be used.
     """
 
-    def __init__(self, folder, limit):
-        self.folder, self.limit, self.trouble = Path(folder), limit, None
+    def __init__(self, folder, limit, like):
+        self.folder, self.limit, self.like, self.trouble = Path(folder), limit, like, None
+        sizes = [DIGEST + k.nbytes + v.nbytes for k, v in like]
+        self.starts = list(accumulate(sizes, initial=DIGEST))   # of each layer in a file, the end
+        self.damaged = set()            # names of files that could not be deleted: not tried again
         try:
             refuse_unwritable(self.folder / "x")
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError:
-            raise ValueError(f"--store={folder}: is no folder that can be written; "
+            raise ValueError(f"--store={folder}: is not a folder that can be written; "
                              "name one") from None
         for path, status in self.files(r"\.[0-9a-f]{8}"):           # of a process that was killed
             if status.st_mtime < time.time() - ABANDONED:
@@ -106,22 +111,42 @@ class Disk:
         return self.folder / f"{name.hex()}.kv"
 
     def has(self, name):
-        return self.path(name).is_file()
+        return name not in self.damaged and self.path(name).is_file()
 
     def files(self, ending=""):
         """Files of the folder, and their os.stat_result. Some may be deleted meanwhile."""
         found = []
         for path in self.folder.iterdir():
-            try:
-                if re.fullmatch(rf"[0-9a-f]{{64}}\.kv{ending}", path.name):
+            if re.fullmatch(rf"[0-9a-f]{{64}}\.kv{ending}", path.name):
+                with suppress(OSError):
                     found.append((path, path.lstat()))
-            except OSError:
-                pass
         return [(path, status) for path, status in found if stat.S_ISREG(status.st_mode)]
 
-    def put(self, name, data):
+    def read(self, name, layer):
+        """→ a layer's k and v. Raises Damaged if they are not as they were saved."""
+        start, end = self.starts[layer:layer + 2]
+        found = expected = numbers = b""
+        with suppress(OSError), open_file(self.path(name)) as file:
+            found = file.read(DIGEST)
+            file.seek(start)
+            expected, numbers = file.read(DIGEST), file.read(end - start - DIGEST)
+        if found != name or expected != digest(name, layer, numbers):
+            self.delete(self.path(name), ours=True)             # no other file has this hash
+            if self.has(name):
+                self.damaged.add(name)                          # it could not be deleted
+            raise Damaged(name.hex())
+        k, v = self.like[layer]
+        both = torch.from_numpy(np.frombuffer(bytearray(numbers), np.uint8)).view(k.dtype)
+        return both[:k.numel()].view(k.shape), both[k.numel():].view(v.shape)
+
+    def write(self, name, block):
+        data = bytearray(name)
+        for layer, (k, v) in enumerate(block):
+            numbers = raw(k).tobytes() + raw(v).tobytes()
+            data += digest(name, layer, numbers) + numbers
         try:
             write_file(self.path(name), data, private=True)
+            self.damaged.discard(name)
         except OSError as error:
             self.trouble = str(error)
 
@@ -132,7 +157,7 @@ class Disk:
                 ours = ours or file.read(DIGEST) == bytes.fromhex(path.name[:2 * DIGEST])
             if ours:
                 path.unlink(missing_ok=True)
-        except FileNotFoundError:                               # another process let go of it
+        except FileNotFoundError:                               # another process deleted it
             pass
         except OSError as error:
             self.trouble = f"{path}: could not be deleted ({error.strerror})"
@@ -141,16 +166,16 @@ class Disk:
         """As Store.use(). A file's time is when it was used last."""
         now = time.time()
         for i, name in enumerate(names):
-            try:
+            with suppress(OSError):                             # another process deleted it
                 os.utime(self.path(name), (now, now - 1e-3 * i))
-            except OSError:                                     # another process let go of it
-                pass
         files = sorted(self.files(), key=lambda file: file[1].st_mtime)
         over = sum(status.st_size for _, status in files) - self.limit
         for path, status in files:
             if over > 0:
                 self.delete(path)
                 over -= status.st_size
+
+# ---- memory, and both together ----
 
 class Store:
     """KV caches of a model's conversations, one sequence each: in memory, and on disk in a folder.
@@ -161,24 +186,21 @@ class Store:
     """
 
     def __init__(self, model, folder=None, memory=2**29, disk=2**32, size=None):
-        self.model, self.like, self.limit = model, model.embed.weight, memory
+        self.model, self.device, self.limit = model, model.embed.weight.device, memory
         self.size = model.config.block_size if size is None else size
         if self.size < BLOCK:
             raise ValueError(f"--context={self.size}: the store keeps blocks of {BLOCK} tokens; "
                              "take at least as many, and a model with such a block_size")
-        block = KVCache(model, 1, BLOCK, self.like.dtype, "meta")
-        self.shapes = [(k.shape[1:], v.shape[1:]) for k, v in zip(block.k, block.v)]
-        self.head_bytes = DIGEST * (1 + len(block.k))           # the name, and a digest per layer
-        self.layer_bytes = [k.nbytes + v.nbytes for k, v in zip(block.k, block.v)]
-        self.file_bytes = self.head_bytes + sum(self.layer_bytes)
+        like = KVCache(model, 1, BLOCK)
+        self.block_bytes = like.nbytes
         self.root = root_name(model, self.size)
-        self.memory, self.lock = OrderedDict(), threading.Lock()    # name → the bytes of a file
-        self.damaged = set()            # names of files that could not be deleted: not tried again
-        self.disk = Disk(folder, disk) if folder else None
+        self.memory = OrderedDict()     # name → its block; only the background thread removes one
+        pairs = [(k[0], v[0]) for k, v in zip(like.k, like.v)]
+        self.disk = Disk(folder, disk, pairs) if folder else None
         self.reader, self.background = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def names(self, tokens):
-        """The names of the whole blocks of a list of tokens."""
+        """The names of the complete blocks of a list of tokens."""
         names = [self.root]
         for i in range(0, len(tokens) // BLOCK * BLOCK, BLOCK):
             text = json.dumps(tokens[i:i + BLOCK]).encode()
@@ -186,88 +208,52 @@ class Store:
         return names[1:]
 
     def on_disk(self, name):
-        return self.disk is not None and name not in self.damaged and self.disk.has(name)
+        return self.disk is not None and self.disk.has(name)
 
     def load(self, tokens):
         """tokens: a history and a new turn → a StoredCache that holds the longest known beginning
         of it, at most all but the last token; cache.length says how many. A forward pass with it
         may raise Damaged: then load again."""
-        names, blocks = self.names(tokens[:-1]), None
-        while blocks is None:
-            first, end = self.longest(names)
-            try:
-                blocks = [self.block(name) for name in names[first:end]]
-                for block in blocks:
-                    next(block)                                 # its head
-            except Damaged:
-                blocks = None
-        cache = StoredCache(self.model, 1, self.size, self.like.dtype, self.like.device)
-        if blocks:
-            positions = torch.arange(first * BLOCK, end * BLOCK, device=self.like.device)
-            slots, cache.length = positions % self.size, end * BLOCK
-            cache.where[0, 0, slots] = positions[:, None]
-            task, cache.places = (self.bring, names[first:end], blocks), slots.split(BLOCK)
-            cache.arriving = {layer: self.reader.submit(*task, layer)
-                              for layer in range(len(cache.k))}
+        names = self.names(tokens[:-1])
+        have = {name: self.memory.get(name) or self.on_disk(name) for name in names}
+        start, end = self.longest(list(have.values()))
+        positions = torch.arange(start, end, device=self.device)
+        cache = StoredCache(self.model, 1, self.size)
+        cache.length, cache.loaded = end, positions % self.size
+        cache.where[0, 0, cache.loaded] = positions[:, None]
+        if end:
+            futures = [Future() for _ in cache.k]
+            cache.arriving = dict(enumerate(futures))
+            found = dict(islice(have.items(), start // BLOCK, end // BLOCK))
+            self.reader.submit(self.bring, found, end - start, futures)
         return cache
 
-    def longest(self, names):
-        """The longest beginning that is there → the first of its blocks that reaches into the
-        window, and the one after its last."""
-        have = [name in self.memory or self.on_disk(name) for name in names]
-        for end in range(len(names), 0, -1):
-            first = max(0, end * BLOCK - self.size) // BLOCK
-            if all(have[first:end]):
-                return first, end
+    def longest(self, have):
+        """have: of each block of a history, whether it is there → the positions of the first token
+        that is in the window at the end of the longest such beginning, and of the one after it."""
+        for n in range(len(have), 0, -1):
+            start = max(0, n * BLOCK - self.size)
+            if all(have[start // BLOCK:n]):
+                return start, n * BLOCK
         return 0, 0
 
-    def block(self, name):
-        """Read a block from memory or from its file: yield None if its head is right, then k and v
-        (G, 64, d) of each layer. Raises Damaged if it is not as it was saved."""
-        data = self.memory.get(name)
+    def bring(self, found, n, futures):
+        """Give each layer's future its k and v (G, n, d): of the last n tokens of the blocks found.
+        Then keep the blocks in memory. found: their names → what memory holds, or True: a file."""
+        blocks = {name: [] for name in found}
         try:
-            if data is None and self.disk is None:              # memory let go of it meanwhile
-                raise Damaged
-            with open_file(self.disk.path(name)) if data is None else io.BytesIO(data) as file:
-                whole = file.seek(0, os.SEEK_END) == self.file_bytes
-                file.seek(0)
-                parts = [file.read(self.head_bytes)]
-                if not whole or parts[0][:DIGEST] != name:
-                    raise Damaged
-                yield
-                for layer, n in enumerate(self.layer_bytes):
-                    parts.append(file.read(n))
-                    expected = parts[0][DIGEST * (layer + 1):DIGEST * (layer + 2)]
-                    if data is None and digest(name, layer, parts[-1]) != expected:
-                        raise Damaged
-                    yield self.unpack(layer, parts[-1])
-        except (OSError, Damaged):
-            self.forget(name)
-            raise Damaged(name.hex()) from None
-        if data is None:
-            self.put(name, b"".join(parts))
-
-    def unpack(self, layer, numbers):
-        """The bytes of a layer → its k and v (G, 64, d)."""
-        k_shape, v_shape = self.shapes[layer]
-        both = torch.from_numpy(np.frombuffer(bytearray(numbers), np.uint8)).view(self.like.dtype)
-        k, v = both.split((k_shape.numel(), v_shape.numel()))
-        return k.view(k_shape), v.view(v_shape)
-
-    def bring(self, names, blocks, layer):
-        """Read one layer: k and v of each block. After the last, keep the blocks in memory."""
-        if not blocks:
-            raise Damaged("in a layer below")
-        try:
-            read = [next(block) for block in blocks]
-        except Damaged:
-            blocks.clear()
-            raise
-        if layer == len(self.shapes) - 1:
-            for block in blocks:
-                next(block, None)                               # it ends
-            self.use(names)
-        return read
+            for layer, future in enumerate(futures):
+                for name, known in found.items():
+                    pair = self.disk.read(name, layer) if known is True else known[layer]
+                    blocks[name].append(pair)
+                k, v = zip(*(block[layer] for block in blocks.values()))
+                future.set_result((torch.cat(k, 1)[:, -n:], torch.cat(v, 1)[:, -n:]))
+        except Exception as error:
+            for future in futures[layer:]:
+                future.set_exception(error)
+        else:
+            self.memory.update(blocks)
+            self.background.submit(self.use, list(blocks))
 
     def save(self, tokens, cache):
         """Keep what a cache holds of its tokens, a list: in memory now, on disk a little later."""
@@ -275,47 +261,27 @@ class Store:
         for i, name in enumerate(names):
             kept = name in self.memory and (self.disk is None or self.on_disk(name))
             overwritten = i * BLOCK < cache.length - self.size
-            if not kept and not overwritten:
-                data = self.pack(name, cache, i)
-                self.put(name, data)
-                if self.disk:
-                    self.damaged.discard(name)
-                    self.background.submit(self.disk.put, name, data)
+            if kept or overwritten:
+                continue
+            slots = torch.arange(i * BLOCK, (i + 1) * BLOCK, device=self.device) % self.size
+            block = [(k[0][:, slots].cpu(), v[0][:, slots].cpu()) for k, v in zip(cache.k, cache.v)]
+            self.memory[name] = block
+            if self.disk:
+                self.background.submit(self.disk.write, name, block)
         self.background.submit(self.use, names)
-
-    def pack(self, name, cache, i):
-        """The keys and values of block i of a cache → the bytes of its file."""
-        slots = torch.arange(i * BLOCK, (i + 1) * BLOCK, device=self.like.device) % self.size
-        layers = [b"".join((raw(k[0][:, slots]), raw(v[0][:, slots])))
-                  for k, v in zip(cache.k, cache.v)]
-        digests = [digest(name, layer, numbers) for layer, numbers in enumerate(layers)]
-        return b"".join((name, *digests, *layers))
-
-    def put(self, name, data):
-        with self.lock:
-            self.memory[name] = data
-
-    def forget(self, name):
-        with self.lock:
-            self.memory.pop(name, None)
-        if self.disk:
-            self.disk.delete(self.disk.path(name), ours=True)   # no other file has this hash
-            if self.disk.has(name):
-                self.damaged.add(name)                      # it could not be deleted
 
     def use(self, names):
         """Count blocks as used just now, the later ones first, so that they go first; let go of
         what is over the limits."""
-        with self.lock:
-            for name in reversed(names):
-                if name in self.memory:
-                    self.memory.move_to_end(name)
-            while len(self.memory) * self.file_bytes > self.limit:
-                self.memory.popitem(last=False)
+        for name in reversed(names):
+            if name in self.memory:
+                self.memory.move_to_end(name)
+        while len(self.memory) * self.block_bytes > self.limit:
+            self.memory.popitem(last=False)
         if self.disk:
             self.disk.use(names)
 
     def close(self):
         """Wait until all is written."""
-        self.background.shutdown()
         self.reader.shutdown()
+        self.background.shutdown()

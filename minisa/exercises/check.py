@@ -159,7 +159,7 @@ def cache_bytes(rng):
         config = GPTConfig(n_layer=len(layers), share=share, share_kind=kind, **shape)
         for dtype in (torch.float32, torch.bfloat16):
             tokens = int(rng.integers(1, 1000))
-            cache = KVCache(GPT(config), 1, tokens, dtype)
+            cache = KVCache(GPT(config).to(dtype), 1, tokens)
             size = {"tokens": tokens, "bytes_per_number": dtype.itemsize}
             yield {"roles": layers, "kind": kind, **shape, **size}, cache.nbytes
 

@@ -29,9 +29,14 @@ def sharing(model):
 
 def engine_of(model, cache=None):
     """What GPT.stream() decodes with: "numpy" (decode.py) or "torch" (model.py)."""
-    weight = model.embed.weight
-    cache = cache or KVCache(model, 1, 1, weight.dtype, weight.device)
+    cache = cache or KVCache(model, 1, 1)
     return "numpy" if handles(model, cache) else "torch"
+
+def predicted(model, context, cache=None):
+    """→ the Cost of a token in the model's dtype, with a KVCache or a cache of another kind."""
+    if cache:
+        return cache.predict(model, context)
+    return predict(model, context, bytes_per_number=model.embed.weight.element_size())
 
 def both(predicted, measured):
     """One number if prediction and measurement agree, else both."""
@@ -44,15 +49,12 @@ def row(name, model, bpb, speed, context, cache=None, of_limit=None):
 
     bpb: bits per byte on the validation text, or None. speed: decoded tokens per second, or None.
     of_limit: share_of_limit() of that, or None. context: tokens in the cache; at most block_size
-    count. cache: one of another kind than KVCache that holds context - 1 tokens, and says in .rooms
-    how many each layer has room for.
+    count. cache: as of the for_bill() of a way to keep it (minisa.axes.squeeze), or None.
     """
     if bpb is not None and not math.isfinite(bpb):
         raise ValueError(f"{name}: its loss is {bpb}: its weights are damaged; make it again")
     context = min(context, model.config.block_size)
-    rooms = cache.rooms if cache else None
-    size, engine = model.embed.weight.element_size(), engine_of(model, cache)
-    p = predict(model, context, bytes_per_number=size, kept=rooms)
+    engine, p = engine_of(model, cache), predicted(model, context, cache)
     m = measure(model, context, cache_of=(lambda _: cache) if cache else None, engine=engine)
     values = [name, sharing(model), both(p.params, m.params),
               "?" if bpb is None else f"{bpb:.4f}",

@@ -78,6 +78,13 @@ def settings_parser(settings, doc, usage, on_gpu):
         parser.flag(field.name, field.type, argparse.SUPPRESS, helps[field.name], shown)
     return parser
 
+def several(kind):
+    """A type for a flag: values of a kind, with commas between them."""
+    def parse(text):
+        return [kind(part) for part in text.split(",")]
+    parse.__name__ = kind.__name__
+    return parse
+
 def device(name):
     """A type for a flag: a torch.device that this machine has, and that can compute."""
     import torch

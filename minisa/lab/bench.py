@@ -130,8 +130,7 @@ def trainer(model, batch_size, T, dtype):
 
 def full_cache(model, batch_size, context):
     """→ a cache in which every new token overwrites the oldest."""
-    like = model.embed.weight
-    cache = KVCache(model, batch_size, context, like.dtype, like.device)
+    cache = KVCache(model, batch_size, context)
     for t in cache.k + cache.v:
         t.normal_()
     cache.length = context

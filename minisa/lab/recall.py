@@ -14,7 +14,7 @@ import torch
 
 from minisa.axes import squeeze
 from minisa.kit.checkpoint import load, reconfigure
-from minisa.kit.cli import Parser, at_least, command, count, device, table
+from minisa.kit.cli import Parser, at_least, command, count, device, several, table
 from minisa.kit.data import data_of
 from minisa.kit.machine import keep_memory
 from minisa.kit.results import write_results
@@ -39,34 +39,18 @@ def make_prompts(data, n, length, seed):
     answers = [encode(f" {number}") for number in numbers]
     return torch.tensor(prompts), torch.tensor(answers)
 
-# ---- caches: the full one (None), and squeezed ones (squeeze.Squeezing) ----
-
-def settings_of(args, model):
-    return [None, *squeeze.settings(args, model)] if args.squeeze else [None]
-
-def facts(setting):
-    """What a CSV file says of a cache."""
-    facts = {"policy": "", "budget": "", "cut": ""}
-    return {**facts, **setting._asdict()} if setting else facts
-
-def read(model, idx, settings, room):
-    """Read a prompt idx (B, T) once → a cache for each setting; the full one has room for more tokens."""
-    policies = [setting.policy for setting in settings if setting]
-    reading = squeeze.read(model, idx, "heavy" in policies, room)
-    full, *_ = reading
-    return [squeeze.squeeze(*reading, *setting) if setting else full for setting in settings]
-
 # ---- questions and answers ----
 
-def right_answers(model, prompts, answers, settings):
-    """prompts (n, T), answers (n, D) → for each setting, how many of the n the model gives with such a cache.
+def right_answers(model, prompts, answers, ways):
+    """prompts (n, T), answers (n, D) → for each way to keep the cache, how many of the n the model gives.
     The prompts of a batch share their budgets."""
     D = answers.size(1)
     free = model.config.block_size + 1 - prompts.size(1)                # beyond it, the oldest tokens go
-    right = [0] * len(settings)
+    right = [0] * len(ways)
     for batch, expected in zip(prompts.split(BATCH), answers.split(BATCH)):
         batch = batch.to(model.embed.weight.device)
-        caches = read(model, batch[:, :-1], settings, min(D, free))
+        reading = squeeze.read(model, batch[:, :-1], ways, min(D, free))    # once for all ways
+        caches = [way.of(reading) for way in ways]                          # before one goes on
         for i, cache in enumerate(caches):
             tokens = list(model.stream(batch[:, -1:], D, temperature=0, cache=cache))
             given = torch.cat(tokens, dim=1).cpu()                      # (B, D)
@@ -75,15 +59,15 @@ def right_answers(model, prompts, answers, settings):
 
 def ask(args, source, model, data):
     """Yield a row for a CSV file for each length and cache."""
-    settings = settings_of(args, model)
+    ways = squeeze.ways_of(args, model)
     for length in args.lengths:
         prompts, answers = make_prompts(data, args.prompts, length, args.seed)
-        right = right_answers(model, prompts, answers, settings)
-        for setting, n in zip(settings, right):
+        right = right_answers(model, prompts, answers, ways)
+        for way, n in zip(ways, right):
             yield {
                 "model": source,
                 "share": model.config.share,
-                **facts(setting),
+                **way.facts,
                 "length": length,
                 "prompts": args.prompts,
                 "right": n,
@@ -112,15 +96,12 @@ def accuracy(right, n):
 
 # ---- the command ----
 
-def lengths(text):
-    """A type for a flag: numbers of tokens, with commas between them."""
-    return [at_least(int, 64)(length) for length in text.split(",")]
-
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.recall MODEL [MODEL ...] [--FLAG=VALUE ...]")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
                         "or smollm2, which is downloaded once")
-    parser.flag("lengths", lengths, "256,512,1024,1536", "of the prompts, in tokens; several with commas")
+    parser.flag("lengths", several(at_least(int, 64)), "256,512,1024,1536",
+                "of the prompts, in tokens; several with commas")
     parser.flag("prompts", count, 200, "how many of each length")
     parser.flag("share", str, "", "spans that share, zero-shot, in models trained without", "none")
     squeeze.add_flags(parser)

@@ -11,7 +11,7 @@ from minisa import cost
 from minisa.axes import eigen, heads, lowrank, squeeze
 from minisa.axes.heads import Matched, Mixed
 from minisa.axes.lowrank import Corrected
-from minisa.axes.squeeze import POLICIES, SINKS, Squeezing, budgets, loss_after, read, units
+from minisa.axes.squeeze import POLICIES, Floats, Squeezing, Whole, budgets, loss, read, units
 from minisa.kit import cli
 from minisa.kit.data import Data, tokenize
 from minisa.kit.tokenizer import Tokenizer
@@ -53,6 +53,8 @@ MODELS = {
 }
 models = pytest.mark.parametrize("kind", MODELS)
 policies = pytest.mark.parametrize("policy", POLICIES)
+
+SINKS = 4
 
 class Plain:
     """One sequence through a model, token by token. After `prompt` tokens each unit u keeps rooms[u], by sets
@@ -135,6 +137,11 @@ class Plain:
             out.append(self.model.head(self.model.norm(x)))
         return torch.stack(out)
 
+def squeezed(model, idx, *settings):
+    """→ a cache that has read idx (B, T)."""
+    way = Squeezing(*settings)
+    return way.of(read(model, idx, [way]))
+
 def one_by_one(model, cache, idx):
     """Logits (B, T, V) of idx (B, T), a token at a time."""
     return torch.cat([model(token, cache=cache)[0] for token in idx.split(1, dim=1)], 1)
@@ -146,7 +153,7 @@ def one_by_one(model, cache, idx):
 @torch.no_grad()
 def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy):
     model = MODELS[kind]()
-    cache = squeeze.squeeze(*read(model, IDX[:, :25]), 12, policy, 0.5)
+    cache = squeezed(model, IDX[:, :25], 12, policy, 0.5)
     rooms = [kept.where.size(1) for kept in cache.units]
     got = one_by_one(model, cache, IDX[:, 25:])
     for row, tokens in zip(got, IDX):
@@ -157,7 +164,7 @@ def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy):
 @torch.no_grad()
 def test_with_room_for_all_nothing_changes(kind):
     model = MODELS[kind]()
-    cache = squeeze.squeeze(*read(model, IDX[:, :20]), 40, "heavy", None)
+    cache = squeezed(model, IDX[:, :20], 40, "heavy", 1)
     got = one_by_one(model, cache, IDX[:, 20:])
     torch.testing.assert_close(got, model(IDX)[0][:, 20:], atol=1e-3, rtol=1e-3)
 
@@ -166,7 +173,7 @@ def test_with_room_for_all_nothing_changes(kind):
 @torch.no_grad()
 def test_it_goes_on_with_narrow_keys_that_are_rotated_when_read(policy, mode):
     model = eigen.compress(make(**mode), IDX, rank=5)
-    cache = squeeze.squeeze(*read(model, IDX[:, :25]), 40, policy, None)
+    cache = squeezed(model, IDX[:, :25], 40, policy, 1)
     got = one_by_one(model, cache, IDX[:, 25:])
     torch.testing.assert_close(got, model(IDX)[0][:, 25:], atol=1e-3, rtol=1e-3)
 
@@ -175,17 +182,17 @@ def test_it_goes_on_with_narrow_keys_that_are_rotated_when_read(policy, mode):
 def test_narrow_keys_keep_their_positions_when_others_go(policy):
     full = make(share="2-4", n_kv_head=2)
     exact = eigen.compress(full, IDX, rank=8)                   # all of a head: the same model
-    expected, got = (one_by_one(model, Squeezing(12, policy).cache_of(model, IDX[:, :25]), IDX[:, 25:])
+    expected, got = (one_by_one(model, squeezed(model, IDX[:, :25], 12, policy), IDX[:, 25:])
                      for model in (full, exact))
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
     narrow = eigen.compress(full, IDX, rank=7)
-    rooms = Squeezing(12, policy).cache_of(narrow, IDX[:, :25]).rooms
+    rooms = squeezed(narrow, IDX[:, :25], 12, policy).rooms
     assert min(rooms) == 6 and len(set(rooms)) == 2
 
 @torch.no_grad()
 def test_several_tokens_go_through_one_at_a_time():
     model = make()
-    caches = [squeeze.squeeze(*read(model, IDX[:, :20]), 12) for _ in range(2)]
+    caches = [squeezed(model, IDX[:, :20], 12) for _ in range(2)]
     one_by_one(model, caches[0], IDX[:, 20:30])
     expected = model.generate(IDX[:, 30:31], 5, temperature=0, cache=caches[0])[:, 1:]
     got = model.generate(IDX[:, 20:31], 5, temperature=0, cache=caches[1])[:, 11:]
@@ -195,29 +202,54 @@ def test_several_tokens_go_through_one_at_a_time():
 
 def test_generation_goes_on_past_the_prompt_and_the_budget():
     model = make()
-    cache = squeeze.squeeze(*read(model, IDX[:, :-1]), 12)
+    cache = squeezed(model, IDX[:, :-1], 12)
     out = model.generate(IDX[:, -1:], 50, temperature=0, cache=cache)
     assert out.shape == (2, 51) and cache.length == 39 + 50
 
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_a_prompt_may_be_shorter_than_the_budget(n):
     model = make(share="1-3")
-    cache = squeeze.squeeze(*read(model, IDX[:, :n]), 24)       # at least 12 in each layer
+    cache = squeezed(model, IDX[:, :n], 24)       # at least 12 in each layer
     got = model.generate(IDX[:, n:n + 1], 4, temperature=0, cache=cache)
     assert torch.equal(got, model.generate(IDX[:, :n + 1], 4, temperature=0)[:, n:])
 
 @pytest.mark.parametrize("policy, forms_P", [("window", False), ("sinks", False), ("heavy", True)])
 def test_attention_weights_are_formed_only_for_the_policy_that_needs_them(policy, forms_P, monkeypatch):
     model = make()
-    cache = Squeezing(12, policy).cache_of(model, IDX)
+    cache = squeezed(model, IDX, 12, policy)
     fused, formed = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: formed.append(1) or fused(*a, **k))
     model(IDX[:, :1], cache=cache)
     assert (len(formed) == 0) == forms_P
 
-def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="oldest: must be one of window, sinks, heavy"):
-        squeeze.squeeze(*read(make(), IDX), 12, "oldest")
+class Halves(Floats):
+    """Another storage: the first and the second half of the numbers, apart."""
+
+    def __init__(self, tokens, room):
+        B, G, _, d = tokens.shape
+        self.tensors = [tokens.new_zeros(room, B, G, len(range(half, d, 2))) for half in (0, 1)]
+        for half, t in enumerate(self.tensors):
+            t[:tokens.size(2)] = tokens[..., half::2].permute(2, 0, 1, 3)
+
+    def put(self, sequences, places, new):
+        for half, t in enumerate(self.tensors):
+            t[places, sequences] = new[..., half::2]
+
+    def first(self, count):
+        even, odd = (t[:count].permute(1, 2, 0, 3) for t in self.tensors)
+        both = even.new_empty(*even.shape[:3], even.size(3) + odd.size(3))
+        both[..., 0::2], both[..., 1::2] = even, odd
+        return both
+
+@models
+@policies
+@torch.no_grad()
+def test_another_storage_combines_with_every_policy_and_model(kind, policy):
+    model = MODELS[kind]()
+    floats, halves = (squeezed(model, IDX[:, :25], 12, policy, 0.5, storage) for storage in (Floats, Halves))
+    expected, got = (one_by_one(model, cache, IDX[:, 25:]) for cache in (floats, halves))
+    torch.testing.assert_close(got, expected)
+    assert halves.nbytes == floats.nbytes
 
 # ---- budgets ----
 
@@ -235,16 +267,17 @@ def test_layers_that_change_the_stream_least_are_cut_and_the_bytes_stay():
     total = sum(n * s for n, s in zip(found, size))
     assert 100 * sum(size) - sum(size) < total <= 100 * sum(size)
 
-@pytest.mark.parametrize("cosines, cut", [([0.1, 0.5, 0.9], None), ([0.1, 0.5, 0.9], 1), ([0.5] * 3, 0.4)])
+@pytest.mark.parametrize("cosines, cut", [([0.1, 0.5, 0.9], 1), ([0.5] * 3, 0.4)])
 def test_without_a_cut_or_a_difference_all_budgets_are_the_same(cosines, cut):
     assert budgets([(0,), (1,), (2,)], cosines, [2, 2, 2], 100, cut) == [100] * 3
 
 def test_memory_is_freed_and_the_same_for_equal_and_unequal_budgets():
     model = make(block_size=256)
     idx = torch.randint(50, (3, 200))
-    full, cosines, received = read(model, idx)
-    equal, unequal = (squeeze.squeeze(full, cosines, received, 60, "sinks", cut) for cut in (None, 0.5))
-    assert equal.nbytes == full.nbytes * 60 // 200 and 0.97 * equal.nbytes < unequal.nbytes <= equal.nbytes
+    reading = read(model, idx)
+    equal, unequal = (Squeezing(60, "sinks", cut).of(reading) for cut in (1, 0.5))
+    assert equal.nbytes == reading.cache.nbytes * 60 // 200
+    assert 0.97 * equal.nbytes < unequal.nbytes <= equal.nbytes
     assert len(set(unequal.rooms)) == 2
     before = unequal.nbytes
     for _ in range(5):
@@ -254,19 +287,16 @@ def test_memory_is_freed_and_the_same_for_equal_and_unequal_budgets():
 @models
 @policies
 def test_the_bill_of_a_squeezed_cache_is_predicted(kind, policy):
-    model, caches = MODELS[kind](), []
-
-    def cache_of(idx):
-        caches.append(Squeezing(20, policy).cache_of(model, idx))
-        return caches[-1]
-    measured = cost.measure(model, 50, batch_size=2, cache_of=cache_of)
-    assert cost.predict(model, 50, batch_size=2, kept=caches[0].rooms) == measured
+    model = MODELS[kind]()
+    cache = squeezed(model, torch.zeros(2, 49, dtype=torch.long), 20, policy)
+    measured = cost.measure(model, 50, batch_size=2, cache_of=lambda _: cache)
+    assert cost.predict(model, 50, batch_size=2, kept=cache.rooms) == measured
 
 def test_the_bill_of_a_squeezed_cache_with_narrow_keys_is_predicted():
     model = eigen.compress(make(share="2-4"), IDX, rank=5)
-    cache = Squeezing(20).cache_of(model, torch.zeros(1, 49, dtype=torch.long))
+    cache = squeezed(model, torch.zeros(1, 49, dtype=torch.long), 20)
     measured = cost.measure(model, 50, cache_of=lambda _: cache)
-    assert cost.predict(model, 50, kept=cache.rooms) == measured
+    assert cache.predict(model, 50) == measured
 
 # ---- what it looks at ----
 
@@ -279,17 +309,17 @@ def test_importance_is_the_cosine_before_and_after_attention():
         after = x + block.attn(block.norm(x), step)[0]
         expected.append(F.cosine_similarity(x, after, dim=-1).mean().item())
         x = after + block.mlp(block.norm(after))
-    cache, cosines, received = read(model, idx)
-    assert cosines == pytest.approx(expected, abs=1e-5) and cache.length == 290
+    reading = read(model, idx, [Squeezing(8, "heavy")])
+    assert reading.cosines == pytest.approx(expected, abs=1e-5) and reading.cache.length == 290
     for layer in range(5):
-        torch.testing.assert_close(received[layer,], P[layer].sum((1, 2)), atol=1e-3, rtol=1e-4)
-    _, again, nothing = read(model, idx, weights=False)
-    assert again == pytest.approx(expected, abs=1e-5) and not any(got.any() for got in nothing.values())
-    assert not any(block.attn._forward_hooks for block in model.blocks)
+        torch.testing.assert_close(reading.received[layer,], P[layer].sum((1, 2)), atol=1e-3, rtol=1e-4)
+    again = read(model, idx, [Whole(), Squeezing(8, "sinks")])
+    assert again.cosines == pytest.approx(expected, abs=1e-5)
+    assert not any(got.any() for got in again.received.values())
 
 def test_a_span_receives_the_weights_of_all_its_layers():
     model = make(share="1-3", share_kind="kv")
-    P, (_, _, received) = model.attention_weights(IDX), read(model, IDX)
+    P, received = model.attention_weights(IDX), read(model, IDX, [Squeezing(8, "heavy")]).received
     assert list(received) == [(0,), (1, 2, 3), (4,)]
     torch.testing.assert_close(received[1, 2, 3], sum(P[1:4]).sum((1, 2)))
 
@@ -300,11 +330,11 @@ def test_loss_is_that_of_the_tokens_after_the_prompt():
     model, windows = make(), torch.randint(50, (3, 41))
     logits = model(windows[:, :-1])[0][:, 30:]
     expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 31:].flatten()).item()
-    assert loss_after(model, windows, 30) == pytest.approx(expected, abs=1e-4)
-    reading = read(model, windows[:, :30])
-    wide, narrow = squeeze.squeeze(*reading, 40, cut=None), squeeze.squeeze(*reading, 10)
-    assert loss_after(model, windows, 30, wide) == pytest.approx(expected, abs=1e-3)
-    assert loss_after(model, windows, 30, narrow) != pytest.approx(expected, abs=1e-3)
+    ways = Whole(), Squeezing(40, "heavy", 1), Squeezing(10, "heavy")
+    reading = read(model, windows[:, :30], ways)
+    whole, wide, narrow = (loss(model, way, windows, reading) for way in ways)
+    assert whole == pytest.approx(expected, abs=1e-4) and wide == pytest.approx(expected, abs=1e-3)
+    assert narrow != pytest.approx(expected, abs=1e-3)
 
 BYTES = Tokenizer([bytes([b]) for b in range(256)])
 
@@ -316,7 +346,7 @@ def test_bits_per_byte_are_those_of_the_last_quarters_of_windows(data):
     model = make(vocab_size=256)
     windows = data.windows("val", 4, 64)
     nats = model(windows[:, :-1], windows[:, 1:].where(torch.arange(64) >= 48, -100))[1].item()
-    full, = squeeze.bits_per_byte(model, data, 1000, 64, [None])
+    full, = squeeze.bits_per_byte(model, data, 1000, 64, [Whole()])
     assert full == pytest.approx(nats / math.log(2), abs=1e-4)
     wide, narrow = squeeze.bits_per_byte(model, data, 64, 64, [Squeezing(n, cut=1) for n in (64, 8)])
     assert wide == pytest.approx(nats / math.log(2), abs=1e-3) and narrow != pytest.approx(wide, abs=1e-3)
@@ -324,15 +354,31 @@ def test_bits_per_byte_are_those_of_the_last_quarters_of_windows(data):
 def test_a_prompt_is_read_once_for_all_settings(data, monkeypatch):
     model, calls = make(vocab_size=256), []
     args = SimpleNamespace(squeeze=20, squeeze_policy=["sinks", "window"], squeeze_cut=[1.0, 0.5], context=64)
-    ways = squeeze.settings(args, model)
+    ways = squeeze.ways_of(args, model)
     monkeypatch.setattr(squeeze, "read", lambda *args: calls.append(1) or read(*args))
-    assert len(list(squeeze.bits_per_byte(model, data, 64, 64, ways))) == 4
-    assert len(calls) == 1 and [str(way) for way in ways] == [
-        "squeeze 20 sinks equal", "squeeze 20 sinks 0.5", "squeeze 20 window equal", "squeeze 20 window 0.5"]
+    assert len(list(squeeze.bits_per_byte(model, data, 64, 64, ways))) == 5
+    assert len(calls) == 1 and [way.name("m") for way in ways] == [
+        "m", "m, squeeze 20 sinks equal", "m, squeeze 20 sinks 0.5", "m, squeeze 20 window equal",
+        "m, squeeze 20 window 0.5"]
+    assert ways[0].facts == {"policy": "", "budget": "", "cut": ""}
+    assert ways[2].facts == {"policy": "sinks", "budget": 20, "cut": 0.5}
 
 def test_the_cache_for_the_bill_holds_all_but_a_token_of_the_context(data):
-    cache = Squeezing(20, "sinks").cache_for_bill(make(vocab_size=256), data, 1000)
+    model = make(vocab_size=256)
+    cache = Squeezing(20, "sinks").for_bill(model, lambda: data, 1000)
     assert cache.length == 63 and max(cache.rooms) < 63
+    assert Whole().for_bill(model, None, 1000) is None          # needs no text
+
+@torch.no_grad()
+def test_any_way_begins_a_text_that_stream_continues():
+    model = make()
+    for way in (Whole(), Squeezing(12), Squeezing(64, "window", 1)):
+        rest, cache = way.begin(model, IDX)
+        got = torch.cat((IDX, *model.stream(rest, 9, 0, cache=cache)), dim=1)
+        if way != Squeezing(12):                                # which forgets
+            assert torch.equal(got, model.generate(IDX, 9, 0))
+    long = torch.cat((IDX, IDX), dim=1)                         # 80 tokens; the context is 64
+    assert Squeezing(12).begin(model, long)[1].length == 63
 
 # ---- flags ----
 
@@ -341,6 +387,12 @@ def parse(*flags):
     squeeze.add_flags(parser)
     return parser.parse_args(flags)
 
+def test_the_help_tells_what_each_policy_keeps(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} ({policy.__doc__})" in text for name, policy in POLICIES.items())
+
 def test_several_policies_and_cuts_may_be_given():
     args = parse("--squeeze=8", "--squeeze_policy=sinks,heavy", "--squeeze_cut=1,0.5")
     assert (args.squeeze, args.squeeze_policy, args.squeeze_cut) == (8, ["sinks", "heavy"], [1.0, 0.5])
@@ -348,9 +400,9 @@ def test_several_policies_and_cuts_may_be_given():
     assert (args.squeeze, args.squeeze_policy, args.squeeze_cut) == (None, ["heavy"], [0.5])
 
 WRONG = {"--squeeze=7": "7 is not a number from 8 up",
-         "--squeeze_policy=oldest": "must be window, sinks or heavy",
-         "--squeeze_cut=0": "above 0 and at most 1", "--squeeze_cut=half": "above 0 and at most 1",
-         "--squeeze_cut=0.5,2": "above 0 and at most 1", "--squeeze_cut=nan": "above 0 and at most 1"}
+         "--squeeze_policy=oldest": "must be one of window, sinks, heavy",
+         "--squeeze_cut=0": "0 is not a number from 0.01 up", "--squeeze_cut=half": "invalid float value",
+         "--squeeze_cut=0.5,2": "2 is more than 1", "--squeeze_cut=nan": "nan is not a number"}
 
 @pytest.mark.parametrize("flag", WRONG)
 def test_a_wrong_flag_is_refused_by_name(flag):
@@ -360,4 +412,4 @@ def test_a_wrong_flag_is_refused_by_name(flag):
 def test_a_budget_above_the_context_is_refused():
     args = SimpleNamespace(squeeze=65, squeeze_policy=["heavy"], squeeze_cut=[0.5], context=1000)
     with pytest.raises(ValueError, match="--squeeze=65: must be from 8 to the context of 64 tokens"):
-        squeeze.settings(args, make())
+        squeeze.ways_of(args, make())

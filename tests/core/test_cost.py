@@ -40,7 +40,7 @@ def test_shared_attention_saves_half_the_cache_of_a_reuse_layer_and_cla_all_of_i
 
 def test_bytes_are_those_of_the_numbers_stored():
     config = GPTConfig(block_size=64, share="1-3")
-    stored = KVCache(GPT(config), 2, 64, torch.bfloat16).nbytes
+    stored = KVCache(GPT(config).bfloat16(), 2, 64).nbytes
     assert predict(config, 64, 2, bytes_per_number=2).cache_bytes == stored
 
 def test_measuring_counts_what_is_really_multiplied():

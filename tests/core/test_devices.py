@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minisa import model as model_file
-from minisa.axes.squeeze import POLICIES, squeeze, units
+from minisa.axes.squeeze import POLICIES, Reading, Squeezing, units
 from minisa.kit.checkpoint import change, empty
 from minisa.model import GPT, GPTConfig, KVCache
 
@@ -33,19 +33,19 @@ def test_text_is_generated_where_the_model_is(mode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_cache_is_where_the_model_is_and_as_precise(mode, dtype):
     model = empty(config(**mode)).to(dtype).eval()
-    cache = KVCache(model, 2, 12, dtype, "meta")
+    cache = KVCache(model, 2, 12)
     model.generate(tokens(5), 3, cache=cache)
     assert all(t.is_meta and t.dtype == dtype for t in cache.k + cache.v) and cache.length == 7
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_squeezed_cache_decodes_where_the_model_is(policy):
     model = empty(config(share="1-3")).eval()
-    cache = KVCache(model, 2, 12, device="meta")
+    cache = KVCache(model, 2, 12)
     with torch.no_grad():
         model.hidden(tokens(12), cache)
     received = {unit: torch.zeros(2, 12, device="meta") for unit in units(model.config)}
-    small = squeeze(cache, [0.9, 0.5, 0.4, 0.3, 0.2], received, 8, policy)
-    assert model.generate(tokens(1), 9, cache=small).is_meta and all(t.is_meta for t in small.k + small.v)
+    small = Squeezing(8, policy).of(Reading(cache, [0.9, 0.5, 0.4, 0.3, 0.2], received))
+    assert model.generate(tokens(1), 9, cache=small).is_meta and all(t.is_meta for t in small.tensors)
 
 def test_a_tensor_on_another_device_would_be_found(monkeypatch):
     angles = model_file.rope_angles

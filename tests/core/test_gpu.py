@@ -60,7 +60,7 @@ def test_logits_on_the_card_are_those_of_the_cpu_cached_or_not(mode):
     with torch.inference_mode():
         expected = model(idx)[0]
         model.cuda()
-        cache = KVCache(model, 2, 64, device="cuda")
+        cache = KVCache(model, 2, 64)
         cached = torch.cat([model(part.cuda(), cache=cache)[0] for part in idx.split([20, 1, 1, 42], 1)], 1)
         assert (model(idx.cuda())[0].cpu() - expected).abs().max() < 1e-3
         assert (cached.cpu() - expected).abs().max() < 1e-3

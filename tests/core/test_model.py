@@ -74,6 +74,19 @@ def test_after_wrapping_each_layer_attends_to_the_last_block_size_keys(mode, chu
         cached = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], 1)
         assert cache.length == 40 and close(cached, plainly(model, idx, window=12)[0])
 
+RING = [([0, 1, 2], [0, 1, 2], [0, 1, 2]),      # new positions, those in slots afterwards, the visible ones
+        ([3], [0, 1, 2, 3], [0, 1, 2, 3]), ([4], [4, 1, 2, 3], [4, 1, 2, 3]),
+        ([5, 6], [4, 5, 6, 3], [4, 1, 2, 3, 5, 6])]
+
+def test_a_ring_of_four_slots_fills_and_overflows_as_its_docstring_says():
+    cache = KVCache(make(n_layer=1), 1, 4)
+    for new, slots, visible in RING:
+        assert cache.advance(torch.tensor(new)).tolist() == visible
+        numbers = torch.tensor(new).view(1, 1, -1, 1).expand(1, 4, -1, 8).float()
+        assert cache.remember("v", 0, numbers)[0, 3, :, 7].tolist() == visible
+        assert cache.where.flatten()[:len(slots)].tolist() == slots
+        assert cache.v[0][0, 3, :len(slots), 7].tolist() == slots
+
 def test_a_reuse_layer_makes_values_only_and_one_of_cla_queries_only():
     def shapes(**mode):
         return [tuple(block.attn.qkv.weight.shape) for block in make(n_kv_head=2, **mode).blocks]

@@ -68,7 +68,7 @@ def of_roles(roles):
 def cache_bytes(roles, kind, n_head, n_kv_head, n_embd, tokens, bytes_per_number):
     config = GPTConfig(n_layer=len(roles), n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
                        share=of_roles(roles), share_kind=kind)
-    return KVCache(GPT(config), 1, tokens, torch.float32).nbytes * bytes_per_number // 4
+    return KVCache(GPT(config), 1, tokens).nbytes * bytes_per_number // 4
 
 def decode_flops(role, kind, n_head, n_kv_head, n_embd, n_hidden, keys):
     share = "" if role == "full" else "0-1"
@@ -105,7 +105,8 @@ def refit(Z, Y, W, ridge):
 def keep(received, budget):
     T = len(received)
     got = torch.tensor([received]).double() + 1e-9 * torch.arange(T)    # of two alike, the later
-    best = squeeze.priority("heavy", torch.arange(T)[None], got, T, budget).topk(budget).indices
+    scores = squeeze.POLICIES["heavy"].score(torch.arange(T)[None], got, T, budget)
+    best = scores.topk(budget).indices
     return sorted(best[0].tolist())
 
 def bits_per_byte(nats, tokens, text):

@@ -188,7 +188,7 @@ def test_a_small_window_lets_old_turns_go(talk):
     assert (status, err) == (0, "") and len(answers(out)) == 8 and "ERROR" not in out
 
 WRONG = {"run2": "unrecognized arguments: run2", "--context=10": "--context=10: the store keeps blocks",
-         "--store=run/config.json": "no folder that can be written", "--store_memory=x": "--store_memory",
+         "--store=run/config.json": "not a folder that can be written", "--store_memory=x": "--store_memory",
          "--share=0-9": "--share=0-9", "--dtype=int8": "--dtype"}
 
 @pytest.mark.parametrize("flag", WRONG)

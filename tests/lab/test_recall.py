@@ -46,7 +46,7 @@ def test_an_answer_is_right_if_all_its_tokens_are_the_likeliest(model, monkeypat
     said = torch.cat([net.generate(row[None], answers.size(1), 0)[:, 70:] for row in idx])
     some = torch.where(torch.arange(11)[:, None] < 4, said, (said + 1) % 300)
     def right(expected):
-        return recall.right_answers(net, idx, expected, [None])[0]
+        return recall.right_answers(net, idx, expected, [squeeze.Whole()])[0]
     assert right(said) == 11 and right(some) == 4
     some[0, -1] = (some[0, -1] + 1) % 300                   # one digit off
     assert right(some) == 3
@@ -61,7 +61,7 @@ def test_a_cache_has_room_for_the_answer_but_for_no_more_than_the_context(model,
         return stream(*args, cache=cache, **more)
     net.stream = spy
     idx, answers = recall.make_prompts(data, 2, length, seed=1)
-    recall.right_answers(net, idx, answers, [None])
+    recall.right_answers(net, idx, answers, [squeeze.Whole()])
     assert sizes == [size] and answers.size(1) == 5         # length - 1 are read, then 5 go in
 
 def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
@@ -70,16 +70,15 @@ def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
         block.attn.out.weight.data *= 100
     idx, answers = recall.make_prompts(data, 16, 70, seed=1)
     equal = 1                                               # other budgets depend on what is read together
-    settings = [None, *(squeeze.Squeezing(*kept, equal) for kept in ((12, "heavy"), (12, "window")))]
+    ways = [squeeze.Whole(), squeeze.Squeezing(12, "heavy", equal), squeeze.Squeezing(12, "window", equal)]
     given = []
-    for setting in settings:
-        cache = setting.cache_of(net, idx[:, :-1]) if setting else None
-        rest = idx[:, -1:] if setting else idx
+    for way in ways:
+        rest, cache = way.begin(net, idx)
         given.append(torch.cat([*net.stream(rest, answers.size(1), temperature=0, cache=cache)], dim=1))
     assert not given[0].equal(given[2])                     # what is forgotten shows
     for expected in given:
         agree = [(tokens == expected).all(1).sum().item() for tokens in given]
-        assert 16 in agree and recall.right_answers(net, idx, expected, settings) == agree
+        assert 16 in agree and recall.right_answers(net, idx, expected, ways) == agree
 
 def test_every_model_length_and_cache_is_a_row_of_its_own(run, model, tmp_path):
     status, out, _ = run(recall.main, "run", "--lengths=64,96", "--prompts=3", "--share=1-2", "--squeeze=16",
