@@ -100,7 +100,7 @@ def test_a_damaged_store_changes_no_answer(talk, tmp_path):
     assert (status, err) == (0, "") and answers(out) == expected and reused(out)[0][0] == 0
 
 def test_turns_can_be_taken_back_and_the_conversation_begun_anew(talk, tmp_path):
-    lines = ["Hello", "Why?", "/undo", "Why?", "/bill", "/reset", "Hello", "/what"]
+    lines = ["Hello", "Why?", "/undo", "Why?", "/reset", "Hello", "/what"]
     status, out, _ = talk(lines, "--store=s")
     said = answers(out)
     assert status == 0 and said[1] == said[2] and said[0] == said[3]
@@ -175,16 +175,20 @@ def test_a_store_that_cannot_save_says_so_and_the_chat_goes_on(talk, monkeypatch
     assert status == 0 and len(answers(out)) == 2
     assert err.count("the store does not save: s/chat.json: could not be written\n") == 2
 
-FORMS = [["--share=1-2"], ["--share=0-2", "--share_kind=kv"], ["--dtype=bfloat16"]]
+FORMS = {"": 6, "--share=1-2": 5, "--share=0-2 --share_kind=kv": 2, "--dtype=bfloat16": 3}
 
-@pytest.mark.parametrize("flags", FORMS, ids=str)
-def test_it_works_with_sharing_and_in_half_the_bytes(talk, flags):
-    status, out, err = talk(["Hello", "Why?", "/bill"], *flags, "--store=s")
-    assert (status, err) == (0, "") and reused(out)[1][0] > 0 and "ERROR" not in out
+@pytest.mark.parametrize("flags", FORMS)
+def test_the_bill_is_that_of_the_cache_with_sharing_and_in_half_the_bytes(talk, flags):
+    status, out, err = talk(["Hello", "Why?", "/bill"], *flags.split(), "--store=s")
+    bill = out.splitlines()[-2]
+    n = reused(out)[1][1] + 12 - 1                          # all but the last token that was made
+    per_token = FORMS[flags] * 32 * 4                       # of 3 layers, in bytes: k and v of 32 numbers
+    assert (status, err) == (0, "") and reused(out)[1][0] > 0
+    assert f"cache of {n:,} tokens: {n * per_token:,} bytes, {per_token:,} per token" in bill
 
 def test_a_small_window_lets_old_turns_go(talk):
     status, out, err = talk(["Hello"] * 8 + ["/bill"], "--context=100", "--store=s")
-    assert (status, err) == (0, "") and len(answers(out)) == 8 and "ERROR" not in out
+    assert (status, err) == (0, "") and len(answers(out)) == 8 and "cache of 100 tokens" in out
 
 WRONG = {"run2": "unrecognized arguments: run2", "--context=10": "--context=10: the store keeps blocks",
          "--store=run/config.json": "no folder that can be written", "--store_memory=x": "--store_memory",
@@ -234,4 +238,5 @@ def test_a_line_that_does_not_fit_costs_that_line_only(talk):
 
 def test_bytes_that_are_not_utf_8_are_read_as_they_are(talk, tmp_path):
     status, _, err = talk(["\udce9"], "--store=s")
-    assert (status, err) == (0, "") and b"user\n\xe9<|im_end|>" in TOKENIZER.decode_bytes(history(tmp_path / "s"))
+    said = TOKENIZER.decode_bytes(history(tmp_path / "s"))
+    assert (status, err) == (0, "") and b"user\n\xe9<|im_end|>" in said
