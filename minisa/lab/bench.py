@@ -21,6 +21,7 @@ import sys
 import time
 from copy import copy
 from functools import partial
+from inspect import getdoc
 
 import torch
 
@@ -46,8 +47,8 @@ GROWING = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 2**15}      #
 SWEPT = {                                                   # (context, batch size) of each point
     "context": [(2**i, 1) for i in range(8, 16)],
     "batch_size": [(1024, 2**i) for i in range(7)],
-    "context of a file": [(128, 1), (512, 1), (2048, 1), (8192, 1)],
 }
+SWEPT_FILES = SWEPT | {"context": [(128, 1), (512, 1), (2048, 1), (8192, 1)]}
 DECODED = 32            # tokens after a prompt that are timed
 LONG_ENOUGH = 0.25      # seconds of decoding in a round: at first, caches are cold and threads asleep
 PAUSE = 0.1             # seconds, in which the waiting threads of torch and numpy fall asleep
@@ -56,7 +57,7 @@ PAUSE = 0.1             # seconds, in which the waiting threads of torch and num
 
 COLUMNS = ["model", "library", "share", "share_kind", "dtype", "engine", "work", "context", "batch_size",
            "tokens_per_s", "ms_per_token", "limit_ms_per_token", "cache_bytes", "read_bytes"]
-SHOWN = [*COLUMNS[:1], *COLUMNS[2:12], "read_bytes"]
+SHOWN = [*COLUMNS[:12], "read_bytes"]
 
 def row_of(name, model, work, context, batch_size=1, library="minisa"):
     """→ a row without speed. context: for work = "train" or "prefill" the tokens of a sequence, for "decode"
@@ -111,7 +112,7 @@ def show(rows):
         speed = row["tokens_per_s"]
         over_first = speed / first.setdefault(row["work"], speed)
         lines.append([*(str(row[name]) for name in SHOWN), f"{over_first:.2f}"])
-    print_table(lines, words=6)
+    print_table(lines, words=7)
     print(flush=True)
 
 # ---- work: what is timed, as (row, a function → seconds) ----
@@ -254,10 +255,10 @@ def open_models(source, share, torch_too, where):
     print(f"{source}: {time.perf_counter() - begun:.1f} s from the file to the first token")
     half, _, _ = load(source, device=where, dtype=torch.bfloat16)
     models = [model, half]
+    if share:
+        models += [reconfigure(full, share=share) for full in models]
     if torch_too:
         models.append(on_torch(model))
-    if share:
-        models += [reconfigure(full, share=share) for full in (model, half)]
     return [(source, model) for model in models]
 
 def model_flags(parser):
@@ -276,24 +277,27 @@ def model(args):
 
 # ---- sweep: what a token costs as context or batch grow ----
 
-def points(over, source, share, where):
+def growing_models(args):
+    """→ [(name, model), ...]: full attention and sharing, of a file or of random weights."""
+    if args.model:
+        full, _, _ = load(args.model, device=args.device)
+        return [(args.model, model) for model in modes_of(full, args.share)]
+    heads = random_modes(args.device, args.share, **GROWING)
+    grouped = random_modes(args.device, args.share, **GROWING, n_kv_head=1)[:2]     # full attention, SA
+    return [("6 × 256", model) for model in heads] + [("6 × 256, GQA", model) for model in grouped]
+
+def points(args):
     """Yield (context, batch size, [(name, model), ...]) of each point of a sweep."""
-    if over == "shapes":
+    if args.over == "shapes":
         for shape in "small", "large", "long":
             fields, _ = SHAPES[shape]
-            yield fields["block_size"], 1, [(shape, model) for model in random_modes(where, **fields)]
+            models = random_modes(args.device, **fields)
+            yield fields["block_size"], 1, [(shape, model) for model in models]
         return
-    if source:
-        full, _, _ = load(source, device=where)
-        models = [(source, model) for model in modes_of(full, share)]
-        over = "context of a file" if over == "context" else over
-    else:
-        heads = random_modes(where, share, **GROWING)
-        grouped = random_modes(where, share, **GROWING, n_kv_head=1)
-        models = [("6 × 256", model) for model in heads]
-        models += [("6 × 256, GQA", model) for model in grouped[:2]]     # without Cross-Layer Attention
+    models = growing_models(args)
     longest = models[0][1].config.block_size
-    fitting = [point for point in SWEPT[over] if point[0] <= longest]
+    swept = SWEPT_FILES if args.model else SWEPT
+    fitting = [point for point in swept[args.over] if point[0] <= longest]
     for context, batch_size in fitting or [(longest, 1)]:
         yield context, batch_size, models
 
@@ -308,12 +312,12 @@ def sweep_flags(parser):
                 shown="none")
 
 def sweep(args):
-    """Time a decode step as the context or the batch grows."""
+    """Time a decode step as the context or the batch grows: full attention and sharing."""
     if args.over == "shapes" and (args.model or args.share or args.plot):
         raise ValueError("--over=shapes: goes without MODEL, --share and --plot; drop them")
     if args.plot:
         pyplot("--plot")                                    # refused before the work if it is missing
-    for context, batch_size, models in points(args.over, args.model, args.share, args.device):
+    for context, batch_size, models in points(args):
         title = f"context {context:,}, batch size {batch_size}"
         yield title, [decode_work(name, model, context, batch_size, args.device) for name, model in models]
 
@@ -327,7 +331,7 @@ def run(doc, name, commands):
     parser.add_argument("command", choices=commands)
     word = parser.parse_args(sys.argv[1:2]).command
     add_flags, works_of = commands[word]
-    parser = Parser(works_of.__doc__, f"{usage} {word} [--FLAG=VALUE ...]")
+    parser = Parser(getdoc(works_of), f"{usage} {word} [--FLAG=VALUE ...]")
     add_flags(parser)
     parser.flag("csv", table, help="file to write the results to as CSV", shown="none")
     parser.flag("rounds", count, 7, "measurements of each figure")

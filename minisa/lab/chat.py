@@ -40,9 +40,11 @@ MB = 2**20
 def special(tokenizer):
     """The ids of <|im_start|> and <|im_end|>. Raises ValueError if the tokenizer has none."""
     ids = {tokenizer.decode([i]): i for i in tokenizer.description.get("special", [])}
-    if "<|im_start|>" not in ids or "<|im_end|>" not in ids:
-        raise ValueError("this model has no chat format with <|im_start|> and <|im_end|>; take smollm2")
-    return ids["<|im_start|>"], ids["<|im_end|>"]
+    try:
+        return ids["<|im_start|>"], ids["<|im_end|>"]
+    except KeyError:
+        raise ValueError("this model has no chat format with <|im_start|> and <|im_end|>; take "
+                         "smollm2") from None
 
 class Chat:
     """A conversation in the terminal: the tokens of the system's message, and of each turn.

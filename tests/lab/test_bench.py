@@ -124,8 +124,9 @@ def test_models_are_timed_beside_each_other_as_they_are_and_shared(rows_of, tmp_
     rows, out = rows_of("model", "one", "two", "--share=1-2", "--torch")
     decode = [row for row in rows if row["work"] == "decode"]
     assert what(decode, "model", "share", "dtype", "engine") == [
-        ("one", "", "float32", "numpy"), ("one", "", "bfloat16", "torch"), ("one", "", "float32", "torch"),
+        ("one", "", "float32", "numpy"), ("one", "", "bfloat16", "torch"),
         ("one", "1-2", "float32", "numpy"), ("one", "1-2", "bfloat16", "torch"),
+        ("one", "", "float32", "torch"),
         ("two", "0-1", "float32", "numpy"), ("two", "0-1", "bfloat16", "torch"),
         ("two", "0-1", "float32", "torch")]
     assert set(what(decode, "context", "tokens_per_s")) == {("32", "2.0")}      # 16, and half of 32 more
@@ -164,14 +165,14 @@ def test_a_sweep_times_each_mode_at_each_point(rows_of, monkeypatch, over, point
     assert Path("sweep.png").stat().st_size > 5000
 
 def test_a_model_from_a_file_is_swept_up_to_its_context(rows_of, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "SWEPT", {"context of a file": [(16, 1), (64, 1), (128, 1)]})
+    monkeypatch.setattr(bench, "SWEPT_FILES", {"context": [(16, 1), (64, 1), (128, 1)]})
     save_model(tmp_path / "one")
     rows, _ = rows_of("sweep", "one", "--share=1-2")
     assert what(rows, "model", "context", "share", "share_kind") == [
         ("one", context, *mode) for context in ("16", "64") for mode in (FULL, SA, CLA)]
     full, weights, kv = (int(row["read_bytes"]) for row in rows[-3:])
     assert full > kv > weights                  # CLA reads the anchor's keys and values again
-    monkeypatch.setattr(bench, "SWEPT", {"context of a file": [(128, 1)]})
+    monkeypatch.setattr(bench, "SWEPT_FILES", {"context": [(128, 1)]})
     rows, _ = rows_of("sweep", "one")
     assert what(rows, "context") == [("64",)]   # all that it has
 
