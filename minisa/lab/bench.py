@@ -135,7 +135,8 @@ def train_work(name, model, training, dtype, where, library="minisa", optimizer=
     return row, partial(timed, step, where)
 
 def prompt(model, T, batch_size=1):
-    return torch.zeros(batch_size, T, dtype=torch.long, device=next(model.parameters()).device)
+    """→ token 1 all along (batch size, T). Not 0, which transformers takes for padding."""
+    return torch.ones(batch_size, T, dtype=torch.long, device=next(model.parameters()).device)
 
 def decoder(model, context, batch_size):
     """→ a function that makes one token per sequence, each of which sees `context` keys, as generate()."""
