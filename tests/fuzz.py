@@ -71,7 +71,7 @@ COMMANDS = {
     "scan": ("scan", ["out/full", "--windows=1", "--out_dir=scan"], "scan/"),
     "plot": ("plot", ["bill.csv", "--file=new.svg"], ""),
     "chat": ("chat", CHAT, "s/"),
-    "bench": ("bench", ["out/full", "--rounds=1"], ""),
+    "bench": ("bench", ["model", "out/full", "--rounds=1"], ""),
 }
 # the files that each reads
 MODEL = [f"out/full/{name}" for name in checkpoint.FILES[:3]]
@@ -309,7 +309,7 @@ OFFLINE = {"--tokenizer=gpt2"}
 
 def flags_of(main):
     """The names of a command's flags."""
-    _, out, _ = run(main, "--help")
+    _, out, _ = run(main, *["model"] * (main == "bench"), "--help")
     return sorted(set(re.findall(r"^  (--\w+)", out, re.MULTILINE)) - {"--help"})
 
 # ---- a case ----

@@ -78,7 +78,7 @@ def overwrite(rng):
 def talk(rng):
     was = killed(rng.uniform(0, 0.08), "chat", *CHAT, stdin="And now?\nWhy?\n" * 3)
     status, out, err = run("chat", *CHAT, stdin="Go on\n")
-    assert (status, err) == (0, "") and "going on with a conversation" in out, (out, err)
+    assert (status, err) == (0, "") and "continuing a conversation" in out, (out, err)
     return was
 
 def compress(rng):

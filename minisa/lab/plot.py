@@ -202,27 +202,24 @@ def learning(rows, file):
 
 # ---- what a token costs ----
 
-def token_times(rows, what, file):
-    """rows of bench_sweep() → ms per token over the context or batch size, and over the cache, with the
-    machine's limit as dashed lines."""
+def token_times(rows, over, file):
+    """rows of bench.py → ms per token over the context or batch size, and over the cache, with the machine's
+    limit as dashed lines. over: "context" or "batch_size"."""
     plt = pyplot("the picture")
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
-    x = 2 if what == "context" else 3
-    for colour, mode in zip((RED, BLUE, GREEN, GREY, "black"), dict.fromkeys(row[1] for row in rows)):
-        points = [[float(cell or "nan") for cell in row[2:]] for row in rows if row[1] == mode]
-        ms, limit = [point[4] for point in points], [point[5] for point in points]
-        caches = [point[2] / point[1] / 1e6 for point in points]            # MB of a sequence
-        for axis, xs in zip(axes, ([point[x - 2] for point in points], caches)):
+    modes = {}
+    for row in rows:
+        mode = f"{row['model']} {row['share_kind']} {row['share']}"
+        modes.setdefault(mode, []).append(row)
+    for colour, (mode, points) in zip((RED, BLUE, GREEN, GREY, "black"), modes.items()):
+        ms = [point["ms_per_token"] for point in points]
+        limit = [point["limit_ms_per_token"] or math.nan for point in points]
+        caches = [point["cache_bytes"] / point["batch_size"] / 1e6 for point in points]     # MB of a sequence
+        for axis, xs in zip(axes, ([point[over] for point in points], caches)):
             axis.plot(xs, ms, marker="o", markersize=4, color=colour, label=mode)
             axis.plot(xs, limit, linestyle="--", linewidth=0.8, color=colour)
-    for axis, title in zip(axes, (what.replace("_", " "), "cache of a sequence, MB")):
+    for axis, title in zip(axes, (over.replace("_", " "), "cache of a sequence, MB")):
         axis.set(xscale="log", yscale="log", xlabel=title)
-        for side, places in (axis.xaxis, [1.0]), (axis.yaxis, [1.0, 2.0, 3.0, 5.0]):
-            side.set_major_locator(plt.LogLocator(subs=places))
-            side.set_major_formatter("{x:,g}")
-            side.set_minor_formatter(plt.NullFormatter())
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_xticks(sorted({float(row[x]) for row in rows}))
     axes[0].set_ylabel("ms per token (dashed: the limit)")
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, file)
