@@ -35,7 +35,7 @@ from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table, provenance, write_results
 from minisa.kit.settings import CPU, choose_dtype
 from minisa.lab import tables
-from minisa.lab.tables import best, read, result
+from minisa.lab.tables import SETTINGS, best, read, result
 
 STUDIES = tomllib.loads(Path(__file__).with_name("studies.toml").read_text(encoding="utf-8"))
 TRAININGS = STUDIES.pop("trainings")        # modes → flags
@@ -82,13 +82,12 @@ def fair(modes):
 
 def missing(name, runs):
     """Of the first stage that is not complete, the runs that have no row; [] if all is done."""
-    modes = TRAININGS[name]
-    plans = {"preset": preset, "fair": fair}
+    if len(runs) and not {"mode", *SETTINGS, "seed", "val_bpb"} <= {*runs}:
+        raise ValueError(f"{result(name)}: is not of this study; move it away")
+    modes, plans = TRAININGS[name], {"preset": preset, "fair": fair}
     stages = plans[name](modes) if name in plans else sweep(runs, modes)
     for stage in stages:
         columns = [*stage[0]]
-        if len(runs) and not {*columns} <= {*runs.columns}:
-            raise ValueError(f"{result(name)}: is not of this study; move it away")
         done = set(runs.reindex(columns=columns).itertuples(index=False, name=None))
         left = [settings for settings in stage if tuple(settings.values()) not in done]
         if left:

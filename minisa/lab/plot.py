@@ -237,7 +237,7 @@ def read_results(files):
     names = rows.filter(["mode", "model", "changes"]).sum(axis=1).str.len()
     if not 0 < len(rows) <= 1000 or names.max() > 100:
         raise ValueError("it has no rows, or more of them or longer names than can be drawn")
-    numbers = rows.filter(["val_bpb", "ms_per_token", "cache_bytes", "context"])
+    numbers = rows.filter(["val_bpb", "ms_per_token", "cache_bytes", "context"]).astype(float)
     if numbers.empty or not ((numbers > 0) & (numbers < math.inf)).all(axis=None):
         raise ValueError("it has no results, or one that is not above 0")
     return rows
@@ -253,7 +253,7 @@ def main():
     pyplot("minisa.lab.plot")
     try:
         draw(read_results(args.results), args.file)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{args.results[0]}: cannot be drawn ({error}); write results with: "
                          "python sample.py MODEL --csv=FILE.csv") from None
     print(f"wrote {args.file}")

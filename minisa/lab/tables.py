@@ -4,7 +4,7 @@ A page has `<!-- table: NAME -->` above each such table. experiments.py --check 
 their results, and --update writes them again. A table is data, in tables.toml; pivot() makes it.
 """
 
-import io
+import csv
 import math
 import re
 import tomllib
@@ -33,15 +33,16 @@ def result(name):
 def load(file):
     """A CSV file of results → a DataFrame; a number that was not measured is NaN. Raises ValueError if the
     file is damaged, OSError if it cannot be read."""
-    data = io.BytesIO(read_file(file, 2**20))
+    library = pandas()
     try:
-        rows = pandas().read_csv(data, dtype=str, keep_default_na=False, index_col=False)
-        if rows.isna().any(axis=None):
-            raise ValueError("a line is too short")
+        head, *lines = csv.reader(read_file(file, 2**20).decode().splitlines())
+        if {len(line) for line in lines} - {len(set(head))}:
+            raise ValueError("a line does not have as many cells as there are columns")
+        rows = library.DataFrame(lines, columns=head)
         numbers = rows.columns.difference(TEXT)
-        rows[numbers] = rows[numbers].apply(pandas().to_numeric)
-    except ValueError as error:
-        reason = str(error).strip()[:200]
+        rows[numbers] = rows[numbers].apply(library.to_numeric)
+    except (ValueError, csv.Error) as error:
+        reason = str(error)[:200]
         raise ValueError(f"{file}: damaged ({reason}); delete it, or fetch it again") from None
     return rows
 
