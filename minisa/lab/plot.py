@@ -7,6 +7,8 @@ draws what its files hold: bills of sample.py --csv (loss beside cache), sweeps 
 """
 
 import math
+from contextlib import contextmanager
+from pathlib import Path
 
 from minisa.kit.cli import Parser, command, picture
 from minisa.kit.picture import pyplot, save
@@ -14,48 +16,57 @@ from minisa.lab.tables import ATTENTION, at_best, load, pandas
 
 BLUE = "#0072b2"
 
+@contextmanager
+def style(name):
+    """A context in which a style sheet of this folder holds → matplotlib.pyplot."""
+    plt = pyplot("the picture")
+    sheet = Path(__file__).with_name(f"{name}.mplstyle")
+    with plt.style.context(sheet):
+        yield plt
+
 # ---- maps of layers and of spans ----
 
 def similarity_maps(maps):
     """maps: {title: (L, L) tensor} → a figure with a heat map of each."""
-    plt = pyplot("the picture")
-    columns = min(len(maps), 6)
-    rows = math.ceil(len(maps) / columns)
-    size = 5.5 if len(maps) == 1 else 2.6                                       # inches
-    shape = columns * size + 0.8, max(rows * size, 3.2)
-    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(maps):]:
-        axis.set_axis_off()
-    for axis, (title, values) in zip(axes.flat, maps.items()):
-        image = axis.imshow(values.numpy(), vmin=0, vmax=1, cmap="magma", origin="lower")
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("layer", fontsize=8)
-        axis.set_ylabel("layer", fontsize=8)
-        axis.locator_params(integer=True)
-        axis.tick_params(labelsize=7)
-    figure.colorbar(image, ax=axes, label="mean cosine of attention weights", shrink=0.8)
+    n = len(maps)
+    columns = min(n, 6)
+    rows = math.ceil(n / columns)
+    size = 5.5 if n == 1 else 2.6                                       # inches
+    width = columns * size + 0.8
+    height = max(rows * size, 3.2)
+    with style("maps") as plt:
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+        for axis in axes.flat[n:]:
+            axis.set_axis_off()
+        for axis, title in zip(axes.flat, maps):
+            values = maps[title].numpy()
+            image = axis.imshow(values, vmin=0, vmax=1, cmap="magma", origin="lower")
+            axis.set(title=title, xlabel="layer", ylabel="layer")
+            axis.locator_params(integer=True)
+        figure.colorbar(image, ax=axes, label="mean cosine of attention weights", shrink=0.8)
     return figure
 
 def attention_maps(models, tokens, first, file):
     """models: {name: [P (T, T) of neighboring layers, from layer `first` on]} → a picture with a row for
     each model. tokens: T texts, which label queries (down) and keys (across)."""
-    plt = pyplot("the picture")
     n_layer = len(next(iter(models.values())))
     side = max(2.4, 0.17 * len(tokens))                                         # inches
-    shape = n_layer * side + 1.4, len(models) * (side + 0.8)
-    figure, axes = plt.subplots(len(models), n_layer, figsize=shape, squeeze=False, layout="constrained")
-    scale = plt.matplotlib.colors.PowerNorm(0.5, 0, 1)
+    width = n_layer * side + 1.4
+    height = len(models) * (side + 0.8)
     places = range(len(tokens))
-    for (name, layers), row in zip(models.items(), axes):
-        for layer, (P, axis) in enumerate(zip(layers, row), start=first):
-            image = axis.imshow(P.numpy(), norm=scale, cmap="magma")
-            axis.set_title(f"layer {layer}", fontsize=9)
-            axis.set_xticks(places, tokens, rotation=90, fontsize=7)
-            axis.set_yticks(places, [""] * len(tokens))
-        row[0].set_title(f"{name}\nlayer {first}", fontsize=9)
-        row[0].set_yticks(places, tokens, fontsize=7)
-    figure.colorbar(image, ax=axes, label="attention weight, mean over heads", ticks=[0, 0.1, 0.5, 1])
-    save(figure, file)
+    with style("maps") as plt:
+        scale = plt.matplotlib.colors.PowerNorm(0.5, 0, 1)
+        figure, axes = plt.subplots(len(models), n_layer, figsize=(width, height),
+                                    squeeze=False, sharey=True)
+        for (name, layers), row in zip(models.items(), axes):
+            for layer, (P, axis) in enumerate(zip(layers, row), start=first):
+                image = axis.imshow(P.numpy(), norm=scale, cmap="magma")
+                axis.set_title(f"layer {layer}")
+                axis.set_xticks(places, tokens, rotation=90)
+            row[0].set_title(f"{name}\nlayer {first}")
+            row[0].set_yticks(places, tokens)
+        figure.colorbar(image, ax=axes, label="attention weight, mean over heads", ticks=[0, 0.1, 0.5, 1])
+        save(figure, file)
 
 def by_layer(values, title, file):
     """values (L,): a number for each layer, as a line."""
@@ -69,96 +80,80 @@ def by_layer(values, title, file):
 def span_map(percent, n_layer, title, file):
     """percent: {(a, b): loss of span a..b over full attention, in percent} → a map, anchors across, reuse
     layers up. The color is on a log scale from 0.1 to 100; the number is in the square."""
-    plt = pyplot("the picture")
     most = max(b - a for a, b in percent)
     grid = [[math.nan] * (n_layer - 1) for _ in range(most)]
-    shape = max(0.42 * n_layer + 1.8, 5), max(0.3 * most + 1.4, 2.6)            # inches
-    figure, axis = plt.subplots(figsize=shape, layout="constrained")
-    for (a, b), value in percent.items():
-        row = b - a - 1
-        grid[row][a] = max(value, 0.1)
-        digits = "z.1f" if value < 10 else ".0f" if value < 1000 else ".0e"
-        text = format(value, digits).replace("e+0", "e")
-        color = "white" if value > 3 else "black"
-        axis.text(a, row, text, fontsize=7, ha="center", va="center", color=color)
-    scale = plt.matplotlib.colors.LogNorm(0.1, 100)
-    image = axis.imshow(grid, norm=scale, cmap="viridis_r", origin="lower", aspect="auto")
-    axis.set_xlabel("anchor (first layer of the span)")
-    axis.set_ylabel("reuse layers")
-    axis.set_xticks(range(n_layer - 1))
-    axis.set_yticks(range(most), range(1, most + 1))
-    axis.set_title(title, fontsize=9)
-    axis.tick_params(labelsize=7)
-    bar = figure.colorbar(image, ax=axis, label="loss over full\nattention, %", format="%g", extend="both",
-                          ticks=[0.1, 1, 10, 100])
-    bar.minorticks_off()
-    save(figure, file)
+    width = max(0.42 * n_layer + 1.8, 5)                                        # inches
+    height = max(0.3 * most + 1.4, 2.6)
+    with style("maps") as plt:
+        figure, axis = plt.subplots(figsize=(width, height))
+        for (a, b), value in percent.items():
+            row = b - a - 1
+            grid[row][a] = max(value, 0.1)
+            digits = "z.1f" if value < 10 else ".0f" if value < 1000 else ".0e"
+            text = format(value, digits)
+            text = text.replace("e+0", "e")
+            color = "white" if value > 3 else "black"
+            axis.text(a, row, text, fontsize=7, ha="center", va="center", color=color)
+        scale = plt.matplotlib.colors.LogNorm(0.1, 100)
+        image = axis.imshow(grid, norm=scale, cmap="viridis_r", origin="lower", aspect="auto")
+        axis.set(title=title, xlabel="anchor (first layer of the span)", ylabel="reuse layers")
+        axis.set_xticks(range(n_layer - 1))
+        axis.set_yticks(range(most), range(1, most + 1))
+        bar = figure.colorbar(image, ax=axis, label="loss over full\nattention, %", format="%g",
+                              extend="both", ticks=[0.1, 1, 10, 100])
+        bar.minorticks_off()
+        save(figure, file)
 
-# ---- studies: large type, for a projector; legible in gray, and by color-blind readers ----
+# ---- studies ----
 
-LARGE = {
-    "font.size": 15,
-    "lines.linewidth": 2,
-    "lines.markersize": 8,
-    "axes.grid": True,
-    "grid.color": "0.88",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
-COLORS = "black", BLUE, "#d55e00", "#009e73", "#cc79a7"
-MARKERS = "osD^v"
 LOSS = "loss over full attention, %"
 
 def dot_plot(names, panels, spread, file):
-    """A row for each name, a panel for each of panels: {title: a value for each name}. The first one is the
-    loss, with the standard deviations `spread`, if known; the others are costs."""
-    plt = pyplot("the picture")
+    """A row for each name, a panel for each of panels: {title: a value for each name}. The first one is LOSS,
+    with the standard deviations `spread`, if known; the others are costs."""
     places = range(len(names))
-    shape = 5 + 4 * len(panels), 1.6 + 0.45 * len(names)                        # inches
-    with plt.rc_context(LARGE):
-        figure, axes = plt.subplots(1, len(panels), figsize=shape, sharey=True, layout="constrained")
-        for axis, (title, values) in zip(axes, panels.items()):
-            axis.plot(values, places, "o", color=BLUE)
+    width = 5 + 4 * len(panels)                                                 # inches
+    height = 1.6 + 0.45 * len(names)
+    with style("projector") as plt:
+        figure, axes = plt.subplots(1, len(panels), figsize=(width, height), sharey=True)
+        for axis, title in zip(axes, panels):
+            axis.plot(panels[title], places, "o", color=BLUE)
             axis.set_xlabel(title)
-            axis.set_xlim(0, 1.1 * max(values))
+        loss, *costs = axes
+        for axis in costs:
+            axis.set_xlim(0)
             axis.locator_params("x", nbins=5)
-        loss = axes[0]
         loss.errorbar(panels[LOSS], places, xerr=spread, fmt="none", color=BLUE, capsize=4)
         loss.axvline(0, color="black", linestyle="--")
         if max(panels[LOSS]) > 5:
             loss.set_xscale("symlog", linthresh=1)
             loss.set_xticks([0, 1, 2, 5, 10, 30])
-        loss.autoscale(axis="x")
         for axis in axes:
             axis.xaxis.set_major_formatter("{x:,g}")
         loss.set_yticks(places, names)
         loss.invert_yaxis()
         save(figure, file)
 
-def line_plot(rows, xs, ys, file, scale="linear"):
-    """A line for each `name` of rows: the first column of ys over each column of xs. The other columns of ys
-    are thin and dashed. xs, ys: {column: title}."""
-    plt = pyplot("the picture")
-    y, *thin = ys
-    with plt.rc_context(LARGE):
-        figure, axes = plt.subplots(1, len(xs), figsize=(14, 6.5), sharey=True, layout="constrained")
-        lines = zip(rows.groupby("name", sort=False), COLORS, MARKERS)
-        for (name, points), color, marker in lines:
-            for axis, x in zip(axes, xs):
-                axis.plot(points[x], points[y], color=color, marker=marker, label=name)
-                axis.plot(points[x], points[thin], color=color, linestyle="--", linewidth=1)
-        for axis, title in zip(axes, xs.values()):
+def line_plot(rows, y, thin, titles, y_title, file, scale="linear"):
+    """A line for each `name` of rows: column y over each of the columns titles: {column: title}. The columns
+    `thin` are thin and dashed."""
+    with style("projector") as plt:
+        figure, axes = plt.subplots(1, len(titles), figsize=(14, 6.5), sharey=True)
+        for axis, (x, title) in zip(axes, titles.items()):
+            for name, points in rows.groupby("name", sort=False):
+                line, = axis.plot(points[x], points[y], label=name)
+                color = line.get_color()
+                axis.plot(points[x], points[thin], color=color, marker="", linestyle="--", linewidth=1)
             axis.set(xscale=scale, yscale=scale, xlabel=title)
             axis.xaxis.set_major_formatter("{x:,g}")
+            if scale == "log":
+                axis.yaxis.set_major_locator(plt.LogLocator(subs=[1, 2, 3, 5]))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter("")
+                axis.yaxis.set_minor_formatter("")
         if scale == "log":
-            axes[0].set_xticks(rows[next(iter(xs))].unique())
-            axes[0].yaxis.set_major_locator(plt.LogLocator(subs=[1, 2, 3, 5]))
-            axes[0].yaxis.set_major_formatter("{x:g}")
-            for axis in axes:
-                axis.xaxis.set_minor_formatter(plt.NullFormatter())
-                axis.yaxis.set_minor_formatter(plt.NullFormatter())
-        axes[0].set_ylabel(ys[y])
+            axes[0].set_xticks(rows[next(iter(titles))].unique())
+        axes[0].set_ylabel(y_title)
         axes[0].legend()
         save(figure, file)
 
@@ -175,22 +170,21 @@ def frontier(rows, file):
 def learning(rows, file):
     """Rows of learning.csv → the mean loss of each mode over steps and over seconds; thin: the least and
     the largest of its seeds."""
-    seeds = rows.groupby(["mode", "step"], sort=False)
-    loss = seeds["val_bpb"]
-    means = seeds["seconds"].mean().to_frame()
-    means = means.assign(mean=loss.mean(), least=loss.min(), largest=loss.max()).reset_index()
-    xs = {"step": "steps", "seconds": "seconds, two runs at a time, one thread each"}
-    ys = {"mean": "bits per byte", "least": "", "largest": ""}
-    line_plot(means.rename(columns={"mode": "name"}), xs, ys, file)
+    bpb = rows["val_bpb"]
+    rows = rows.assign(name=rows["mode"], least=bpb, largest=bpb)
+    ways = {"seconds": "mean", "val_bpb": "mean", "least": "min", "largest": "max"}
+    means = rows.groupby(["name", "step"], sort=False).agg(ways).reset_index()
+    titles = {"step": "steps", "seconds": "seconds, two runs at a time, one thread each"}
+    line_plot(means, "val_bpb", ["least", "largest"], titles, "bits per byte", file)
 
 def loss_against_cache(rows, file):
     """Rows of bills → the loss of each over that of the largest cache, the least first, and its cache."""
-    rows = rows.assign(name=list(map(bill_name, rows.to_dict("records"))),
-                       cache=rows["cache_bytes"] / rows["context"])
-    rows = rows.drop_duplicates("name").sort_values("val_bpb")
-    full = rows["val_bpb"][rows["cache"].idxmax()]
-    panels = {LOSS: 100 * rows["val_bpb"] / full - 100, "cache, bytes per token": rows["cache"]}
-    dot_plot(rows["name"], panels, None, file)
+    names = [bill_name(row) for row in rows.to_dict("records")]
+    rows = rows.assign(name=names).drop_duplicates("name").sort_values("val_bpb")
+    cache = rows["cache_bytes"] / rows["context"]
+    full = rows["val_bpb"][cache.idxmax()]
+    loss = 100 * rows["val_bpb"] / full - 100
+    dot_plot(rows["name"], {LOSS: loss, "cache, bytes per token": cache}, None, file)
 
 def bill_name(row):
     """A row of a bill → its model, what changed that or what it shares zero-shot, and what its cache
@@ -208,14 +202,16 @@ def token_times(rows, over, file):
     """Rows of minisa.lab.bench, dicts → ms per token over what grows, "context" or "batch_size", and over
     the cache; thin: the machine's limit."""
     rows = pandas().DataFrame(rows)
-    numbers = ["ms_per_token", "limit_ms_per_token", "cache_bytes", "batch_size", "context"]
-    rows[numbers] = rows[numbers].apply(pandas().to_numeric)
-    variants = [name.removeprefix(rows["model"][0]) for name in rows["model"]]  # such as ", GQA"
-    rows = rows.assign(name=rows["share_kind"].map(ATTENTION) + variants,
-                       cache=rows["cache_bytes"] / 1e6)
-    xs = {over: over.replace("_", " "), "cache": "cache, MB"}
-    ys = {"ms_per_token": "ms per token (thin: the limit)", "limit_ms_per_token": ""}
-    line_plot(rows, xs, ys, file, "log")
+    measured = "ms_per_token", "limit_ms_per_token"
+    for column in measured:
+        rows[column] = pandas().to_numeric(rows[column])
+    first = rows["model"][0]
+    variants = [name.removeprefix(first) for name in rows["model"]]             # such as ", GQA"
+    rows["name"] = rows["share_kind"].map(ATTENTION) + variants
+    rows["cache"] = rows["cache_bytes"] / 1e6
+    y, *thin = measured
+    titles = {over: over.replace("_", " "), "cache": "cache, MB"}
+    line_plot(rows, y, thin, titles, "ms per token (thin: the limit)", file, "log")
 
 # ---- the command ----
 

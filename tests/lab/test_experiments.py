@@ -98,7 +98,9 @@ def test_a_file_of_something_else_is_refused(checkout):
 def test_equal_time_takes_more_steps_for_a_mode_that_is_faster(checkout):
     while left := experiments.missing("sharing", tables.read("sharing")):
         rows = [measure(settings)[0] for settings in left]
-        experiments.add_rows("sharing", [row | {"minutes": 2 if row["mode"] == "full" else 1.6} for row in rows])
+        for row in rows:
+            row["minutes"] = 2 if row["mode"] == "full" else 1.6
+        experiments.add_rows("sharing", rows)
     planned = [settings for stage in experiments.fair(TRAININGS["fair"]) for settings in stage]
     assert len(planned) == (1 + 2 * len(WIDER)) * len(SEEDS)
     steps = {(row["mode"] == "full", row["equal"]): row["steps"] for row in planned}
