@@ -59,8 +59,9 @@ def sweep(runs, modes):
     yield [{"mode": mode, "steps": STEPS, "learning_rate": rate, **warmup, **first}
            for rate in RATES for mode in modes]
     yield [{"mode": mode, **swept[mode], "warmup_iters": iters, **first}
-           for iters in WARMUPS for mode in swept]
-    yield [{"mode": mode, **chosen[mode], "seed": seed} for seed in SEEDS for mode in chosen]
+           for iters in WARMUPS for mode in modes if mode in swept]
+    yield [{"mode": mode, **chosen[mode], "seed": seed}
+           for seed in SEEDS for mode in modes if mode in chosen]
 
 def preset(modes):
     """The CPU preset as it is, with each seed."""
@@ -74,7 +75,7 @@ def fair(modes):
     if missing("sharing", runs):
         raise ValueError("the study sharing comes first: python -m minisa.lab.experiments sharing")
     chosen, minutes = best(runs), runs.groupby("mode")["minutes"].median()
-    steps = (STEPS * minutes["full"] / minutes).round().astype(int)
+    steps = (STEPS * minutes["full"] / minutes).round()
     for seed in SEEDS:
         yield [{"mode": mode, "equal": "time", **chosen[mode], "steps": int(steps[mode]), "seed": seed}
                for mode in modes]
@@ -99,7 +100,8 @@ def missing(name, runs):
 def commands_of(name, settings, flags):
     """The commands that train a run, and its folder. A mode with an axis: an untrained model is changed, and
     then trained."""
-    mode, words = settings["mode"], "-".join(map(str, [name, *settings.values()]))
+    mode = settings["mode"]
+    words = "-".join(map(str, [name, *settings.values()]))
     out = f"out/experiments/{words.replace(' ', '').replace(',', '+')}"
     shape = TRAININGS[name][mode]
     if settings.get("equal") == "parameters":

@@ -33,7 +33,7 @@ def similarity_maps(maps):
     rows = math.ceil(n / columns)
     size = 5.5 if n == 1 else 2.6                                       # inches
     width = columns * size + 0.8
-    height = max(rows * size, 3.2)
+    height = max(rows * (size + 0.4), 3.2)
     with style("maps") as plt:
         figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
         for axis in axes.flat[n:]:
