@@ -207,7 +207,7 @@ def token_times(rows, over, file):
         rows[column] = pandas().to_numeric(rows[column])
     first = rows["model"][0]
     variants = [name.removeprefix(first) for name in rows["model"]]             # such as ", GQA"
-    rows["name"] = rows["share_kind"].map(ATTENTION) + variants
+    rows["name"] = rows["share_kind"].replace(ATTENTION) + variants
     rows["cache"] = rows["cache_bytes"] / 1e6
     y, *thin = measured
     titles = {over: over.replace("_", " "), "cache": "cache, MB"}

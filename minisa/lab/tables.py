@@ -134,7 +134,7 @@ SPEED = "tokens_per_s"
 
 def speeds(rows):
     return rows.assign(
-        attention=rows["share_kind"].map(ATTENTION),
+        attention=rows["share_kind"].replace(ATTENTION),
         over=over(rows, SPEED, "share == ''", ["model", "engine", "work"]),
         over_torch=over(rows, SPEED, "engine == 'torch'", ["model", "share_kind", "work"]))
 
@@ -153,7 +153,7 @@ def latencies(rows):
     part = rows["limit_ms_per_token"] / rows["ms_per_token"]
     limit = ["in cache" if math.isnan(value) else f"{100 * value:.0f} %" for value in part]
     return rows.assign(
-        attention=rows["share_kind"].map(ATTENTION), megabytes=rows["read_bytes"] / 1e6,
+        attention=rows["share_kind"].replace(ATTENTION), megabytes=rows["read_bytes"] / 1e6,
         over=1 / time, predicted=1 / size, limit=limit)
 
 def share_of(right, n):
