@@ -1,147 +1,259 @@
-"""Studies run what is missing, in stages, and go on where they were stopped."""
+"""Studies run what is missing, in stages, and continue where they were stopped; nothing measured is lost."""
 
 import csv
 import random
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import train
-from minisa.lab import experiments, tables
-from minisa.lab.experiments import COLUMNS, MODES, RATES, SEEDS, WARMUPS, WIDER, Mode, key, plan_sweep
-from minisa.lab.tables import SETTINGS
-from minisa.model import GPT, GPTConfig
+pytest.importorskip("pandas", reason="needs pandas: pip install pandas")
+import train  # noqa: E402
+from minisa.kit.files import lock  # noqa: E402
+from minisa.lab import experiments, tables  # noqa: E402
+from minisa.lab.experiments import RATES, SEEDS, TRAININGS, WARMUPS, WIDER  # noqa: E402
+from minisa.model import GPT, GPTConfig  # noqa: E402
 
-TWO = {"full": Mode(), "SA": Mode(["--share=0-1"])}
+CODE = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    """assets/results in a folder of the test."""
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
-    monkeypatch.setattr(experiments, "ASSETS", tmp_path)
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+def checkout(tmp_path, monkeypatch):
+    """The folder of a checkout of the test, in which `x` is a study of trainings with two modes."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setitem(experiments.TRAININGS, "x", {"full": "", "SA": "--share=0-1"})
+    (tmp_path / "assets" / "results").mkdir(parents=True)
     return tmp_path
 
-def result(settings, bpb):
-    row = dict.fromkeys(COLUMNS, 1) | settings | {"val_bpb": bpb}
-    return {name: str(value) for name, value in row.items()}
+@pytest.fixture
+def steps(checkout, monkeypatch):
+    """steps((code, file), ...): let `x` be a study of commands that run Python code, each to make a file."""
+    def steps(*commands):
+        made = [{"run": shlex.join(["python", "-c", code]), "makes": [file]} for code, file in commands]
+        monkeypatch.setitem(experiments.STUDIES, "x", made)
+        return made
+    return steps
+
+def rows_of(checkout, name):
+    with (checkout / "assets" / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+# ---- trainings ----
 
 def loss_of(settings):
     """Full attention likes 3e-3 and a warm-up of 500; SA 1e-3 and 1000."""
     full = settings["mode"] == "full"
-    rate, warmup = float(settings["learning_rate"]), int(settings["warmup_iters"])
-    off = abs(rate - (3e-3 if full else 1e-3)) * 10 + abs(warmup - (500 if full else 1000)) / 1e4
-    return 2 + off + 0.01 * int(settings["seed"]) + 0.1 * (not full)
+    off = (abs(settings["learning_rate"] - (3e-3 if full else 1e-3)) * 10
+           + abs(settings["warmup_iters"] - (500 if full else 1000)) / 1e4)
+    return 2 + off + 0.01 * settings["seed"] + 0.1 * (not full)
 
 def measure(settings):
-    return result(settings, loss_of(settings))
+    return {**settings, "val_bpb": loss_of(settings), "minutes": 2.0}, []
 
-def plan(rows):
-    return plan_sweep(rows, TWO)
-
-def swept():
-    """All rows of a sweep, and how many runs each stage had."""
-    rows, asked = [], []
-    while left := plan(rows):
-        random.Random(len(rows)).shuffle(left)              # a stage is one whatever its order
+def test_each_mode_is_swept_then_run_with_all_seeds_at_its_own_best(checkout):
+    asked = []
+    while left := experiments.missing("x", tables.read("x")):
+        random.Random(len(asked)).shuffle(left)             # a stage is one whatever its order
         asked.append(len(left))
-        rows += map(measure, left)
-    return rows, asked
-
-def test_each_mode_is_swept_then_run_with_all_seeds_at_its_own_best():
-    rows, asked = swept()
+        experiments.add_rows("x", [measure(settings)[0] for settings in left])
     assert asked == [len(RATES) * 2, (len(WARMUPS) - 1) * 2, (len(SEEDS) - 1) * 2]
-    assert len(set(map(key, rows))) == len(rows)
+    rows = rows_of(checkout, "x")
+    assert len({tuple(row.values()) for row in rows}) == len(rows) == sum(asked)
     last = {(row["mode"], row["learning_rate"], row["warmup_iters"]) for row in rows if row["seed"] == "3"}
     assert last == {("full", "0.003", "500"), ("SA", "0.001", "1000")}
 
-def test_what_was_run_is_not_run_again(results):
-    file, ran = results / "x.csv", []
+def test_what_was_run_is_not_run_again(checkout):
+    ran = []
 
     def stopped(settings):
-        ran.append(key(settings))
+        ran.append(settings)
         if len(ran) == 5:
             raise ValueError("stopped")
         return measure(settings)
 
     with pytest.raises(ValueError, match="stopped"):
-        experiments.run_trainings("x", plan, stopped, 1)
-    stopped_at = len(list(csv.DictReader(file.open())))
-    assert 4 <= stopped_at <= 8
-    rows = experiments.run_trainings("x", plan, measure, 2)
-    assert len(rows) == 14 and len(set(map(key, rows))) == 14
-    assert list(csv.DictReader(file.open())) == rows
-    experiments.run_trainings("x", plan, None, 1)           # nothing is left
+        experiments.run_trainings("x", stopped, 1)
+    before = rows_of(checkout, "x")
+    assert 4 <= len(before) <= 8
+    experiments.run_trainings("x", measure, 2)
+    after = rows_of(checkout, "x")
+    assert len(after) == 14 and after[:len(before)] == before
+    experiments.run_trainings("x", None, 1)                 # nothing is left
 
-def test_a_file_of_something_else_is_refused(results):
-    (results / "x.csv").write_text("a,b\n1,2\n")
+def test_a_row_says_when_it_was_measured_and_older_rows_keep_what_they_say(checkout):
+    old = "mode,seed,val_bpb,commit,processor,torch,date\nfull,1,2.1500,,an old one,1.0,\n"
+    (checkout / "assets" / "results" / "y.csv").write_text(old)
+    experiments.add_rows("y", [{"mode": "SA", "seed": 1, "val_bpb": 2}])
+    text = (checkout / "assets" / "results" / "y.csv").read_text()
+    assert text.startswith(old) and rows_of(checkout, "y")[1]["torch"] == torch.__version__
+
+def test_a_file_of_something_else_is_refused(checkout):
+    (checkout / "assets" / "results" / "x.csv").write_text("mode,seed\nfull,2\n")
     with pytest.raises(ValueError, match="x.csv: is not of this study"):
-        experiments.run_trainings("x", plan, None, 1)
+        experiments.run_trainings("x", None, 1)
 
-def test_equal_time_takes_more_steps_for_a_mode_that_is_faster(results):
-    rows = []
-    for mode in MODES:
-        for left in iter(lambda: plan_sweep(rows, {mode: Mode()}), []):     # noqa: B023
-            rows += [measure(row) | {"minutes": "2.0" if mode == "full" else "1.6"} for row in left]
-    experiments.write_csv(results / "sharing.csv", COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
-    planned = experiments.plan_fair([], experiments.FAIR)
+def test_equal_time_takes_more_steps_for_a_mode_that_is_faster(checkout):
+    while left := experiments.missing("sharing", tables.read("sharing")):
+        rows = [measure(settings)[0] for settings in left]
+        for row in rows:
+            row["minutes"] = 2 if row["mode"] == "full" else 1.6
+        experiments.add_rows("sharing", rows)
+    planned = [settings for stage in experiments.fair(TRAININGS["fair"]) for settings in stage]
     assert len(planned) == (1 + 2 * len(WIDER)) * len(SEEDS)
-    steps = {row["mode"].partition(", equal ")[2]: row["steps"] for row in planned}
-    assert steps == {"time": 2500, "parameters": 2000}
+    steps = {(row["mode"] == "full", row["equal"]): row["steps"] for row in planned}
+    assert steps == {(True, "time"): 2000, (False, "time"): 2500, (False, "parameters"): 2000}
 
-def test_equal_time_waits_for_the_sweep(results):
+def test_equal_time_waits_for_the_sweep(checkout):
     with pytest.raises(ValueError, match="the study sharing comes first"):
-        experiments.plan_fair([], experiments.FAIR)
+        experiments.run_trainings("fair", measure, 1)
 
 def parameters(flags):
     shape = {name: getattr(train.Settings, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    given = dict(flag.removeprefix("--").split("=") for flag in flags)
+    given = dict(flag.removeprefix("--").split("=") for flag in flags.split())
     shape |= {name: int(value) if value.isdigit() else value for name, value in given.items()}
     with torch.device("meta"):
         return sum(p.numel() for p in GPT(GPTConfig(vocab_size=1024, **shape)).parameters())
 
 @pytest.mark.parametrize("mode", WIDER)
 def test_equal_parameters_are_as_many_as_those_of_full_attention(mode):
-    wide = parameters(experiments.FAIR[f"{mode}, equal parameters"].flags)
-    assert wide == pytest.approx(parameters([]), rel=1e-3) and wide > 1.02 * parameters(MODES[mode].flags)
+    flags = TRAININGS["fair"][mode]
+    wide = parameters(f"{flags} {WIDER[mode]}")
+    assert wide == pytest.approx(parameters(""), rel=1e-3) and wide > 1.02 * parameters(flags)
+
+def test_equal_parameters_train_the_wider_model():
+    settings = {"mode": "MQA", "equal": "parameters", "steps": 9, "learning_rate": 1e-3, "warmup_iters": 5,
+                "seed": 1}
+    out, [line] = experiments.commands_of("fair", settings, "")
+    assert "--n_kv_head=1 --n_hidden=416 " in line and f"--out_dir={out}" in line
+    assert "n_hidden" not in experiments.commands_of("fair", settings | {"equal": "time"}, "")[1][0]
 
 @pytest.mark.slow
-def test_a_study_trains_what_it_says(run, text, results, monkeypatch):
-    modes = {"8 layers, full": Mode(["--n_layer=4"]),
-             "mixed": Mode(axis=["heads", "--share=1-2", "--heads=mix"])}
-    monkeypatch.setattr(experiments, "TRAININGS", {"depth": (modes, plan_sweep)})
-    monkeypatch.setattr(experiments, "RATES", (1e-3,))
-    monkeypatch.setattr(experiments, "WARMUPS", (2,))
-    monkeypatch.setattr(experiments, "SEEDS", (1,))
-    monkeypatch.setattr(experiments, "STEPS", 4)
-    tiny = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--n_hidden=32", "--block_size=16", "--batch_size=4",
-            "--vocab_size=300", "--device=cpu", "--dtype=float32", f"--text={text}",
-            f"--data_dir={results}/data"]
-    status, out, err = run(experiments.main, "depth", "--jobs=2", f"--train_flags={shlex.join(tiny)}")
-    assert (status, err) == (0, "") and "| mixed | 0.001 | 2 |" in out
-    rows = {row["mode"]: row for row in csv.DictReader((results / "depth.csv").open())}
-    assert rows.keys() == modes.keys() and {row["steps"] for row in rows.values()} == {"4"}
-    caches = {mode: int(row["cache B/token"]) for mode, row in rows.items()}
-    assert caches == {"8 layers, full": 512, "mixed": 320}
-    saved = int(rows["8 layers, full"]["parameters"]) - int(rows["mixed"]["parameters"])
+def test_a_study_trains_what_it_says(run, text, checkout, monkeypatch):
+    tiny = "--n_layer=3 --n_head=2 --n_embd=16 --n_hidden=32 --block_size=16 --vocab_size=300"
+    deep = tiny.replace("n_layer=3", "n_layer=4")
+    shutil.copy(CODE / "train.py", checkout)
+    monkeypatch.setitem(experiments.TRAININGS, "depth", {"full": deep, "mixed": tiny})
+    monkeypatch.setitem(experiments.AXES, "mixed", "heads --share=1-2 --heads=mix")
+    for name, value in {"RATES": (1e-3,), "WARMUPS": (2,), "SEEDS": (1,), "STEPS": 4}.items():
+        monkeypatch.setattr(experiments, name, value)
+    changed = checkout / "out" / "experiments" / "depth-mixed-4-0.001-2-1" / "changed"
+    changed.mkdir(parents=True)                             # what a stopped one left
+    flags = f"--batch_size=4 --text={text} --data_dir={checkout}/data"
+    status, out, err = run(experiments.main, "depth", "--jobs=2", "--dtype=float32", f"--train_flags={flags}")
+    assert status == 0 and "| 8 layers, mixed | 0.001 | 2 |" in out and "$ python train.py" in out
+    rows = {row["mode"]: row for row in rows_of(checkout, "depth")}
+    assert rows.keys() == {"full", "mixed"} and {row["steps"] for row in rows.values()} == {"4"}
+    caches = {mode: int(row["cache_bytes_per_token"]) for mode, row in rows.items()}
+    assert caches == {"full": 512, "mixed": 320}
+    saved = int(rows["full"]["parameters"]) - int(rows["mixed"]["parameters"])
     layer = 4 * 16 * 16 + 3 * 16 * 32
     assert saved == layer + 2 * 16 * 16 - 2 * 2             # and W_q and W_k, but a mixture of two heads
-    assert all([*row] == COLUMNS and row["learning_rate"] == "0.001" for row in rows.values())
-    assert SETTINGS == COLUMNS[:len(SETTINGS)]
+    assert all(row["dtype"] == "float32" and row["date"] for row in rows.values())
 
-def test_a_study_of_commands_runs_them_once(results, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    line = "python -c \"import sys; open(sys.argv[1][6:], 'a').write('ran')\" --csv=@/x.csv"
-    monkeypatch.setattr(experiments, "COMMANDS", {"x": [line]})
-    experiments.run_commands("x")
-    experiments.run_commands("x")
-    assert (results / "x.csv").read_text() == "ran" and "x.csv is there" in capfd.readouterr().out
-    experiments.set_aside("x")
-    assert (results / "x.csv.old").read_text() == "ran" and not (results / "x.csv").exists()
+def test_a_training_that_was_interrupted_has_no_row_and_starts_anew(checkout, monkeypatch):
+    (checkout / "train.py").write_text("""if True:
+        import pathlib, sys
+        out = pathlib.Path(sys.argv[-1].removeprefix("--out_dir="))
+        assert not out.exists()
+        out.mkdir(parents=True)
+        (out / "config.json").touch()
+        sys.exit(130)
+    """)
+    settings = experiments.missing("x", tables.read("x"))[0]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a command ended with status 130"):
+            experiments.run_trainings("x", lambda _: experiments.train("x", settings, "", "float32"), 1)
+    assert not tables.result("x").exists()
 
-def test_a_table_without_results_is_refused(run, results):
-    status, out, err = run(experiments.main, "sharing", "--table")
+# ---- commands ----
+
+def append(file):
+    return f"open('{file}', 'a').write('ran')"
+
+def test_a_study_of_commands_runs_them_once_and_says_which(checkout, steps, capfd):
+    made = steps((append("assets/results/a.csv"), "assets/results/a.csv"))
+    experiments.run_steps(made)
+    experiments.run_steps(made)
+    assert (checkout / "assets" / "results" / "a.csv").read_text() == "ran"
+    out = capfd.readouterr().out
+    assert out.count("$ python -c") == 1 and "assets/results/a.csv is there" in out
+
+def test_a_training_counts_only_when_it_ended_with_status_0(checkout, steps, capfd):
+    stopped = "import pathlib; pathlib.Path('out/kept').mkdir(parents=True, exist_ok=True); "
+    stopped += append("out/kept/config.json")
+    steps_of = [(f"{stopped}; raise SystemExit(130)", "out/kept/done"), (append("picture"), "picture")]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="status 130"):
+            experiments.run_steps(steps(*steps_of))
+    assert (checkout / "out" / "kept" / "config.json").read_text() == "ranran"
+    assert not (checkout / "picture").exists()
+    for _ in range(2):
+        experiments.run_steps(steps((stopped, "out/kept/done"), steps_of[1]))
+    assert (checkout / "out" / "kept" / "config.json").read_text() == "ran" * 3
+    assert (checkout / "picture").read_text() == "ran"
+
+def test_trainings_of_studies_are_marked_when_done():
+    for name, made in experiments.STUDIES.items():
+        for step in made:
+            is_training = step["run"].startswith("python train.py")
+            assert is_training == step["makes"][-1].endswith("/done"), (name, step)
+            assert not is_training or "--overwrite" in step["run"]
+
+def test_setting_aside_twice_keeps_both(run, checkout, steps):
+    file = "assets/results/a.csv"
+    steps((append(file), file), (append("assets/b.png"), "assets/b.png"), (append("model"), "model"))
+    (checkout / "assets" / "results" / "other.csv").write_text("x")
+    for first in ("first", "second"):
+        (checkout / file).write_text(first)
+        assert run(experiments.main, "x", "--again")[0] == 0
+    old = [(checkout / f"{file}.{n}.old").read_text() for n in (1, 2)]
+    assert old == ["first", "second"] and (checkout / file).read_text() == "ran"
+    assert (checkout / "assets" / "b.png.1.old").read_text() == "ran"
+    assert (checkout / "model").read_text() == "ran"        # outside assets: not made again
+    assert (checkout / "assets" / "results" / "other.csv").exists()
+
+def test_beside_a_running_study_none_starts_and_nothing_is_moved(run, checkout, steps, tmp_path, monkeypatch):
+    file = "assets/results/a.csv"
+    steps((append(file), file))
+    (checkout / file).write_text("measured")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with lock(checkout / "out" / "experiments"):
+        monkeypatch.chdir(elsewhere)
+        status, _, err = run(experiments.main, "x", "--again")
+    assert status == 2 and "another program is writing there" in err and err.count("\n") == 1
+    assert (checkout / file).read_text() == "measured"
+    assert [path.name for path in (checkout / "assets" / "results").iterdir()] == ["a.csv"]
+
+def test_two_studies_at_once_lose_no_row(checkout):
+    code = f"""if True:
+        import sys, time
+        from pathlib import Path
+        from minisa.kit.cli import command
+        from minisa.lab import experiments, tables
+        tables.ROOT = Path({str(checkout)!r})
+        experiments.FIGURES.clear()
+        experiments.TRAININGS["preset"] = {{"full": ""}}
+        def train(name, settings, flags, dtype):
+            time.sleep(0.3)
+            return {{**settings, "val_bpb": 2, "cache_bytes_per_token": 1, "flops": 1}}, []
+        experiments.train = train
+        sys.argv = ["experiments", "preset", "--dtype=float32"]
+        command(experiments.main)
+    """
+    begun = [subprocess.Popen([sys.executable, "-c", code], cwd=CODE, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in begun]
+    assert "another program is writing there" in "".join(errors)
+    assert len(rows_of(checkout, "preset")) == len(SEEDS)
+
+# ---- flags ----
+
+def test_a_table_without_results_is_refused(run, checkout):
+    status, _, err = run(experiments.main, "sharing", "--table")
     assert status == 2 and err.count("\n") == 1 and "its results are not all there" in err
 
 def test_flags_that_exclude_each_other_are_refused(run):
@@ -149,15 +261,14 @@ def test_flags_that_exclude_each_other_are_refused(run):
     status, _, err = run(experiments.main, "fair", "--train_flags='--n_layer=3")
     assert status == 2 and err.count("\n") == 1 and "a quotation mark is not closed" in err
 
-def test_only_results_of_the_study_are_set_aside(results, tmp_path, monkeypatch):
-    for name in ("mine.csv", "other.csv", "picture.png"):
-        (results / name).write_text("x")
-    monkeypatch.setattr(experiments, "COMMANDS", {"x": ["python a.py --csv=@/mine.csv",
-                                                        "python b.py @/other.csv --file=@/picture.png"]})
-    experiments.set_aside("x")
-    assert sorted(path.name for path in results.iterdir()) == ["mine.csv.old", "other.csv", "picture.png"]
+def test_studies_are_listed_with_how_far_they_are(run, checkout, steps):
+    steps((append("a"), "a"), (append("b"), "b"))
+    (checkout / "a").touch()
+    status, out, _ = run(experiments.main)
+    assert status == 0 and "sharing: 0 runs" in out and "x: 1 of 2 commands are done" in out
 
-def test_a_command_that_fails_stops_its_study(results, monkeypatch):
-    monkeypatch.setattr(experiments, "COMMANDS", {"x": ["python -c 'raise SystemExit(2)'"]})
-    with pytest.raises(ValueError, match="status 2"):
-        experiments.run_commands("x")
+def test_the_study_of_the_preset_trains_what_train_py_calls_long():
+    long = train.PRESETS["long"]
+    settings, = {tuple(run[name] for name in ("steps", "learning_rate", "warmup_iters"))
+                 for run in next(experiments.preset(["full"]))}
+    assert settings == (long["max_iters"], long["learning_rate"], long["warmup_iters"])

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from minisa.kit import picture
-from minisa.lab import plot
+from minisa.lab import plot, tables
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+pytest.importorskip("pandas", reason="needs pandas: pip install pandas")
 
-HEAD = "model,sharing,parameters,val bpb,cache B/token,context,cache B,FLOPs/token,tokens/s\n"
-FULL = "smollm2,none,1,1.5,40,10,400,1,1\n"
-SMALL = '"smollm2, eigen 0.02","weights 1-2,4-5",1,1.6,20,10,200,1,1\n'
+HEAD = "model,share,share_kind,changes,policy,budget,cut,val_bpb,context,cache_bytes\n"
+FULL = "smollm2,,,,,,,1.5,10,400\n"
+SMALL = 'out/small,"1-2,4-5",weights,eigen,,,,1.6,10,200\n'
+SQUEEZED = "smollm2,,,,heavy,5,0.5,1.7,10,200\n"
 
 @pytest.fixture
 def figures(monkeypatch):
@@ -19,58 +21,69 @@ def figures(monkeypatch):
     monkeypatch.setattr(plot, "save", lambda figure, file: saved.append(figure))
     return saved
 
-def bill(bpb, cache, model="m", sharing="none"):
-    return {"model": model, "sharing": sharing, "val bpb": str(bpb), "context": "10",
-            "cache B": str(10 * cache)}
+def labels(axis):
+    return [label.get_text() for label in axis.get_yticklabels()]
+
+def texts_of(figure):
+    """Every text of a figure that is drawn, with its place in pixels."""
+    figure.canvas.draw()
+    texts = []
+    for axis in figure.axes:
+        texts += [axis.xaxis.label, axis.yaxis.label]
+        for side, ends in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            texts += [tick.label1 for tick in side.get_major_ticks()
+                      if min(ends) <= tick.get_loc() <= max(ends)]
+    return [(text.get_text(), text.get_window_extent()) for text in texts
+            if text.get_text() and text.get_visible()]
+
+def is_legible(figure):
+    """No text is over another, and none is cut off; small ones are none."""
+    shown, page = texts_of(figure), figure.bbox
+    for i, (text, box) in enumerate(shown):
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, text
+        assert not any(box.overlaps(other) for _, other in shown[:i]), text
+    assert min(min(box.width, box.height) for _, box in shown) > 8
+    return True
 
 @pytest.mark.parametrize("kind, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_each_row_of_the_bills_is_a_point(run, tmp_path, kind, start):
+def test_bills_are_drawn_from_their_files(run, tmp_path, kind, start):
     (tmp_path / "a.csv").write_text(HEAD + FULL + SMALL)
-    (tmp_path / "b.csv").write_text(HEAD + '"smollm2, squeeze 5 heavy 0.5",none,1,1.7,40,10,200,1,1\n')
+    (tmp_path / "b.csv").write_text(HEAD + SQUEEZED)
     status, out, err = run(plot.main, "a.csv", "b.csv", f"--file=axes.{kind}")
-    assert (status, err) == (0, "") and "3 rows of 2 bills" in out
+    assert (status, err) == (0, "") and f"wrote axes.{kind}" in out
     assert (tmp_path / f"axes.{kind}").read_bytes().startswith(start)
 
-def test_every_loss_is_inside_one_plain_axis_beside_that_of_full_attention(figures):
-    losses = [1.5, 1.49, 1.52, 40.0]
-    rows = [bill(bpb, cache, f"m{cache}") for bpb, cache in zip(losses, (40, 30, 20, 10))]
-    plot.loss_against_cache(rows, "x.png")
-    axis = figures[0].axes[0]
-    low, high = axis.get_ylim()
-    line, *points = axis.lines
-    assert axis.get_yscale() == "log" and low < 1.49 and 40 < high and "log scale" in axis.get_ylabel()
-    assert list(line.get_ydata()) == [1.5, 1.5] and "full attention (m40)" in axis.get_ylabel()
-    assert {tuple(point.get_xydata()[0]) for point in points} == set(zip((40, 30, 20, 10), losses))
-    key = figures[0].axes[1].texts[0].get_text().splitlines()
-    assert [line.split() for line in key if "m30" in line] == [["4", "-0.7%", "m30"]]
+def test_each_row_of_a_bill_is_a_dot_beside_its_name_the_least_loss_first(figures, tmp_path):
+    (tmp_path / "a.csv").write_text(HEAD + SQUEEZED + SMALL + FULL + FULL + "smollm2,1-2,kv,,,,,6.0,10,300\n")
+    plot.draw(plot.read_results([tmp_path / "a.csv"]), "x.png")
+    loss, cache = figures[0].axes
+    assert labels(loss) == ["smollm2", "out/small, eigen", "smollm2, heavy 5, cut 0.5", "smollm2, kv 1-2"]
+    (bottom, top) = loss.get_ylim()
+    assert bottom > top                                     # the first name is the highest
+    assert loss.lines[0].get_xdata() == pytest.approx([0, 100 / 15, 200 / 15, 300])
+    assert cache.lines[0].get_xdata().tolist() == [40, 20, 20, 30]
+    low, high = loss.get_xlim()
+    assert low < 0 and high > 300 and cache.get_xlim()[0] == 0
 
-def test_a_point_is_named_by_its_model_and_what_it_shares():
-    rows = [bill(1.5, 40, "smollm2"), bill(1.6, 20, "out/mixed", "weights 1-2,4-5, heads mix"),
-            bill(1.7, 20, "out/small", "none, eigen"), bill(1.8, 20, "smollm2, squeeze 5 heavy")]
-    assert list(plot.points_of(rows[::-1])) == [
-        "full attention (smollm2)", "squeeze 5 heavy", "out/small, eigen",
-        "out/mixed, weights 1-2,4-5, heads mix"]
-
-def test_numbers_beside_equal_points_do_not_overlap(figures):
-    plot.loss_against_cache([bill(1.5, 40, f"m{i}") for i in range(12)], "x.png")
-    axis = figures[0].axes[0]
-    boxes = [text.get_position() for text in axis.texts]
-    assert len(boxes) == 12 and all(abs(a[0] - b[0]) > 10 or abs(a[1] - b[1]) > 10
-                                    for i, a in enumerate(boxes) for b in boxes[:i])
+@pytest.mark.parametrize("name", ["frontier", "axes", "learning", "latency", "context", "batch_size"])
+def test_the_figures_of_the_pages_are_legible(figures, name):
+    files = {"frontier": ["sharing"], "axes": ["all", "eigen", "kv", "squeeze"]}.get(name, [name])
+    plot.draw(plot.read_results([tables.result(file) for file in files]), "x.png")
+    assert is_legible(figures[0])
 
 @pytest.mark.parametrize("flags, message", [
-    (["none.csv", "--file=x.png"], "none.csv: is no bill"),
-    (["bad.csv", "--file=x.png"], "bad.csv: is no bill"),
-    (["lost.csv", "--file=x.png"], "lost.csv: is no bill"),
-    (["empty.csv", "--file=x.png"], "empty.csv: is no bill with losses (it has no rows)"),
+    (["none.csv", "--file=x.png"], "none.csv"),
+    (["bad.csv", "--file=x.png"], "bad.csv: cannot be drawn"),
+    (["lost.csv", "--file=x.png"], "lost.csv: damaged"),
+    (["empty.csv", "--file=x.png"], "empty.csv: cannot be drawn (it has no rows"),
     (["a.csv", "--file=x.doc"], "must end in .png"),
     (["a.csv"], "--file"),
 ], ids=str)
-def test_what_is_no_bill_gets_one_line_and_status_2(run, tmp_path, flags, message):
+def test_what_cannot_be_drawn_gets_one_line_and_status_2(run, tmp_path, flags, message):
     (tmp_path / "a.csv").write_text(HEAD + FULL)
     (tmp_path / "empty.csv").write_text(HEAD)
     (tmp_path / "bad.csv").write_text("x,y\n1,2\n")
-    (tmp_path / "lost.csv").write_text(HEAD + "smollm2,none,1,?,40,10,400,1,1\n")
+    (tmp_path / "lost.csv").write_text(HEAD + FULL.replace("1.5", "?"))
     status, _, err = run(plot.main, *flags)
     assert status == 2 and message in err and err.count("\n") == 1
 
@@ -122,37 +135,60 @@ def test_a_saved_figure_is_closed(tmp_path):
     picture.save(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG" and figure.number not in plt.get_fignums()
 
-@pytest.mark.parametrize("row", ["smollm2,none,1,nan,40,10,400,1,1", "smollm2,none,1,1.5,40,0,400,1,1",
-                                 "smollm2,none", "smollm2,none,1,1.5,40,10,-400,1,1", '"' + "x" * 200_000,
-                                 "x" * 600 + ",none,1,1.5,40,10,400,1,1"], ids=range(6))
-def test_odd_rows_are_no_bill(run, tmp_path, row):
+@pytest.mark.parametrize("row", ["smollm2,,,,,,,nan,10,400", "smollm2,,,,,,,1.5,0,400", "smollm2,",
+                                 "smollm2,,,,,,,1.5,10,-400", '"' + "x" * 200_000, "smollm2,,,,,,,1.5,10,",
+                                 "x" * 600 + ",,,,,,,1.5,10,400", f"smollm2,,,,,,,{'9' * 400},10,400"],
+                         ids=range(8))
+def test_odd_rows_are_refused(run, tmp_path, row):
     (tmp_path / "a.csv").write_text(HEAD + row + "\n")
     status, _, err = run(plot.main, "a.csv", "--file=x.svg")
-    assert status == 2 and "a.csv: is no bill" in err and err.count("\n") == 1 and len(err) < 1000
+    assert status == 2 and "a.csv: " in err and err.count("\n") == 1 and len(err) < 1000
 
 def test_a_dollar_in_a_name_is_drawn_as_it_is(run, tmp_path):
     (tmp_path / "a.csv").write_text(HEAD + FULL.replace("smollm2", "$\\frac$"))
     assert run(plot.main, "a.csv", "--file=x.svg")[0] == 0
 
-def test_the_frontier_joins_what_no_other_mode_beats(figures):
-    points = {"full": (40, 80, [2.0, 2.2]), "SA": (30, 60, [2.1, 2.1]), "CLA": (30, 70, [2.3, 2.5]),
-              "MQA": (10, 75, [2.2, 2.2])}
-    plot.frontier(points, "x.png")
-    cache, flops, key = figures[0].axes
-    assert key.texts[0].get_text().splitlines() == [" 1  full", " 2  SA", " 3  MQA", " 4  CLA"]
-    joined = [sorted({tuple(map(float, point)) for point in axis.lines[-1].get_xydata()})
-              for axis in (cache, flops)]
-    assert joined == [[(10, 2.2), (30, 2.1)], [(60, 2.1)]]  # full is as good as SA, and dearer
-    spreads = [bars.get_segments()[0] for line in cache.containers for bars in line.lines[2]]
-    assert any(abs(low[1] - (2.1 - 0.02**0.5)) < 1e-9 for low, high in spreads)
-    assert len(cache.texts) == len(points)
+def rows(columns, *lines):
+    return tables.pandas().DataFrame(lines, columns=columns.split())
 
-def test_learning_has_a_line_for_each_seed_over_steps_and_seconds(figures):
-    rows = [{"mode": mode, "seed": seed, "step": str(step), "seconds": str(3 * step), "val_bpb": "2.5"}
-            for mode in ("full", "SA") for seed in "12" for step in (10, 20)]
-    plot.learning(rows, "x.png")
+def test_each_mode_has_a_dot_with_its_spread_and_its_costs(figures):
+    costs = {"full": (40, 80), "SA": (30, 60), "MQA": (10, 75)}
+    losses = {"full": (2.0, 2.0), "SA": (2.02, 2.04), "MQA": (1.98, 2.0)}
+    plot.frontier(rows(
+        "file mode steps learning_rate warmup_iters seed val_bpb cache_bytes_per_token flops",
+        *(["x", mode, 9, 0.1, 5, seed, bpb, *costs[mode]] for mode in costs
+          for seed, bpb in enumerate(losses[mode], start=1))), "x.png")
+    loss, cache, flops = figures[0].axes
+    assert labels(loss) == ["full", "MQA", "SA"]            # full attention, then the least loss
+    assert loss.lines[0].get_xdata() == pytest.approx([0, -0.5, 1.5])
+    assert cache.lines[0].get_xdata().tolist() == [40, 10, 30]
+    assert flops.lines[0].get_xdata() == pytest.approx([80e-6, 75e-6, 60e-6])
+    bars = loss.containers[0].lines[2][0].get_segments()
+    assert bars[2][:, 0] == pytest.approx([1.5 - 0.5**0.5, 1.5 + 0.5**0.5])     # of 1 and 2 percent
+
+def test_learning_has_a_line_for_each_mode_and_its_seeds_on_both_sides(figures):
+    plot.learning(rows("mode seed step seconds val_bpb", *(
+        [mode, seed, step, 3.0 * step + seed, 2.5 + seed / 10] for mode in ("full", "SA") for seed in (1, 3)
+        for step in (10, 20))), "x.png")
     steps, seconds = figures[0].axes
-    assert len(steps.lines) == len(seconds.lines) == 4
-    assert {tuple(line.get_xdata()) for line in steps.lines} == {(10, 20)}
-    assert {tuple(line.get_xdata()) for line in seconds.lines} == {(30, 60)}
+    assert steps.lines[0].get_xdata().tolist() == [10, 20]
+    assert seconds.lines[0].get_xdata().tolist() == [32, 62]
+    for axis in (steps, seconds):
+        assert [line.get_ydata() for line in axis.lines] == [
+            pytest.approx([bpb] * 2) for _ in ("full", "SA") for bpb in (2.7, 2.6, 2.8)]
     assert [text.get_text() for text in steps.get_legend().get_texts()] == ["full", "SA"]
+
+def test_a_sweep_has_a_line_for_each_mode_and_its_limit(figures):
+    def point(context, ms, limit, share_kind="", model="6 × 256"):
+        return {"model": model, "share_kind": share_kind, "context": context, "batch_size": 1,
+                "ms_per_token": ms, "limit_ms_per_token": limit, "cache_bytes": 1000 * context}
+    plot.token_times([point(256, 1.0, ""), point(256, 0.5, "", "weights"), point(512, 2.0, 1.5),
+                      point(512, 0.75, 0.5, "weights"), point(512, 0.25, "", "", "6 × 256, GQA")], "context",
+                     "x.png")
+    context, cache = figures[0].axes
+    names = [text.get_text() for text in context.get_legend().get_texts()]
+    assert names == ["full attention", "Shared Attention", "full attention, GQA"]
+    assert context.lines[0].get_xydata().tolist() == [[256, 1.0], [512, 2.0]]
+    assert context.lines[1].get_ydata()[1] == 1.5 and context.lines[1].get_linestyle() == "--"
+    assert cache.lines[2].get_xydata().tolist() == [[0.256, 0.5], [0.512, 0.75]]
+    assert context.get_xscale() == context.get_yscale() == "log"

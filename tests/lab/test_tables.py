@@ -1,75 +1,90 @@
 """The tables of the pages are those of their results."""
 
+import csv
+import sys
+
 import pytest
 
-from minisa.lab import tables
-from minisa.lab.tables import as_it_should_be, at_best, check_pages, markdown, over, percent
-
-HEAD = "mode,steps,learning_rate,warmup_iters,seed,val_bpb,cache B/token,FLOPs/token,parameters\n"
-RUNS = HEAD + """full,9,0.001,5,1,2.0,40,80,7
-full,9,0.001,5,2,4.0,40,80,7
-full,9,0.002,5,1,3.0,40,80,7
-SA,9,0.002,5,1,2.1,30,60,6
-SA,9,0.002,5,2,4.0,30,60,6
-SA,9,0.001,5,1,9.9,30,60,6
-"""
+pytest.importorskip("pandas", reason="needs pandas: pip install pandas")
+from minisa.lab import tables  # noqa: E402
+from minisa.lab.tables import at_best, check_pages, make, markdown, percent, read, renew  # noqa: E402
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+def write(tmp_path, monkeypatch):
+    """write(name, rows, **same): rows, dicts, as a file of results of a checkout of the test; `same` is so in
+    every row."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "pages", lambda: [tmp_path / "README.md"])
-    (tmp_path / "sharing.csv").write_text(RUNS)
-    return tmp_path
+
+    def write(name, rows, **same):
+        file = tmp_path / "assets" / "results" / f"{name}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, dict.fromkeys(key for row in rows for key in row) | same, "")
+            writer.writeheader()
+            writer.writerows(same | row for row in rows)
+        return file
+    return write
+
+COST = {"steps": 9, "warmup_iters": 5, "cache_bytes_per_token": 4000, "flops": 80, "parameters": 7}
+
+def run(mode, rate, seed, bpb, **more):
+    return {"mode": mode, "learning_rate": rate, "seed": seed, "val_bpb": bpb, **more}
+
+RUNS = [run("full", 0.001, 1, 2.0), run("full", 0.001, 2, 4.0), run("full", 0.002, 1, 3.0),
+        run("SA", 0.002, 1, 2.1), run("SA", 0.002, 2, 4.0), run("SA", 0.001, 1, 9.9)]
+
+def runs(losses, **more):
+    """{mode: [a loss for each seed]} → rows."""
+    return [run(mode, 0.001, seed, bpb, **more) for mode, each in losses.items()
+            for seed, bpb in enumerate(each, start=1)]
 
 def test_all_tables_of_all_pages_are_those_of_their_results():
     assert check_pages() == []
-    marked = {name for page in tables.pages() for _, name, _ in tables.MARK.findall(page.read_text("utf-8"))}
-    assert marked >= {"preset", "learned", "all", "eigen", "spans", "squeeze", "smollm2", "scan", "sets",
-                      "tuned", "sharing", "depth", "fair", "standing-out", "speed",
-                      "speed-smollm2", "speed-nanogpt", "recall"}
+    marked = [name for page in tables.pages() for _, name, _ in tables.MARK.findall(page.read_text("utf-8"))]
+    assert sorted(marked) == sorted(tables.TABLES)
 
-def test_modes_are_compared_at_their_own_best_seed_by_seed(results):
-    runs = at_best(tables.read("sharing"))
-    assert [row["learning_rate"] for row in runs["full"] + runs["SA"]] == ["0.001"] * 2 + ["0.002"] * 2
-    assert over(runs["SA"], runs["full"]) == pytest.approx([5.0, 0.0])
-    table = tables.make("sharing")
-    assert table[1][3:5] == ["3.0000", ""] and table[2][3:5] == ["3.0500", "+2.50 ± 3.54 %"]
+def test_modes_are_compared_at_their_own_best_seed_by_seed(write):
+    write("sharing", RUNS, **COST)
+    best = at_best(read("sharing"))
+    assert best["mode"].tolist() == ["full", "full", "SA", "SA"] and best["seed"].tolist() == [1, 2, 1, 2]
+    assert best["learning_rate"].tolist() == [0.001, 0.001, 0.002, 0.002]
+    assert best["percent"].tolist() == pytest.approx([0, 0, 5, 0])
+    head, full, shared = make("sharing")
+    assert full == ["full", "0.001", "5", "3.0000", "", "4,000", "80", "7"]
+    assert shared[:5] == ["SA", "0.002", "5", "3.0500", "+2.50 ± 3.54 %"]
+    assert len(head) == len(full)
 
-def test_the_reference_is_full_attention_whatever_ended_first(results):
-    head, *runs = RUNS.splitlines(keepends=True)
-    (results / "sharing.csv").write_text(head + "".join(runs[::-1]))
-    assert [row[0] for row in tables.make("sharing")[1:]] == ["full", "SA"]
-    assert tables.make("sharing")[2][4] == "+2.50 ± 3.54 %"
-
-@pytest.fixture
-def write(results):
-    """write(study, {mode: [a loss for each seed]})"""
-    def write(study, losses):
-        runs = (f'"{mode}",9,0.001,5,{seed},{loss},40,80,7\n' for mode, each in losses.items()
-                for seed, loss in enumerate(each, start=1))
-        (results / f"{study}.csv").write_text(RUNS.splitlines(keepends=True)[0] + "".join(runs))
-    return write
+def test_the_reference_is_full_attention_whatever_ended_first(write):
+    write("sharing", RUNS[::-1], **COST)
+    assert [row[0] for row in make("sharing")[1:]] == ["full", "SA"]
+    assert make("sharing")[2][4] == "+2.50 ± 3.54 %"
 
 def test_equal_time_and_parameters_are_over_full_attention_trained_alike(write):
-    write("sharing", {"full": [2, 2], "SA": [2.2, 2.2]})
-    write("fair", {"full, equal time": [4, 4], "SA, equal time": [3, 3], "SA, equal parameters": [5, 5]})
-    assert tables.make("fair")[1:] == [["SA", "+10.00 ± 0.00 %", "−25.00 ± 0.00 %", "9", "+25.00 ± 0.00 %"]]
+    modes = "SA 1-3", "SA 2-3", "SA 0-3", "CLA 1-3", "GQA 2", "MQA", "SA 1-3, MQA", "CLA 1-3, MQA"
+    write("sharing", runs({"full": [2, 2], **dict.fromkeys(modes, [2.2, 2.2])}), **COST)
+    timed = runs({"full": [4, 4], **dict.fromkeys(modes, [3, 3])}, equal="time", steps=2500)
+    wide = runs(dict.fromkeys(modes, [5, 5]), equal="parameters")
+    write("fair", timed + wide, **COST)
+    assert make("fair")[1:] == [
+        [mode, "+10.00 ± 0.00 %", "−25.00 ± 0.00 %", "2,500", "+25.00 ± 0.00 %"] for mode in modes]
 
 def test_what_stands_out_from_the_luck_of_seeds_is_listed_the_clearest_first(write):
-    write("sharing", {"SA": [2.02, 2.04, 2.03], "full": [2, 2, 2], "lucky": [2, 2.1, 1.96]})
-    write("fair", {"full, equal time": [4, 4, 4], "SA, equal time": [3.8, 3.804, 3.796]})
-    write("depth", {"8 layers, full": [1, 1, 1], "8 layers, SA": [1, 1.1, 1]})
-    assert tables.make("standing-out")[1:] == [["SA, equal time", "−5.00 ± 0.10 %", "50.0"],
-                                               ["SA, equal steps", "+1.50 ± 0.50 %", "3.0"]]
+    write("sharing", runs({"SA": [2.02, 2.04, 2.03], "full": [2, 2, 2], "lucky": [2, 2.1, 1.96]}), **COST)
+    write("fair", runs({"full": [4, 4, 4], "SA": [3.8, 3.804, 3.796]}, equal="time"), **COST)
+    write("depth", runs({"full": [1, 1, 1], "SA": [1, 1.1, 1], "CLA": [1.2, 1.21, 1.19]}), **COST)
+    assert make("standing-out")[1:] == [["SA, equal time", "−5.00 ± 0.10 %", "50.0"],
+                                        ["8 layers, CLA, equal steps", "+20.00 ± 1.00 %", "20.0"],
+                                        ["SA, equal steps", "+1.50 ± 0.50 %", "3.0"]]
 
 def test_a_minus_is_a_minus_and_one_seed_has_no_spread():
-    assert percent([-0.001]) == "+0.00 %"
-    assert percent([-1.234]) == "−1.23 %" and percent([1, 3], 1) == "+2.0 ± 1.4 %"
+    assert percent(-0.001) == "+0.00 %" and percent(0.0) == ""
+    assert percent(-1.234) == "−1.23 %" and percent(2.0, 1.4142) == "+2.00 ± 1.41 %"
 
-def test_a_table_that_differs_is_named_and_written_anew(results):
-    page = results / "README.md"
-    right = f"# x\n\n<!-- table: sharing -->\n{markdown(tables.make('sharing'))}\nEnd.\n"
+def test_a_table_that_differs_is_named_and_written_anew(write, tmp_path):
+    write("sharing", RUNS, **COST)
+    page = tmp_path / "README.md"
+    right = f"# x\n\n<!-- table: sharing -->\n{markdown(make('sharing'))}\nEnd.\n"
     page.write_text(right)
     assert check_pages() == []
     page.write_text(right.replace("3.0500", "3.0400"))
@@ -77,74 +92,102 @@ def test_a_table_that_differs_is_named_and_written_anew(results):
     assert page.read_text() == right
 
 def test_a_mark_without_a_table_is_filled():
-    empty = "<!-- table: squeeze -->\n\ntext\n"
-    text, wrong = as_it_should_be(empty)
-    assert wrong == ["squeeze"] and "| `window`: the last tokens |" in text and text.endswith("\n\ntext\n")
+    text, differ = renew("<!-- table: squeeze -->\n\ntext\n")
+    assert differ == ["squeeze"] and "| `window`: the last tokens |" in text and text.endswith("\n\ntext\n")
 
 def test_a_table_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="no table is named nonsense; there are preset"):
-        as_it_should_be("<!-- table: nonsense -->\n")
+        renew("<!-- table: nonsense -->\n")
 
 @pytest.mark.parametrize("name, study", [("preset", "preset"), ("spans", "spans"), ("scan", "scan"),
                                          ("sets", "scan"), ("recall", "recall"), ("eigen", "axes")])
-def test_a_table_without_all_its_results_names_its_study(results, name, study):
-    with pytest.raises(ValueError, match=f"go on with: python -m minisa.lab.experiments {study}$"):
-        tables.make(name)
+def test_a_table_without_all_its_results_names_its_study(write, name, study):
+    with pytest.raises(ValueError, match=f"continue with: python -m minisa.lab.experiments {study}$"):
+        make(name)
 
-def test_a_damaged_file_is_named(results):
-    (results / "sharing.csv").write_text(RUNS + "full,1\n")
-    with pytest.raises(ValueError, match="sharing.csv: a line has another number of cells"):
-        tables.read("sharing")
+@pytest.mark.parametrize("rows", [[run("full", 0.001, 1, 2.0)], [], [{"x": 1}]], ids=str)
+def test_neither_is_a_table_made_of_a_part_of_them(write, rows):
+    write("preset", rows, **COST)
+    with pytest.raises(ValueError, match="not all there"):
+        make("preset")
 
-def test_spans_are_given_over_full_attention_best_mixture_first(results):
-    ways = {"same": 2.2, "match": 2.1, "mix": 2.06, "kv": 3.0}
-    rows = [("smollm2", 2.0)] + [(f"out/spans/{way}-1-2,5-7", loss) for way, loss in ways.items()]
-    rows += [(f"out/spans/{way}-3-4", 2.02) for way in ways]
-    (results / "spans.csv").write_text("model,val bpb\n" + "".join(f'"{m}",{loss}\n' for m, loss in rows))
-    assert tables.make("spans")[1:] == [["3-4", "1"] + ["+1.00 %"] * 4,
-                                        ["1-2,5-7", "3", "+10.00 %", "+5.00 %", "+3.00 %", "+50.00 %"]]
+def test_a_damaged_file_is_named(write):
+    file = write("sharing", RUNS, **COST)
+    for text in (file.read_text() + "full,1\n", "", "mode,seed\nfull,one\n", "a,a\n1,2\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="sharing.csv: damaged"):
+            read("sharing")
 
-def test_right_answers_have_their_standard_error(results):
-    (results / "recall").mkdir()
-    for length in tables.LENGTHS:
-        squeezed = f"smollm2, squeeze {length} heavy 0.5"
-        (results / "recall" / f"{length}.csv").write_text(
-            f'model,tokens,prompts,right\nsmollm2,{length},196,98\n"{squeezed}",{length},196,0\n')
-    half, none = tables.make("recall")[1:]                  # (98 + 2) / 200, and 2 / 200
+def test_spans_are_given_over_full_attention_best_mixture_first(write):
+    def rows(share, same, match, mix, kv):
+        weights = {"share": share, "share_kind": "weights"}
+        return [{**weights, "val_bpb": same}, {**weights, "changes": "heads match", "val_bpb": match},
+                {**weights, "changes": "heads mix", "val_bpb": mix},
+                {"share": share, "share_kind": "kv", "val_bpb": kv}]
+    full = {"share": "", "share_kind": "", "changes": "", "val_bpb": 2.0}
+    write("spans", [full, *rows("1-2,5-7", 2.2, 2.1, 2.06, 3.0), *rows("3-4", *[2.02] * 4)], policy="")
+    assert make("spans")[1:] == [["3-4", "1"] + ["+1.00 %"] * 4,
+                                 ["1-2,5-7", "3", "+10.00 %", "+5.00 %", "+3.00 %", "+50.00 %"]]
+
+def test_right_answers_have_their_standard_error(write):
+    for length in (256, 512, 1024, 1536):
+        models = [{"model": model, "policy": policy, "right": 0 if policy else 98} for policy in ("", "heavy")
+                  for model in ("smollm2", "out/eight", "out/narrow", "out/small")]
+        write(f"recall/{length}", models, length=length, prompts=196)
+    half, none = make("recall")[1:3]                        # (98 + 2) / 200, and 2 / 200
     assert half == ["smollm2"] + ["50.0% ± 3.5%"] * 4       # √(0.5 · 0.5 / 200)
     assert none == ["smollm2, squeezed to 60 %"] + ["0.0% ± 0.7%"] * 4
 
-def test_what_training_gives_back_is_over_full_attention_trained_alike(results):
-    losses = {"smollm2-0": 2.0, "eight-0": 2.1, "six-0": 2.2,
-              "smollm2-60": 1.0, "eight-60": 1.1, "six-60": 1.2}
-    (results / "tuned.csv").write_text(
-        "model,val bpb\n" + "".join(f"out/tuned/{model},{loss}\n" for model, loss in losses.items()))
-    assert [row[1:] for row in tables.make("tuned")[1:]] == [
+def test_what_training_gives_back_is_over_full_attention_trained_alike(write):
+    eight, six = "5-6,12-13,14-15,20-22,24-25,27-29", "3-4,5-6,14-15,20-22,28-29"
+    for steps, losses in {0: (2.0, 2.1, 2.2), 60: (1.0, 1.1, 1.2)}.items():
+        rows = [{"share": share, "val_bpb": bpb} for share, bpb in zip(("", eight, six), losses)]
+        write(f"tuned-{steps}", rows, policy="")
+    assert [row[1:] for row in make("tuned")[1:]] == [
         ["2.0000", "1.0000"], ["2.1000 (+5.00 %)", "1.1000 (+10.00 %)"],
         ["2.2000 (+10.00 %)", "1.2000 (+20.00 %)"]]
 
-def test_speeds_are_ratios_of_what_was_measured_together(results):
-    rows = [("small, bfloat16", "full", "train", 100), ("small, bfloat16", "weights", "train", 125),
-            ("small, bfloat16", "kv", "train", 90), ("long, bfloat16", "full", "decode", 50),
-            ("long, bfloat16", "weights", "decode", 75), ("long, bfloat16", "kv", "decode", 60)]
-    rows += [("small, bfloat16", mode, "decode", 40) for mode in ("full", "weights", "kv")]
-    rows += [(f"{shape}, bfloat16", f"{mode}, torch", "decode", 20) for shape in ("small", "long")
-             for mode in ("full", "weights", "kv")]
-    (results / "speed.csv").write_text("measured,mode,work,tokens/s\n" + "".join(
-        f'"{measured}","{mode}",{work},{speed}\n' for measured, mode, work, speed in rows))
-    assert tables.make("speed")[1:] == [
-        ["small: 4 layers, 128 wide, context 256", "full attention", "1.00", "", "1.00", "2.0"],
-        ["", "Shared Attention", "1.25", "", "1.00", "2.0"],
-        ["", "Cross-Layer Attention", "0.90", "", "1.00", "2.0"],
-        ["long: 6 layers, 128 wide, context 8,192", "full attention", "", "", "1.00", "2.5"],
-        ["", "Shared Attention", "", "", "1.50", "3.8"], ["", "Cross-Layer Attention", "", "", "1.20", "3.0"]]
+def test_a_policy_is_over_the_whole_cache(write):
+    rows = [{"policy": policy, "cut": cut, "val_bpb": 2.2} for policy in ("heavy", "sinks", "window")
+            for cut in (1, 0.7, 0.5)]
+    write("squeeze", [{"policy": "", "cut": "", "val_bpb": 2.0}, *rows], share="")
+    assert [row[1:] for row in make("squeeze")[1:]] == [["2.2000 (+10.00 %)"] * 3] * 3
 
-def test_a_latency_is_set_beside_what_its_bytes_predict(results):
-    head = "model,mode,context,batch size,cache bytes,bytes read,ms per token,ms at the limit\n"
-    (results / "latency-shapes.csv").write_text(head + "small,full,256,1,9,4000000,0.4,\n"
-                                                "small,weights,256,1,9,2000000,0.25,\n")
-    (results / "latency.csv").write_text(head + "smollm2,full,8192,1,9,8000000,40,20\n")
-    assert tables.make("latency")[1:] == [
-        ["4 × 128", "256", "full attention", "4.0", "0.4", "", "", "in cache"],
-        ["", "", "Shared Attention", "2.0", "0.25", "1.60", "2.00", "in cache"],
-        ["SmolLM2", "8,192", "full attention", "8.0", "40", "", "", "50 %"]]
+MODES = "", "weights", "kv"
+
+def speed(model, kind, work, tokens_per_s, engine="torch"):
+    return {"model": model, "share": "1-3" if kind else "", "share_kind": kind, "work": work,
+            "engine": engine, "tokens_per_s": tokens_per_s}
+
+def test_speeds_are_ratios_of_what_was_measured_together(write):
+    rows = [speed("small", kind, "train", each) for kind, each in zip(MODES, (100, 125, 90))]
+    rows += [speed("long", kind, "decode", each, "numpy") for kind, each in zip(MODES, (50, 75, 60))]
+    rows += [speed("small", kind, "decode", 40, "numpy") for kind in MODES]
+    rows += [speed(model, kind, "decode", 20) for model in ("small", "long", "large") for kind in MODES]
+    rows += [speed("large", kind, "prefill", 7) for kind in MODES]
+    write("speed", rows)
+    found = {tuple(row[:2]): row[2:] for row in make("speed")[1:]}
+    small, long = "small: 4 layers, 128 wide, context 256", "long: 6 layers, 128 wide, context 8,192"
+    assert found[small, "full attention"] == ["1.00", "", "1.00", "2.0"]
+    assert found[small, "Shared Attention"] == ["1.25", "", "1.00", "2.0"]
+    assert found[small, "Cross-Layer Attention"] == ["0.90", "", "1.00", "2.0"]
+    assert found[long, "Shared Attention"] == ["", "", "1.50", "3.8"]
+
+def test_a_latency_is_set_beside_what_its_bytes_predict(write):
+    def point(model, context, kind, read, ms, limit=""):
+        return {"model": model, "context": context, "share_kind": kind, "share": kind, "read_bytes": read,
+                "ms_per_token": ms, "limit_ms_per_token": limit}
+    shapes = [("small", 256), ("large", 256), ("long", 8192)]
+    write("latency-shapes", [point(*shape, kind, 4_000_000 if not kind else 2_000_000, 0.25 if kind else 0.4)
+                             for shape in shapes for kind in MODES])
+    write("latency", [point("smollm2", context, kind, 8_000_000, 40, 20)
+                      for context in (128, 512, 2048, 8192) for kind in MODES])
+    rows = make("latency")
+    assert rows[1] == ["4 × 128", "256", "full attention", "4.0", "0.4", "1.00", "1.00", "in cache"]
+    assert rows[2] == ["4 × 128", "256", "Shared Attention", "2.0", "0.25", "1.60", "2.00", "in cache"]
+    assert rows[-3] == ["SmolLM2", "8,192", "full attention", "8.0", "40", "1.00", "1.00", "50 %"]
+
+def test_without_pandas_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ValueError, match="read with pandas; install it with: pip install pandas$"):
+        read("sharing")
