@@ -107,7 +107,7 @@ def commands_of(name, settings, flags):
         shape += f" {WIDER[mode]}"
     train = f"python train.py --preset=cpu --device=cpu --seed={settings['seed']} {flags}"
     rates = (f"--max_iters={settings['steps']} --learning_rate={settings['learning_rate']} "
-             f"--warmup_iters={settings['warmup_iters']} --out_dir={out}")
+             f"--warmup_iters={settings['warmup_iters']} --out_dir={out}/trained")
     if mode not in AXES:
         return out, [f"{train} {shape} {rates}"]
     return out, [f"{train} {shape} --max_iters=0 --out_dir={out}/untrained",
@@ -117,12 +117,12 @@ def commands_of(name, settings, flags):
 def train(name, settings, flags, dtype):
     """Train one run from its beginning → its row, and rows of learning.csv."""
     out, lines = commands_of(name, settings, f"--dtype={dtype} {flags}")
-    out, begun = tables.ROOT / out, time.perf_counter()
-    shutil.rmtree(out, ignore_errors=True)                  # what an interrupted one left
+    folder, begun = tables.ROOT / out / "trained", time.perf_counter()
+    shutil.rmtree(folder.parent, ignore_errors=True)        # what an interrupted one left
     for line in lines:
         run(line, stdout=subprocess.DEVNULL)
     minutes = (time.perf_counter() - begun) / 60
-    model, _, info = checkpoint.load(out)
+    model, _, info = checkpoint.load(folder)
     cost = predict(model, model.config.block_size)
     row = {
         **settings,
@@ -134,7 +134,7 @@ def train(name, settings, flags, dtype):
         "flops": cost.decode_flops,
         "dtype": dtype,
     }
-    log = map(json.loads, read_file(out / "log.jsonl").decode().splitlines())
+    log = map(json.loads, read_file(folder / "log.jsonl").decode().splitlines())
     curve = [{"mode": settings["mode"], "seed": settings["seed"], "step": line["step"],
               "seconds": f"{line['seconds']:.1f}", "val_bpb": f"{line['val_bpb']:.4f}"}
              for line in log if "val_bpb" in line]
