@@ -1,4 +1,4 @@
-"""Write text with trained models, and bill each: parameters, loss, cache, FLOPs, speed.
+"""Generate text with trained models, and bill each: parameters, loss, cache, FLOPs, speed.
 
     python sample.py                          every run in out/
     python sample.py out/full out/weights-1-3 --prompt="ROMEO:" --temperature=0.8
@@ -8,6 +8,8 @@
 """
 
 import minisa  # isort: skip  # noqa: F401 (before torch, as it sees to Ctrl-C)
+import json
+import math
 import sys
 import time
 from functools import partial
@@ -15,14 +17,15 @@ from pathlib import Path
 
 import torch
 
+from minisa import cost
 from minisa.axes import squeeze
-from minisa.kit import bill
-from minisa.kit.checkpoint import load, reconfigure
-from minisa.kit.cli import Parser, amount, at_least, command, count, device, picture, prompt, table
+from minisa.decode import handles
+from minisa.kit.checkpoint import changes, load, reconfigure
+from minisa.kit.cli import Parser, amount, at_least, command, count, device, prompt, table
 from minisa.kit.data import data_of
-from minisa.kit.picture import pyplot
+from minisa.kit.results import print_table, write_results
 from minisa.kit.timing import share_of_limit
-from minisa.model import SHARE_KINDS
+from minisa.model import SHARE_KINDS, KVCache
 
 def read_flags():
     parser = Parser(__doc__, usage="python sample.py [MODEL ...] [--FLAG=VALUE ...]")
@@ -32,7 +35,7 @@ def read_flags():
     flag("share", str, "", "spans to share in models trained without: each is billed both ways, zero-shot")
     flag("share_kind", str, "weights", "with --share: weights (Shared Attention) or kv (Cross-Layer)",
          choices=[*SHARE_KINDS])
-    flag("prompt", prompt, "\n", "text to go on from; - is standard input, FILE:NAME the text of a file")
+    flag("prompt", prompt, "\n", "text to continue; - is standard input, FILE:NAME the text of a file")
     flag("num_samples", count, 1, "texts per model")
     flag("max_new_tokens", count, 200, "length of a text, in tokens")
     flag("temperature", amount, 0.8, "0 takes the likeliest token, 1 the model's own distribution")
@@ -43,50 +46,57 @@ def read_flags():
     squeeze.add_flags(parser)
     flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
     flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
-    flag("csv", table, None, "file to write the bill to, as .csv")
+    flag("csv", table, None, "file to write the bill to, as .csv; python -m minisa.lab.plot draws it")
     parser.switch("json", "print the bill once more as the last line, as JSON for programs")
-    flag("plot", picture, None, "file to draw the bill in, as .png, .svg or .pdf; needs matplotlib")
     return parser.parse_intermixed_args()
 
-def write(model, tokenizer, args, way):
-    """Stream the texts to stdout. → decoded tokens per second, after the prompt and the first step, which
-    makes the weights ready; None for two tokens. And the tokens in the cache meanwhile, in the mean."""
-    if not (tokens := tokenizer.encode(args.prompt)):
+# ---- text ----
+
+def generate(model, tokenizer, args, way):
+    """Stream the texts to stdout. way: to keep the cache, see minisa/axes/squeeze.py. → the length of the
+    prompt in tokens, and seconds from the second token of each text to its last, added up. (The first token
+    takes reading the prompt, and the second making the weights ready.)"""
+    tokens = tokenizer.encode(args.prompt)
+    if not tokens:
         raise ValueError("--prompt: this model has no token for any of it; take another text")
-    far = model.config.block_size * len(model.blocks)   # back, for all layers together
-    ids = torch.tensor([tokens[-far:]], device=args.device)
-    times = []
-
-    def timed(stream):
-        for token in stream:
-            times.append((time.perf_counter(), token.item()))       # item() waits for a GPU
-            yield times[-1][1]
-
+    farthest = model.config.block_size * len(model.blocks)      # what all layers together can see
+    ids = torch.tensor([tokens[-farthest:]], device=args.device)
     seconds = 0.0
     for sample in range(args.num_samples):
         generator = torch.Generator(args.device).manual_seed(args.seed + sample)
         rest, cache = way.begin(model, ids)
         stream = model.stream(rest, args.max_new_tokens, args.temperature, args.top_k, generator, cache)
+        times = []
         print(args.prompt, end="", flush=True)
-        for text in tokenizer.decode_stream(timed(stream)):
+        for text in tokenizer.decode_stream(timed(stream, times)):
             print(text, end="", flush=True)
         print("\n" + "-" * 80, flush=True)
-        seconds += times[-1][0] - times[-args.max_new_tokens:][:2][-1][0]       # from the second token on
-    visible = [min(ids.size(1) + n, model.config.block_size) for n in range(2, args.max_new_tokens)]
-    if not visible or not seconds:
-        return None, None
-    return args.num_samples * len(visible) / seconds, round(sum(visible) / len(visible))
+        seconds += times[-1] - times[:2][-1]
+    return ids.size(1), seconds
 
-def reached(model, speed, visible, args, cache):
-    """→ share_of_limit() of decoding at some speed, or None if that is not known."""
-    if speed is None:
-        return None
-    cost = bill.predicted(model, visible, cache)
-    return share_of_limit(cost.read_bytes, 1 / speed, args.device)
+def timed(stream, times):
+    """Yield the ids of a stream of tokens (1, 1), and note when each came."""
+    for token in stream:
+        token = token.item()                                    # waits for a GPU
+        times.append(time.perf_counter())
+        yield token
 
-def bits_per_byte(name, model, tokenizer, info, args, ways):
-    """→ the loss on validation text with each of some ways to keep the cache; None if the text that the model
-    was trained on is gone. Raises ValueError if it is, with --squeeze."""
+def speed_of(model, args, cache, n_prompt, seconds):
+    """→ the columns of the bill on decoding speed, None where it is not known."""
+    n_timed = args.max_new_tokens - 2
+    if n_timed < 1 or not seconds:
+        return {"tokens_per_s": None, "share_of_limit": None}
+    visible = [min(n_prompt + n, model.config.block_size) for n in range(2, args.max_new_tokens)]
+    mean_context = round(sum(visible) / n_timed)
+    speed = args.num_samples * n_timed / seconds
+    read_bytes = predict(model, mean_context, cache).read_bytes
+    return {"tokens_per_s": speed, "share_of_limit": share_of_limit(read_bytes, 1 / speed, args.device)}
+
+# ---- loss ----
+
+def losses(source, model, tokenizer, info, args, ways):
+    """→ bits per byte of validation text with each of some ways to keep the cache; None if the text that the
+    model was trained on is gone. Raises ValueError if it is, with --squeeze."""
     if info["val_bpb"] and not args.squeeze:
         return [info["val_bpb"]]
     try:
@@ -94,54 +104,121 @@ def bits_per_byte(name, model, tokenizer, info, args, ways):
     except ValueError as error:
         if args.squeeze:
             raise
-        print(f"the loss of {name} is not known: {error}", file=sys.stderr)
+        print(f"the loss of {source} is not known: {error}", file=sys.stderr)
         return [None]
-    print(f"measuring the loss of {name} on {data.name}", file=sys.stderr, flush=True)
+    print(f"measuring the loss of {source} on {data.name}", file=sys.stderr, flush=True)
     if args.squeeze:
         return squeeze.bits_per_byte(model, data, args.context, args.eval_tokens, ways)
-    return [data.evaluate(model, tokens=None if info["data"] else args.eval_tokens)[1]]
+    tokens = None if info["data"] else args.eval_tokens
+    return [data.evaluate(model, tokens)[1]]
 
-def variants(source, args):
-    """Yield (name, model, tokenizer, info, way to keep the cache, bits per byte) of each row of the bill."""
+# ---- the bill ----
+
+SHOWN = {       # column → its title and format in the terminal
+    "parameters": ("parameters", "{:,}"),
+    "val_bpb": ("val bpb", "{:.4f}"),
+    "cache_bytes_per_token": ("cache B/token", "{:,}"),
+    "context": ("context", "{:,}"),
+    "cache_bytes": ("cache B", "{:,}"),
+    "read_bytes": ("read B/token", "{:,}"),
+    "flops": ("FLOPs/token", "{:,}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+    "share_of_limit": ("of limit", "{:.2f}"),
+    "engine": ("engine", "{}"),
+}
+COSTS = {       # column → the field of a minisa.cost.Cost
+    "parameters": "params",
+    "cache_bytes_per_token": "cache_bytes_per_token",
+    "cache_bytes": "cache_bytes",
+    "read_bytes": "read_bytes",
+    "flops": "decode_flops",
+}
+
+def predict(model, context, cache):
+    """→ the Cost of a token with a cache of another kind, or None for a KVCache."""
+    if cache:
+        return cache.predict(model, context)
+    return cost.predict(model, context, bytes_per_number=model.embed.weight.element_size())
+
+def costs_of(model, context, cache):
+    """→ the columns of the bill that are predicted and counted; where the two differ, both."""
+    engine = "numpy" if handles(model, cache or KVCache(model, 1, 1)) else "torch"
+    predicted = predict(model, context, cache)
+    counted = cost.measure(model, context, cache_of=cache and (lambda _: cache), engine=engine)
+    row = {"context": context, "engine": engine}
+    for column, field in COSTS.items():
+        ours, theirs = getattr(predicted, field), getattr(counted, field)
+        row[column] = ours if ours == theirs else f"ERROR: predicted {ours:,}, counted {theirs:,}"
+    return row
+
+def changed(model):
+    """What axes changed in a model, in words."""
+    parts = []
+    for change in changes(model):
+        settings = [value for value in change["settings"].values() if isinstance(value, (str, int))]
+        parts.append(" ".join(map(str, [change["by"], *settings])))
+    return ", ".join(parts)
+
+def sharing(row):
+    """What a row's model shares, and what changed it, in words."""
+    shared = f"{row['share_kind']} {row['share']}" if row["share"] else "none"
+    return ", ".join(filter(None, [shared, row["changes"]]))
+
+def sample(source, args):
+    """Load a model, generate with it, as it is and as the flags say. Yield the rows of the bill."""
     model, tokenizer, info = load(source, device=args.device, dtype=getattr(torch, args.dtype))
-    models = [(source, model, info)]
+    models = [(model, info)]
     if args.share and (args.models or not model.config.share):
         shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
-        models.append((source, shared, {**info, "val_bpb": None}))
-    for name, model, info in models:
-        ways = squeeze.ways_of(args, model)
-        for way, bpb in zip(ways, bits_per_byte(name, model, tokenizer, info, args, ways)):
-            yield way.name(name), model, tokenizer, info, way, bpb
+        models.append((shared, {**info, "val_bpb": None}))
+    for model, info in models:
+        config, ways = model.config, squeeze.ways_of(args, model)
+        context = min(args.context, config.block_size)
+        for way, bpb in zip(ways, losses(source, model, tokenizer, info, args, ways)):
+            if bpb is not None and not math.isfinite(bpb):
+                raise ValueError(f"{source}: its loss is {bpb}: its weights are damaged; make it again")
+            row = {"model": source, "share": config.share, "share_kind": config.share and config.share_kind,
+                   "changes": changed(model), **way.facts, "val_bpb": bpb}
+            print(f"{way.name(source)}, sharing {sharing(row)}\n" + "-" * 80)
+            n_prompt, seconds = generate(model, tokenizer, args, way)
+            cache = way.for_bill(model, partial(data_of, info, tokenizer), context)
+            speed = speed_of(model, args, cache, n_prompt, seconds)
+            yield way.name(source), {**row, **speed, **costs_of(model, context, cache)}
+
+def show(rows):
+    """Print rows of the bill, {name: row}, as a table."""
+    table = [["model", "sharing", *(title for title, _ in SHOWN.values())]]
+    for name, row in rows:
+        cells = [form(row[column], layout) for column, (_, layout) in SHOWN.items()]
+        table.append([name, sharing(row), *cells])
+    print_table(table, words=2)
+
+def all_met(rows):
+    """Whether every prediction was met."""
+    return not any(str(value).startswith("ERROR") for row in rows for value in row.values())
+
+def form(value, layout):
+    if value is None:
+        return "?"
+    return value if isinstance(value, str) else layout.format(value)
 
 def main():
     args = read_flags()
-    if args.plot:
-        pyplot("--plot")                                # refused before the work if it is missing
-    found = (path.parent for path in Path("out").glob("*/config.json"))
-    sources = args.models or sorted(str(path) for path in found if (path / "model.safetensors").exists())
+    runs = (path.parent for path in Path("out").glob("*/model.safetensors"))
+    sources = args.models or sorted(str(folder) for folder in runs if (folder / "config.json").exists())
     if not sources:
         raise ValueError("there is no trained model in out/; train one with: python train.py")
-    rows, right = [], True
-    for source in sources:
-        for name, model, tokenizer, info, way, bpb in variants(source, args):
-            print(f"{name}, sharing {bill.sharing(model)}\n" + "-" * 80)
-            speed, visible = write(model, tokenizer, args, way)
-            cache = way.for_bill(model, partial(data_of, info, tokenizer), args.context)
-            limit = reached(model, speed, visible, args, cache)
-            row, met = bill.row(name, model, bpb, speed, args.context, cache, limit)
-            rows.append(row)
-            right = right and met
-    bill.show(rows)
-    verdict = "they agree" if right else "THEY DIFFER"
+    named = [pair for source in sources for pair in sample(source, args)]
+    rows = [row for _, row in named]
+    show(named)
+    verdict = "they agree" if all_met(rows) else "THEY DIFFER"
     print("Parameters, cache, bytes read and FLOPs were predicted in closed form, and counted on a real "
           f"decode step: {verdict}.")
     if args.csv:
-        bill.write_csv(rows, args.csv)
-    if args.plot:
-        bill.draw(rows, args.plot)
+        write_results(args.csv, rows)
     if args.json:
-        print(bill.as_json(rows, right))
-    return 0 if right else 1
+        print(json.dumps({"bill": rows, "predictions_met": all_met(rows)}))
+    return 0 if all_met(rows) else 1
 
 if __name__ == "__main__":
     command(main)
