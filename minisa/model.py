@@ -9,8 +9,10 @@ Shapes: B batch, T new tokens, S visible tokens (cached and new), H query heads,
 D head dim, C = H·D width of the model, M width of the MLP, V vocabulary.
 """
 
+import importlib.util
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -51,10 +53,10 @@ class GPTConfig:
             ("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1"),
             ("share", read == self.share and rising, "write rising spans, as in 1-3 or 1-3,5-7"),
             ("share", max(layers, default=0) < L, f"the layers of this model are 0 to {L - 1}"),
-            ("share_kind", self.share_kind in SHARE_KINDS, f"must be {' or '.join(SHARE_KINDS)}"),
         ):
             if not holds:
                 raise ValueError(f"--{name}={getattr(self, name)}: {rule}")
+        share_kind(self.share_kind)                             # raises if there is no such kind
         self.head_dim = self.n_embd // H
 
 def rope_angles(config, positions):
@@ -72,6 +74,9 @@ def rotate(x, rope):
 
 def split_heads(x, n):
     return x.view(*x.shape[:2], n, -1).transpose(1, 2)          # (B, T, n·D) → (B, n, T, D)
+
+def merge_heads(x):
+    return x.transpose(1, 2).flatten(2)                         # (B, n, T, D) → (B, T, n·D)
 
 @dataclass
 class Step:
@@ -109,42 +114,68 @@ class Step:
         mask, gqa = None if self.causal else self.mask, k.size(1) < q.size(1)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, enable_gqa=gqa)
 
+class Widths(NamedTuple):
+    """How many numbers of q, k and v a layer computes for each token: 0 of what it borrows."""
+    q: int
+    k: int
+    v: int
+
 class Attention(nn.Module):
-    """A full layer: in no span. forward() takes x (B, T, C) and what the layer below handed up, and
-    gives y (B, T, C) and what this one hands up."""
-    makes = "qkv"                   # what it computes itself. Of that, the cache holds k and v
+    """A full layer: in no span. The other kinds of layers differ from it in heads(), and in what
+    they compute themselves."""
+    makes = "qkv"                   # what it computes. Of that, the cache holds k and v
     in_numpy = decode.full_attention    # the same for one token, on a CPU: see decode.known()
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.H, self.G = layer, config.n_head, config.n_kv_head
-        heads = {"q": self.H, "k": self.G, "v": self.G}
-        self.widths = [n * config.head_dim * (name in self.makes) for name, n in heads.items()]
-        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=False)   # rows of what it makes
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        C, D = config.n_embd, config.head_dim
+        self.layer = layer
+        self.H, self.G = config.n_head, config.n_kv_head
+        self.widths = Widths(
+            q=self.H * D if "q" in self.makes else 0,
+            k=self.G * D if "k" in self.makes else 0,
+            v=self.G * D if "v" in self.makes else 0)
+        self.qkv = nn.Linear(C, sum(self.widths), bias=False)   # rows of q, of k, of v
+        self.out = nn.Linear(C, C, bias=False)
+
+    def forward(self, x, step, below=None):
+        """x (B, T, C), and what the layer below handed up → y (B, T, C), and what this one does."""
+        z, handed_up = self.heads(x, step, below)
+        return self.out(merge_heads(z)), handed_up
+
+    def heads(self, x, step, below):
+        """→ each head's sum of values (B, H, T, D), and what this layer hands up."""
+        q, k, v = self.project(x, step)
+        return step.fused(q, k, v), None
 
     def project(self, x, step):
         """x (B, T, C) → q (B, H, T, D), and the visible k and v (B, G, S, D)."""
         heads = split_heads(self.qkv(x), self.H + 2 * self.G)
         qk, v = heads.split_with_sizes((self.H + self.G, self.G), dim=1)
         q, k = rotate(qk, step.rope).split_with_sizes((self.H, self.G), dim=1)
-        return q, step.visible("k", self.layer, k), step.visible("v", self.layer, v)
+        k = step.visible("k", self.layer, k)
+        v = step.visible("v", self.layer, v)
+        return q, k, v
 
-    def merge(self, y):
-        return self.out(y.transpose(1, 2).flatten(2))           # (B, H, T, D) → (B, T, C)
+    # what a layer of minisa/axes may say otherwise
 
-    def forward(self, x, step, shared=None):
-        q, k, v = self.project(x, step)
-        return self.merge(step.fused(q, k, v)), None
+    restores_keys = False           # it caches something else, and computes its keys from that
+
+    def extra_cost(self, T, S):
+        """→ its parameters beside qkv and out, and their FLOPs for T tokens that see S."""
+        return 0, 0
+
+    def check(self):
+        """Raises ValueError if a file gave it numbers that it cannot have."""
 
 class Anchor(Attention):
     """The first layer of a span of Shared Attention: it forms P (so: not fused), hands it up."""
     in_numpy = decode.full_attention
 
-    def forward(self, x, step, shared=None):
+    def heads(self, x, step, below):
         q, k, v = self.project(x, step)
         P = step.attention_weights(q, k)                        # (B, H, T, S)
-        return self.merge(step.weighted_sum(P, v)), P
+        return step.weighted_sum(P, v), P
 
 class SharedAttention(Attention):
     """A reuse layer, as in the paper: the anchor's P over values of its own. No q and no k, so
@@ -152,29 +183,47 @@ class SharedAttention(Attention):
     makes = "v"
     in_numpy = decode.shared_attention
 
-    def forward(self, x, step, P):
+    def heads(self, x, step, P):
         v = split_heads(self.qkv(x), self.G)                    # qkv is v only here: (B, G, T, D)
         v = step.visible("v", self.layer, v)                    # (B, G, S, D)
-        return self.merge(step.weighted_sum(P, v)), P           # P goes on up as it came
+        return step.weighted_sum(P, v), P                       # P goes on up as it came
 
 class KVAnchor(Attention):
     """The first layer of a span of Cross-Layer Attention: it hands up k and v."""
     in_numpy = decode.full_attention
 
-    def forward(self, x, step, shared=None):
+    def heads(self, x, step, below):
         q, k, v = self.project(x, step)
-        return self.merge(step.fused(q, k, v)), (k, v)
+        return step.fused(q, k, v), (k, v)
 
 class CrossLayerAttention(Attention):
     """A reuse layer of the rival: the anchor's k and v under a q of its own."""
     makes = "q"
     in_numpy = decode.cross_layer_attention
 
-    def forward(self, x, step, kv):
-        q = rotate(split_heads(self.qkv(x), self.H), step.rope)
-        return self.merge(step.fused(q, *kv)), kv
+    def heads(self, x, step, kv):
+        k, v = kv
+        q = split_heads(self.qkv(x), self.H)                    # qkv is q only here: (B, H, T, D)
+        q = rotate(q, step.rope)
+        return step.fused(q, k, v), kv
 
-SHARE_KINDS = {"weights": (Anchor, SharedAttention), "kv": (KVAnchor, CrossLayerAttention)}
+# What a span shares → the class of its anchor, and of its reuse layers. To add a kind, see
+# .github/CONTRIBUTING.md.
+SHARE_KINDS = {
+    "weights": (Anchor, SharedAttention),
+    "kv": (KVAnchor, CrossLayerAttention),
+}
+
+def share_kind(name):
+    """The name of a kind of sharing → the same, and the kind is in SHARE_KINDS. One that is not
+    there yet is added by minisa/axes/NAME.py. (Loaded by its name: the core imports no axis.)
+    Raises ValueError if there is none."""
+    file = f"minisa.axes.{name}"
+    if name not in SHARE_KINDS and name.isidentifier() and importlib.util.find_spec(file):
+        importlib.import_module(file)
+    if name not in SHARE_KINDS:
+        raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)}")
+    return name
 
 class KVCache:
     """The keys and values of the last `size` tokens of B sequences; 0 wide if a layer makes none.
@@ -185,8 +234,10 @@ class KVCache:
 
     def __init__(self, model, batch_size, size, dtype=torch.float32, device="cpu"):
         G = model.config.n_kv_head
-        self.k, self.v = ([torch.empty(batch_size, G, size, block.attn.widths[i] // G, dtype=dtype,
-                                       device=device) for block in model.blocks] for i in (1, 2))
+        widths = [block.attn.widths for block in model.blocks]
+        like = {"dtype": dtype, "device": device}
+        self.k = [torch.empty(batch_size, G, size, made.k // G, **like) for made in widths]
+        self.v = [torch.empty(batch_size, G, size, made.v // G, **like) for made in widths]
         self.where = torch.zeros(1, 1, size, 1, dtype=torch.long, device=device)  # slot → position
         self.size, self.length = size, 0                        # length: tokens seen so far
 
@@ -203,6 +254,10 @@ class KVCache:
         self.held = min(self.length if self.overflows else self.length + T, self.size)
         self.length += T
         self.positions = self.put(self.where, positions.view(1, 1, T, 1)).view(-1)
+        return self.positions
+
+    def key_positions(self, layer):
+        """The positions of the keys that a layer sees, as open() told them: (S,)."""
         return self.positions
 
     def write(self, name, layer, new):

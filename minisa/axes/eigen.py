@@ -38,8 +38,8 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 
-from minisa.axes.common import calibration, parser, rewrite, run_main, walk
-from minisa.axes.heads import head_outputs, refit
+from minisa.axes.common import fill, parser, rebuilt, resize, rewrite, run_main, walk
+from minisa.axes.heads import refit
 from minisa.kit import checkpoint
 from minisa.kit.cli import amount, count
 from minisa.model import (
@@ -48,12 +48,12 @@ from minisa.model import (
     CrossLayerAttention,
     KVAnchor,
     SharedAttention,
+    merge_heads,
     rope_angles,
     rotate,
     split_heads,
 )
 
-KNOWN = Attention, Anchor, KVAnchor, SharedAttention, CrossLayerAttention     # and those of axes
 SAMPLES = 4     # keys drawn for each query and head
 
 # ---- layers ----
@@ -62,14 +62,26 @@ class Narrow:
     """What a layer with keys becomes: its cache holds k_rank numbers of each key, not rotated, and
     v_rank of each value. `restore` (G, k_rank, D) is F; None if the keys are whole."""
 
+    def __init__(self, config, layer, k_rank):
+        super().__init__(config, layer)
+        D = config.head_dim
+        self.config = config
+        self.widths = self.widths._replace(k=self.G * k_rank)
+        self.restores_keys = k_rank < D
+        restore = torch.zeros(self.G, k_rank, D)
+        self.restore = nn.Parameter(restore) if self.restores_keys else None
+
     def project(self, x, step):
         """x (B, T, C) → q (B, H, T, D), and the visible k (B, G, S, D) and v (B, G, S, v_rank)."""
         q, k, v = self.qkv(x).split(self.widths, dim=2)
-        q, k = q.contiguous(), k.contiguous()                   # rotate() needs rows of even length
-        q, k = rotate(split_heads(q, self.H), step.rope), split_heads(k, self.G)
-        v = step.visible("v", self.layer, split_heads(v, self.G))
-        if self.restore is None:
-            return q, step.visible("k", self.layer, rotate(k, step.rope)), v
+        q = split_heads(q.contiguous(), self.H)                 # rotate() needs rows of even length
+        k = split_heads(k.contiguous(), self.G)
+        v = split_heads(v, self.G)
+        q = rotate(q, step.rope)
+        v = step.visible("v", self.layer, v)
+        if not self.restores_keys:
+            k = step.visible("k", self.layer, rotate(k, step.rope))
+            return q, k, v
         k = step.visible("k", self.layer, k) @ self.restore     # (B, G, S, D)
         return q, rotate(k, self.rope_of_keys(step)), v
 
@@ -77,45 +89,36 @@ class Narrow:
         """RoPE's (S, D/2), or (B, 1, S, D/2), of the positions of the visible keys."""
         if step.cache is None:
             return step.rope
-        if hasattr(step.cache, "key_positions"):                # each layer has tokens of its own
-            return rope_angles(self.config, step.cache.key_positions(self.layer))
-        if not hasattr(step, "rope_of_keys"):                   # the same for all layers
-            step.rope_of_keys = rope_angles(self.config, step.cache.positions)
-        return step.rope_of_keys
-
-    @property
-    def keys_handed_up(self):
-        """Numbers of a cached key that a reuse layer of CLA reads: none, if it is restored."""
-        return self.widths[1] if self.restore is None else 0
+        positions = step.cache.key_positions(self.layer)
+        known, rope = getattr(step, "rope_of_keys", (None, None))       # of the layer below
+        if known is not positions:
+            rope = rope_angles(self.config, positions)
+            step.rope_of_keys = positions, rope
+        return rope
 
     def extra_cost(self, T, S):
-        restoring = 0 if self.restore is None else self.restore.numel()
+        restoring = self.restore.numel() if self.restores_keys else 0
         return restoring, 2 * restoring * S
 
 NARROW = {kind: type(f"Narrow{kind.__name__}", (Narrow, kind), {})
           for kind in (Attention, Anchor, KVAnchor)}
 
 def rebuild(model, ranks):
-    """Give all layers keys and values of fewer numbers, in place.
+    """Give all layers keys and values of fewer numbers.
 
     ranks: for each layer how many numbers per head, [of a key, of a value]; for what it does not
-    make, any. Raises ValueError if they do not fit, or if the model is compressed already.
+    make, any. Raises ValueError if they do not fit, or as refuse().
     """
     config, D = model.config, model.config.head_dim
     refuse(model)
     if len(ranks) != config.n_layer or not all(1 <= r <= D for pair in ranks for r in pair):
         raise ValueError(f"ranks: must be {config.n_layer} pairs of numbers from 1 to {D}")
-    like = {"device": model.embed.weight.device, "dtype": model.embed.weight.dtype}
     for block, (k_rank, v_rank) in zip(model.blocks, ranks):
         attn = block.attn
-        n_q, n_k, n_v = attn.widths
         if type(attn) in NARROW:
-            attn.__class__, attn.config = NARROW[type(attn)], config
-            shape, n_k = (attn.G, k_rank, D), attn.G * k_rank
-            attn.restore = nn.Parameter(torch.zeros(shape, **like)) if k_rank < D else None
-        attn.widths = [n_q, n_k, n_v * v_rank // D]
-        attn.qkv = nn.Linear(config.n_embd, sum(attn.widths), bias=False, **like)
-        attn.out = nn.Linear(attn.H * v_rank, config.n_embd, bias=False, **like)
+            attn = block.attn = NARROW[type(attn)](config, attn.layer, k_rank)
+        widths = attn.widths._replace(v=attn.widths.v * v_rank // D)
+        resize(attn, widths, attn.H * v_rank)
 
 def refuse(model, rank=None):
     """Raises ValueError if a model cannot be compressed."""
@@ -127,9 +130,9 @@ def refuse(model, rank=None):
                          "compress the one that it came from")
     for block in model.blocks:
         kind = type(block.attn)
-        if kind not in KNOWN and not kind.__module__.startswith("minisa.axes."):
-            raise ValueError(f"--rank, --error: layers of the kind {kind.__name__} are not known "
-                             f"here; known are {', '.join(known.__name__ for known in KNOWN)}")
+        if kind not in NARROW and not issubclass(kind, (SharedAttention, CrossLayerAttention)):
+            raise ValueError(f"--rank, --error: cannot compress layers of the kind {kind.__name__};"
+                             " take a model of another --share_kind")
 
 # ---- what is lost in which direction: S and M ----
 
@@ -137,41 +140,48 @@ def outer_sum(rows):
     """rows (N, G, n, D) → Σ row rowᵀ over N and n, (G, D, D), in float64 on the CPU."""
     return (rows.mT @ rows).cpu().double().sum(0)
 
-def key_moments(config, q, k, w, generator):
-    """q (N, H, T, D), k (N, G, T, D), not rotated, w (N, H, T, S = T) → S and M of the keys."""
-    (N, H, T, D), G = q.shape, k.size(1)
-    of_query, of_key = w.sum(3), w.sum(2).view(N, G, -1, T).sum(2)      # (N, H, T), (N, G, S)
-    S = outer_sum(k * of_key.sqrt()[..., None])
-    s = torch.multinomial(w.flatten(0, 2).cpu(), SAMPLES, replacement=True, generator=generator)
-    s = s.view(N, H, T, SAMPLES).to(q.device)
-    distance = torch.arange(T, device=q.device)[:, None] - s
-    q = rotate(q[:, :, :, None].expand(*s.shape, D), rope_angles(config, distance))
-    q = q * (of_query / SAMPLES).sqrt()[..., None, None]                # (N, H, T, SAMPLES, D)
-    total = of_query.view(N, G, -1).sum((0, 2)).cpu().double()          # (G,)
-    return S, outer_sum(q.reshape(N, G, -1, D)) / (D * total)[:, None, None]
-
 def layer_moments(config, block, x, step, below, generator):
     """A block and what it is given, as walk() yields it → (S, M) of its keys, None if it makes
     none, and (S, M) of its values; (G, D, D) each, in float64."""
     attn, G, H, seen = block.attn, block.attn.G, block.attn.H, []
-    z = head_outputs(block, x, replace(step, watch=seen.append), below)         # (N, T, H·D)
-    u = (x + attn.out(z)).float().square().sum(-1).reciprocal()[:, None, :, None]   # (N, 1, T, 1)
-    z = split_heads(z, H).float()                                               # (N, H, T, D)
-    N, D = len(z), z.size(3)
-    W = attn.out.weight.view(-1, H, D).transpose(0, 1).float()                  # (H, C, D)
-    S_v, M_v = outer_sum((z * u.sqrt()).reshape(N, G, -1, D)), outer_sum(W.reshape(1, G, -1, D))
-    values = S_v, M_v * G / H
+    h = block.norm(x)
+    z, _ = attn.heads(h, replace(step, watch=seen.append), below)       # (N, H, T, D)
+    y = attn.out(merge_heads(z))                                        # (N, T, C)
+    u = (x + y).float().square().sum(-1).reciprocal()[:, None, :, None]         # (N, 1, T, 1)
+    N, _, T, D = z.shape
+    z = z.float()
+    W = attn.out.weight.float().view(-1, H, D).transpose(0, 1)          # (H, C, D)
+    by_group = (z * u.sqrt()).reshape(N, G, -1, D)
+    S = outer_sum(by_group)
+    M = outer_sum(W.reshape(1, G, -1, D)) * G / H
     if type(attn) not in NARROW:
-        return None, values
-    parts = attn.qkv(block.norm(x)).float().split(attn.widths, dim=2)
-    q, k, v = (split_heads(part, n) for part, n in zip(parts, (H, G, G)))
-    out_z = z @ W.mT                                                            # (N, H, T, C)
-    out_v = v.repeat_interleave(H // G, 1) @ W.mT                               # (N, H, S, C)
-    square_z, square_v = out_z.square().sum(-1)[..., None], out_v.square().sum(-1)[..., None, :]
-    apart = square_z - 2 * out_z @ out_v.mT + square_v                          # (N, H, T, S)
+        return None, (S, M)
+    q, k, v = attn.qkv(h).float().split(attn.widths, dim=2)
+    out_z = z @ W.mT                                                    # (N, H, T, C)
+    out_v = split_heads(v, G).repeat_interleave(H // G, 1) @ W.mT       # (N, H, S, C)
+    square_z = out_z.square().sum(-1)[..., None]
+    square_v = out_v.square().sum(-1)[..., None, :]
+    apart = square_z - 2 * out_z @ out_v.mT + square_v                  # (N, H, T, S)
     w = u * seen[0].float().square() * apart.clamp(min=0)
     w += 1e-20 * step.mask.exp()                                # no row may be all zeros
-    return key_moments(config, q, k, w, generator), values
+    return key_moments(config, split_heads(q, H), split_heads(k, G), w, generator), (S, M)
+
+def key_moments(config, q, k, w, generator):
+    """q (N, H, T, D), k (N, G, T, D), not rotated, w (N, H, T, S = T) → S and M of the keys."""
+    (N, H, T, D), G = q.shape, k.size(1)
+    of_query = w.sum(3)                                                 # (N, H, T)
+    of_key = w.sum(2).view(N, G, -1, T).sum(2)                          # (N, G, S)
+    S = outer_sum(k * of_key.sqrt()[..., None])
+    rows = w.flatten(0, 2).cpu()
+    s = torch.multinomial(rows, SAMPLES, replacement=True, generator=generator)
+    s = s.view(N, H, T, SAMPLES).to(q.device)
+    distance = torch.arange(T, device=q.device)[:, None] - s
+    q = q[:, :, :, None].expand(*s.shape, D)                            # (N, H, T, SAMPLES, D)
+    q = rotate(q, rope_angles(config, distance))
+    q = q * (of_query / SAMPLES).sqrt()[..., None, None]
+    total = of_query.view(N, G, -1).sum((0, 2)).cpu().double()          # (G,)
+    M = outer_sum(q.reshape(N, G, -1, D)) / (D * total)[:, None, None]
+    return S, M
 
 def moments(model, windows):
     """windows (N, T) of a calibration text → layer_moments() of all layers. In a span of CLA, all
@@ -179,8 +189,9 @@ def moments(model, windows):
     config, generator = model.config, torch.Generator().manual_seed(0)
     found = [layer_moments(config, *given, generator) for given in walk(model, windows)]
     for a, b in config.spans if config.share_kind == "kv" else []:
-        length, keys, values = b - a + 1, found[a][0], [values for _, values in found[a:b + 1]]
-        S, M = (sum(part) for part in zip(*values))
+        length = b - a + 1
+        keys, _ = found[a]
+        S, M = (sum(part) for part in zip(*[values for _, values in found[a:b + 1]]))
         found[a:b + 1] = [(keys, (S, M / length))] * length
     return found
 
@@ -192,7 +203,8 @@ def basis(S, M):
     values, U = torch.linalg.eigh(M)
     least = 1e-4 * values.amax(-1, keepdim=True)                # for directions that M does not see
     values = values.clamp(min=0) + least
-    root, inverse = (U * values.sqrt()[:, None]) @ U.mT, (U * values.rsqrt()[:, None]) @ U.mT
+    root = (U * values.sqrt()[:, None]) @ U.mT
+    inverse = (U * values.rsqrt()[:, None]) @ U.mT
     errors, U = torch.linalg.eigh(root @ S @ root)
     U = U.flip(-1)
     return U.mT @ root, U.mT @ inverse, errors.flip(-1).clamp(min=0)
@@ -204,27 +216,31 @@ def numbers_to_keep(errors_k, errors_v, budget):
     errors, order = torch.cat((errors_k, errors_v)).sort()
     dropped = order[errors.cumsum(0) <= budget]
     n_k = (dropped < D).sum().item()
-    return [D - min(n, D - 1) for n in (n_k, len(dropped) - n_k)]
+    n_v = len(dropped) - n_k
+    return [max(D - n_k, 1), max(D - n_v, 1)]
+
+def fold(E, W):
+    """E (G, r, D), the rows W (G·D, C) of G heads → E W of each head (G·r, C)."""
+    W = W.unflatten(0, (len(E), -1))
+    return (E.to(W) @ W).flatten(0, 1)
 
 def narrow_tensors(attn, k_rank, v_rank, keys, values):
     """A layer's tensors that change, by name. keys, values: their basis(); keys may be None."""
     q, k, v = attn.qkv.weight.split(attn.widths)                # (n, C) each
-    (E, F, _), D, tensors = values, values[0].size(2), {}
-
-    def fold(E, W):                                             # (G·D, C) → (G·r, C)
-        return (E.to(W) @ W.view(len(E), -1, W.size(1))).flatten(0, 1)
-
+    E, F, _ = values
+    D, tensors = E.size(2), {}
     if v_rank < D:
         v = fold(E[:, :v_rank], v) if len(v) else v
-        W = attn.out.weight
-        by_head = W.view(len(W), attn.G, -1, D)                 # (C, G, H/G, D)
-        out = torch.einsum("cghd,grd->cghr", by_head, F[:, :v_rank].to(W))
+        W = attn.out.weight.unflatten(1, (attn.G, -1, D))       # (C, G, H/G, D)
+        out = torch.einsum("cghd,grd->cghr", W, F[:, :v_rank].to(W))
         tensors["out.weight"] = out.flatten(1)                  # (C, H·r)
-    if type(attn) in NARROW and k_rank < D:
+    if keys and len(k) and k_rank < D:
         E, F, _ = keys
-        k, tensors["restore"] = fold(E[:, :k_rank], k), F[:, :k_rank].to(k)
-    if len(q) + len(k) + len(v) < sum(attn.widths):
-        tensors["qkv.weight"] = torch.cat((q, k, v))
+        k = fold(E[:, :k_rank], k)
+        tensors["restore"] = F[:, :k_rank].to(k)
+    made = torch.cat((q, k, v))
+    if made.shape != attn.qkv.weight.shape:
+        tensors["qkv.weight"] = made
     return tensors
 
 @torch.no_grad()
@@ -238,21 +254,20 @@ def compress(model, windows, rank=None, error=None):
     """
     D = model.config.head_dim
     refuse(model, rank)
-    state, ranks = dict(model.state_dict()), []
-    for layer, (keys, values) in enumerate(moments(model, windows)):
-        keys, values = keys and basis(*keys), basis(*values)
-        if rank:
-            kept = [rank, rank]
-        else:
+    ranks, tensors = [], {}
+    for block, (keys, values) in zip(model.blocks, moments(model, windows)):
+        keys = keys and basis(*keys)
+        values = basis(*values)
+        kept = [rank, rank]
+        if error:
             errors_k = keys[2].sum(0) if keys else torch.zeros(D)
-            kept = numbers_to_keep(errors_k, values[2].sum(0), error**2 * windows.numel())
-        ranks.append(kept if keys else [D, kept[1]])
-        tensors = narrow_tensors(model.blocks[layer].attn, *ranks[-1], keys, values)
-        state.update({f"blocks.{layer}.attn.{name}": t for name, t in tensors.items()})
-    small = checkpoint.empty(model.config, checkpoint.changes(model))
-    checkpoint.change(small, "eigen", ranks=ranks)
-    small.load_state_dict(state, assign=True)
-    return small.eval()
+            errors_v = values[2].sum(0)
+            kept = numbers_to_keep(errors_k, errors_v, error**2 * windows.numel())
+        k_rank, v_rank = kept if keys else (D, kept[1])
+        ranks.append([k_rank, v_rank])
+        for name, t in narrow_tensors(block.attn, k_rank, v_rank, keys, values).items():
+            tensors[f"blocks.{block.attn.layer}.attn.{name}"] = t
+    return fill(rebuilt(model, "eigen", ranks=ranks), model, tensors)
 
 # ---- command ----
 
@@ -268,11 +283,11 @@ def main():
     if args.error == 0:
         raise ValueError("--error=0: must be above 0")
 
-    def technique(model, data):
+    def technique(model, windows):
         refuse(model, args.rank)
-        windows = calibration(model, data())
-        small = compress(model, windows[::3], args.rank, args.error)
-        return refit(small, model, windows) if args.refit else small
+        read = windows()
+        small = compress(model, read[::3], args.rank, args.error)
+        return refit(small, model, read) if args.refit else small
 
     rewrite(args, technique)
 

@@ -322,8 +322,7 @@ def build(found, parent, tokenizer, device, dtype):
         state = llama.read_tensors(found["tensors"], model, inherited, dtype)
         model.load_state_dict({name: t.to(device) for name, t in state.items()}, assign=True)
         for block in model.blocks:
-            if hasattr(block.attn, "check"):                # an axis knows what its numbers must be
-                block.attn.check()
+            block.attn.check()                              # an axis knows what its numbers must be
         if not parent:
             content = json.loads(read_file(folder / TOKENIZER))
             tokenizer = from_json(content, config.vocab_size)
