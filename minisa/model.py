@@ -115,58 +115,59 @@ class Step:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, enable_gqa=gqa)
 
 class Widths(NamedTuple):
-    """How many numbers of q, k and v a layer computes for each token: 0 of what it borrows."""
+    """How many numbers of q, of k and of v a layer computes for each token."""
     q: int
     k: int
     v: int
 
 class Attention(nn.Module):
-    """A full layer: in no span. The other kinds of layers differ from it in heads(), and in what
-    they compute themselves."""
-    makes = "qkv"                   # what it computes. Of that, the cache holds k and v
+    """A full layer: in no span. The other layers differ from it in heads(), and in what they
+    make."""
+    makes = "qkv"                   # what it computes itself. Of that, the cache holds k and v
     in_numpy = decode.full_attention    # the same for one token, on a CPU: see decode.known()
 
     def __init__(self, config, layer):
         super().__init__()
-        C, D = config.n_embd, config.head_dim
-        self.layer = layer
-        self.H, self.G = config.n_head, config.n_kv_head
-        self.widths = Widths(
-            q=self.H * D if "q" in self.makes else 0,
-            k=self.G * D if "k" in self.makes else 0,
-            v=self.G * D if "v" in self.makes else 0)
-        self.qkv = nn.Linear(C, sum(self.widths), bias=False)   # rows of q, of k, of v
+        C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.layer, self.H, self.G = layer, H, G
+        q = H * D if "q" in self.makes else 0
+        k = G * D if "k" in self.makes else 0
+        v = G * D if "v" in self.makes else 0
+        self.widths = Widths(q, k, v)
+        self.qkv = nn.Linear(C, q + k + v, bias=False)          # rows of q, of k, of v
         self.out = nn.Linear(C, C, bias=False)
 
     def forward(self, x, step, below=None):
-        """x (B, T, C), and what the layer below handed up → y (B, T, C), and what this one does."""
+        """x (B, T, C), and what the layer below hands up → y (B, T, C), and what this one does."""
         z, handed_up = self.heads(x, step, below)
         return self.out(merge_heads(z)), handed_up
 
     def heads(self, x, step, below):
-        """→ each head's sum of values (B, H, T, D), and what this layer hands up."""
+        """→ z (B, H, T, D), each head's weighted sum of values, and what this layer hands up."""
         q, k, v = self.project(x, step)
         return step.fused(q, k, v), None
 
     def project(self, x, step):
         """x (B, T, C) → q (B, H, T, D), and the visible k and v (B, G, S, D)."""
-        heads = split_heads(self.qkv(x), self.H + 2 * self.G)
-        qk, v = heads.split_with_sizes((self.H + self.G, self.G), dim=1)
-        q, k = rotate(qk, step.rope).split_with_sizes((self.H, self.G), dim=1)
+        H, G = self.H, self.G
+        heads = split_heads(self.qkv(x), H + 2 * G)             # (B, H + 2·G, T, D)
+        qk, v = heads.split_with_sizes((H + G, G), dim=1)
+        qk = rotate(qk, step.rope)
+        q, k = qk.split_with_sizes((H, G), dim=1)
         k = step.visible("k", self.layer, k)
         v = step.visible("v", self.layer, v)
         return q, k, v
 
-    # what a layer of minisa/axes may say otherwise
+    # what a layer of minisa/axes may say instead
 
-    restores_keys = False           # it caches something else, and computes its keys from that
+    restores_keys = False           # True: it computes its keys from what the cache holds
 
     def extra_cost(self, T, S):
         """→ its parameters beside qkv and out, and their FLOPs for T tokens that see S."""
         return 0, 0
 
     def check(self):
-        """Raises ValueError if a file gave it numbers that it cannot have."""
+        """Raises ValueError if numbers that were loaded from a file cannot be this layer's."""
 
 class Anchor(Attention):
     """The first layer of a span of Shared Attention: it forms P (so: not fused), hands it up."""
@@ -207,19 +208,20 @@ class CrossLayerAttention(Attention):
         q = rotate(q, step.rope)
         return step.fused(q, k, v), kv
 
-# What a span shares → the class of its anchor, and of its reuse layers. To add a kind, see
-# .github/CONTRIBUTING.md.
+# what a span shares → the classes of its anchor and its reuse layers
+# (.github/CONTRIBUTING.md says how to add a kind)
 SHARE_KINDS = {
     "weights": (Anchor, SharedAttention),
     "kv": (KVAnchor, CrossLayerAttention),
 }
 
 def share_kind(name):
-    """The name of a kind of sharing → the same, and the kind is in SHARE_KINDS. One that is not
-    there yet is added by minisa/axes/NAME.py. (Loaded by its name: the core imports no axis.)
-    Raises ValueError if there is none."""
-    file = f"minisa.axes.{name}"
-    if name not in SHARE_KINDS and name.isidentifier() and importlib.util.find_spec(file):
+    """The name of a kind of sharing → the same; the kind is then in SHARE_KINDS. One that is not
+    there yet is added by minisa/axes/NAME.py, which is imported by its name, as the core must not
+    depend on an axis. (It adds NAME, or NAME-SETTING.) Raises ValueError if there is none."""
+    axis = name.partition("-")[0]
+    file = f"minisa.axes.{axis}"
+    if name not in SHARE_KINDS and axis.isidentifier() and importlib.util.find_spec(file):
         importlib.import_module(file)
     if name not in SHARE_KINDS:
         raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)}")

@@ -42,10 +42,11 @@ def rebuilt(model, by, **settings):
     return checkpoint.empty(model.config, [*checkpoint.changes(model), step])
 
 def fill(new, model, tensors):
-    """Give a rebuilt() model its numbers: these tensors, by name, and for the rest those of the
-    model that it came from, in the same memory. → the new model, in eval mode"""
-    new.load_state_dict(model.state_dict() | tensors, assign=True)
-    return new.eval()
+    """Give a rebuilt() model its numbers: these tensors, by name; else those of the model that it
+    came from, in the same memory; else what it was built with. → the new model, in eval mode"""
+    state = new.state_dict() | model.state_dict() | tensors
+    new.load_state_dict(state, assign=True)
+    return new.to(model.embed.weight).eval()
 
 # ---- commands ----
 
@@ -55,7 +56,7 @@ def parser(doc, name):
     parser = Parser(doc, usage)
     parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, "
                         "or smollm2, which is downloaded once")
-    parser.add_argument("--out", metavar="FOLDER", required=True, help="folder to write the model to")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write the model")
     parser.flag("text", default=None, shown="the text that the model was trained on, or the plays",
                 help="UTF-8 file to calibrate on")
     parser.flag("device", kind=device, default="cpu", help="cpu, cuda, cuda:1 or mps")

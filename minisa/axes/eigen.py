@@ -41,7 +41,7 @@ import torch.nn as nn
 from minisa.axes.common import fill, parser, rebuilt, resize, rewrite, run_main, walk
 from minisa.axes.heads import refit
 from minisa.kit import checkpoint
-from minisa.kit.cli import amount, count
+from minisa.kit.cli import at_least, count
 from minisa.model import (
     Anchor,
     Attention,
@@ -76,14 +76,13 @@ class Narrow:
         q, k, v = self.qkv(x).split(self.widths, dim=2)
         q = split_heads(q.contiguous(), self.H)                 # rotate() needs rows of even length
         k = split_heads(k.contiguous(), self.G)
-        v = split_heads(v, self.G)
-        q = rotate(q, step.rope)
-        v = step.visible("v", self.layer, v)
-        if not self.restores_keys:
+        v = step.visible("v", self.layer, split_heads(v, self.G))
+        if self.restores_keys:
+            k = step.visible("k", self.layer, k) @ self.restore         # (B, G, S, D)
+            k = rotate(k, self.rope_of_keys(step))
+        else:
             k = step.visible("k", self.layer, rotate(k, step.rope))
-            return q, k, v
-        k = step.visible("k", self.layer, k) @ self.restore     # (B, G, S, D)
-        return q, rotate(k, self.rope_of_keys(step)), v
+        return rotate(q, step.rope), k, v
 
     def rope_of_keys(self, step):
         """RoPE's (S, D/2), or (B, 1, S, D/2), of the positions of the visible keys."""
@@ -100,99 +99,99 @@ class Narrow:
         restoring = self.restore.numel() if self.restores_keys else 0
         return restoring, 2 * restoring * S
 
-NARROW = {kind: type(f"Narrow{kind.__name__}", (Narrow, kind), {})
-          for kind in (Attention, Anchor, KVAnchor)}
+NARROW = {
+    kind: type(f"Narrow{kind.__name__}", (Narrow, kind), {})
+    for kind in (Attention, Anchor, KVAnchor)
+}
 
 def rebuild(model, ranks):
     """Give all layers keys and values of fewer numbers.
 
     ranks: for each layer how many numbers per head, [of a key, of a value]; for what it does not
-    make, any. Raises ValueError if they do not fit, or as refuse().
+    make, any. Raises ValueError if they do not fit, or layers that cannot be compressed.
     """
     config, D = model.config, model.config.head_dim
-    refuse(model)
-    if len(ranks) != config.n_layer or not all(1 <= r <= D for pair in ranks for r in pair):
-        raise ValueError(f"ranks: must be {config.n_layer} pairs of numbers from 1 to {D}")
-    for block, (k_rank, v_rank) in zip(model.blocks, ranks):
-        attn = block.attn
-        if type(attn) in NARROW:
-            attn = block.attn = NARROW[type(attn)](config, attn.layer, k_rank)
-        widths = attn.widths._replace(v=attn.widths.v * v_rank // D)
-        resize(attn, widths, attn.H * v_rank)
-
-def refuse(model, rank=None):
-    """Raises ValueError if a model cannot be compressed."""
-    D = model.config.head_dim
-    if rank and rank > D:
-        raise ValueError(f"--rank={rank}: a head of this model is only {D} wide")
+    if not all(1 <= rank <= D for pair in ranks for rank in pair):
+        raise ValueError(f"--rank: must be from 1 to {D}, the width of a head of this model")
     if any(change["by"] == "eigen" for change in checkpoint.changes(model)):
         raise ValueError("--rank, --error: the model is compressed already; "
                          "compress the one that it came from")
-    for block in model.blocks:
-        kind = type(block.attn)
-        if kind not in NARROW and not issubclass(kind, (SharedAttention, CrossLayerAttention)):
+    for block, (k_rank, v_rank) in zip(model.blocks, ranks, strict=True):
+        attn, kind = block.attn, type(block.attn)
+        if kind in NARROW:
+            attn = block.attn = NARROW[kind](config, attn.layer, k_rank)
+        elif not issubclass(kind, (SharedAttention, CrossLayerAttention)):
             raise ValueError(f"--rank, --error: cannot compress layers of the kind {kind.__name__};"
                              " take a model of another --share_kind")
+        widths = attn.widths._replace(v=attn.widths.v * v_rank // D)
+        resize(attn, widths, attn.H * v_rank)
 
 # ---- what is lost in which direction: S and M ----
 
-def outer_sum(rows):
-    """rows (N, G, n, D) → Σ row rowᵀ over N and n, (G, D, D), in float64 on the CPU."""
-    return (rows.mT @ rows).cpu().double().sum(0)
+def outer_sum(rows, G):
+    """rows (N, H, …, D) → Σ row rowᵀ of all in each group of heads, (G, D, D), in float64."""
+    rows = rows.reshape(len(rows), G, -1, rows.size(-1))
+    of_windows = rows.mT @ rows                                 # (N, G, D, D)
+    return of_windows.cpu().double().sum(0)
 
 def layer_moments(config, block, x, step, below, generator):
     """A block and what it is given, as walk() yields it → (S, M) of its keys, None if it makes
     none, and (S, M) of its values; (G, D, D) each, in float64."""
-    attn, G, H, seen = block.attn, block.attn.G, block.attn.H, []
+    attn, seen = block.attn, []
+    H, G = attn.H, attn.G
     h = block.norm(x)
-    z, _ = attn.heads(h, replace(step, watch=seen.append), below)       # (N, H, T, D)
-    y = attn.out(merge_heads(z))                                        # (N, T, C)
-    u = (x + y).float().square().sum(-1).reciprocal()[:, None, :, None]         # (N, 1, T, 1)
-    N, _, T, D = z.shape
+    watching = replace(step, watch=seen.append)
+    z, _ = attn.heads(h, watching, below)                       # (N, H, T, D)
+    y = attn.out(merge_heads(z))                                # (N, T, C)
+    length = (x + y).float().norm(dim=-1)                       # (N, T): u^-½
+    length = length[:, None, :, None]
     z = z.float()
-    W = attn.out.weight.float().view(-1, H, D).transpose(0, 1)          # (H, C, D)
-    by_group = (z * u.sqrt()).reshape(N, G, -1, D)
-    S = outer_sum(by_group)
-    M = outer_sum(W.reshape(1, G, -1, D)) * G / H
+    W = attn.out.weight.float().unflatten(1, (H, -1))           # (C, H, D)
+    W = W.transpose(0, 1)                                       # (H, C, D)
+    S = outer_sum(z / length, G)
+    M = outer_sum(W[None], G) * G / H
     if type(attn) not in NARROW:
         return None, (S, M)
     q, k, v = attn.qkv(h).float().split(attn.widths, dim=2)
-    out_z = z @ W.mT                                                    # (N, H, T, C)
-    out_v = split_heads(v, G).repeat_interleave(H // G, 1) @ W.mT       # (N, H, S, C)
-    square_z = out_z.square().sum(-1)[..., None]
-    square_v = out_v.square().sum(-1)[..., None, :]
-    apart = square_z - 2 * out_z @ out_v.mT + square_v                  # (N, H, T, S)
-    w = u * seen[0].float().square() * apart.clamp(min=0)
+    v = split_heads(v, G).repeat_interleave(H // G, dim=1)      # (N, H, S, D)
+    apart = torch.cdist(z @ W.mT, v @ W.mT)                     # (N, H, T, S)
+    P = seen[0].float()
+    w = (P * apart / length).square()
     w += 1e-20 * step.mask.exp()                                # no row may be all zeros
-    return key_moments(config, split_heads(q, H), split_heads(k, G), w, generator), (S, M)
+    q, k = split_heads(q, H), split_heads(k, G)
+    return key_moments(config, q, k, w, generator), (S, M)
 
 def key_moments(config, q, k, w, generator):
     """q (N, H, T, D), k (N, G, T, D), not rotated, w (N, H, T, S = T) → S and M of the keys."""
     (N, H, T, D), G = q.shape, k.size(1)
-    of_query = w.sum(3)                                                 # (N, H, T)
-    of_key = w.sum(2).view(N, G, -1, T).sum(2)                          # (N, G, S)
-    S = outer_sum(k * of_key.sqrt()[..., None])
+    of_query = w.sum(3)                                         # (N, H, T)
+    of_key = w.sum(2).unflatten(1, (G, -1)).sum(2)              # (N, G, S)
+    k = k * of_key.sqrt()[..., None]
+
     rows = w.flatten(0, 2).cpu()
     s = torch.multinomial(rows, SAMPLES, replacement=True, generator=generator)
     s = s.view(N, H, T, SAMPLES).to(q.device)
-    distance = torch.arange(T, device=q.device)[:, None] - s
-    q = q[:, :, :, None].expand(*s.shape, D)                            # (N, H, T, SAMPLES, D)
-    q = rotate(q, rope_angles(config, distance))
-    q = q * (of_query / SAMPLES).sqrt()[..., None, None]
-    total = of_query.view(N, G, -1).sum((0, 2)).cpu().double()          # (G,)
-    M = outer_sum(q.reshape(N, G, -1, D)) / (D * total)[:, None, None]
-    return S, M
+    t = torch.arange(T, device=q.device)[:, None]
+    q = q[:, :, :, None].expand(*s.shape, D)                    # (N, H, T, SAMPLES, D)
+    q = rotate(q, rope_angles(config, t - s))
+    scale = (of_query / SAMPLES).sqrt()
+    q = q * scale[..., None, None]
+    total = of_query.unflatten(1, (G, -1)).sum((0, 2, 3))       # (G,)
+    total = total.cpu().double()[:, None, None]
+    return outer_sum(k, G), outer_sum(q, G) / (D * total)
 
 def moments(model, windows):
     """windows (N, T) of a calibration text → layer_moments() of all layers. In a span of CLA, all
     layers get the same, as they read the same values, in one basis."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     found = [layer_moments(config, *given, generator) for given in walk(model, windows)]
-    for a, b in config.spans if config.share_kind == "kv" else []:
-        length = b - a + 1
+    spans = config.spans if config.share_kind == "kv" else []
+    for a, b in spans:
         keys, _ = found[a]
-        S, M = (sum(part) for part in zip(*[values for _, values in found[a:b + 1]]))
-        found[a:b + 1] = [(keys, (S, M / length))] * length
+        values = [each for _, each in found[a:b + 1]]
+        S = sum(S for S, _ in values)
+        M = sum(M for _, M in values) / len(values)
+        found[a:b + 1] = [(keys, (S, M))] * len(values)
     return found
 
 # ---- the best subspaces ----
@@ -203,11 +202,12 @@ def basis(S, M):
     values, U = torch.linalg.eigh(M)
     least = 1e-4 * values.amax(-1, keepdim=True)                # for directions that M does not see
     values = values.clamp(min=0) + least
-    root = (U * values.sqrt()[:, None]) @ U.mT
-    inverse = (U * values.rsqrt()[:, None]) @ U.mT
+    scale = values.sqrt()[:, None]
+    root = (U * scale) @ U.mT
+    inverse = (U / scale) @ U.mT
     errors, U = torch.linalg.eigh(root @ S @ root)
-    U = U.flip(-1)
-    return U.mT @ root, U.mT @ inverse, errors.flip(-1).clamp(min=0)
+    errors, U = errors.flip(-1), U.flip(-1)
+    return U.mT @ root, U.mT @ inverse, errors.clamp(min=0)
 
 def numbers_to_keep(errors_k, errors_v, budget):
     """What dropping each number of a key and of a value costs, (D,) each, falling → how many of
@@ -221,8 +221,9 @@ def numbers_to_keep(errors_k, errors_v, budget):
 
 def fold(E, W):
     """E (G, r, D), the rows W (G·D, C) of G heads → E W of each head (G·r, C)."""
-    W = W.unflatten(0, (len(E), -1))
-    return (E.to(W) @ W).flatten(0, 1)
+    W = W.view(len(E), -1, W.size(1))
+    folded = E.to(W) @ W
+    return folded.flatten(0, 1)
 
 def narrow_tensors(attn, k_rank, v_rank, keys, values):
     """A layer's tensors that change, by name. keys, values: their basis(); keys may be None."""
@@ -232,59 +233,61 @@ def narrow_tensors(attn, k_rank, v_rank, keys, values):
     if v_rank < D:
         v = fold(E[:, :v_rank], v) if len(v) else v
         W = attn.out.weight.unflatten(1, (attn.G, -1, D))       # (C, G, H/G, D)
-        out = torch.einsum("cghd,grd->cghr", W, F[:, :v_rank].to(W))
+        F = F[:, :v_rank].to(W)
+        out = torch.einsum("cghd,grd->cghr", W, F)
         tensors["out.weight"] = out.flatten(1)                  # (C, H·r)
-    if keys and len(k) and k_rank < D:
+    if type(attn) in NARROW and k_rank < D:
         E, F, _ = keys
         k = fold(E[:, :k_rank], k)
         tensors["restore"] = F[:, :k_rank].to(k)
     made = torch.cat((q, k, v))
-    if made.shape != attn.qkv.weight.shape:
+    if len(made) < sum(attn.widths):
         tensors["qkv.weight"] = made
     return tensors
 
 @torch.no_grad()
 def compress(model, windows, rank=None, error=None):
     """A model → one that caches fewer numbers per head, in eval mode, in the same memory where it
-    can. Raises ValueError as refuse().
+    can. Raises ValueError as rebuild().
 
     windows (N, T): of a calibration text. rank: how many numbers each head keeps of each key and
     value; or error: how far the stream after a layer's attention may be off, in the root mean
     square over tokens of |y' − y| / |x + y|, as predicted above; each layer keeps what that takes.
     """
-    D = model.config.head_dim
-    refuse(model, rank)
-    ranks, tensors = [], {}
-    for block, (keys, values) in zip(model.blocks, moments(model, windows)):
+    D, ranks, tensors = model.config.head_dim, [], {}
+    for layer, (keys, values) in enumerate(moments(model, windows)):
         keys = keys and basis(*keys)
         values = basis(*values)
-        kept = [rank, rank]
+        k_rank = v_rank = rank
         if error:
             errors_k = keys[2].sum(0) if keys else torch.zeros(D)
             errors_v = values[2].sum(0)
-            kept = numbers_to_keep(errors_k, errors_v, error**2 * windows.numel())
-        k_rank, v_rank = kept if keys else (D, kept[1])
+            budget = error**2 * windows.numel()
+            k_rank, v_rank = numbers_to_keep(errors_k, errors_v, budget)
+        k_rank = k_rank if keys else D
         ranks.append([k_rank, v_rank])
-        for name, t in narrow_tensors(block.attn, k_rank, v_rank, keys, values).items():
-            tensors[f"blocks.{block.attn.layer}.attn.{name}"] = t
-    return fill(rebuilt(model, "eigen", ranks=ranks), model, tensors)
+        attn = model.blocks[layer].attn
+        changed = narrow_tensors(attn, k_rank, v_rank, keys, values)
+        tensors |= {f"blocks.{layer}.attn.{name}": t for name, t in changed.items()}
+    new = rebuilt(model, "eigen", ranks=ranks)
+    return fill(new, model, tensors)
 
 # ---- command ----
 
 def main():
     flags = parser(__doc__, "eigen")
     flags.flag("rank", count, None, "numbers that each head keeps of each key and value", "none")
-    flags.flag("error", amount, None, "give this or --rank: how far a layer's output may be off, "
-               "as a fraction of the stream it goes into; each layer keeps what that takes", "none")
+    flags.flag("error", at_least(float, 1e-6), None, "give this or --rank: how far a layer's "
+               "output may be off, as a fraction of the stream it goes into; each layer keeps what "
+               "that takes", "none")
     flags.switch("refit", "refit the output projections to what the layers of MODEL put out")
     args = flags.parse_args()
     if (args.rank is None) == (args.error is None):
         raise ValueError("--rank, --error: give one of them")
-    if args.error == 0:
-        raise ValueError("--error=0: must be above 0")
 
     def technique(model, windows):
-        refuse(model, args.rank)
+        ranks = [[args.rank or 1] * 2] * model.config.n_layer
+        rebuilt(model, "eigen", ranks=ranks)                    # refused before work, if at all
         read = windows()
         small = compress(model, read[::3], args.rank, args.error)
         return refit(small, model, read) if args.refit else small

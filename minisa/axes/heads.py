@@ -42,7 +42,8 @@ def by_numpy(take):
 
 class Taking(SharedAttention):
     """A reuse layer whose heads attend with take(P), where P (..., H, n) is the anchor's. take() is
-    written for torch and numpy alike."""
+    written for torch and numpy alike. At first each head takes its own (also in a model on the meta
+    device: hence device="cpu" below)."""
 
     def heads(self, x, step, P):
         taken = self.take(P.flatten(2))                         # (B, H, T·S)
@@ -54,7 +55,7 @@ class Matched(Taking):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.register_buffer("source", torch.arange(self.H))
+        self.register_buffer("source", torch.arange(self.H, device="cpu"))
 
     def take(self, P):
         return P[..., self.source, :]
@@ -70,7 +71,7 @@ class Mixed(Taking):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.mix = nn.Parameter(torch.eye(self.H))
+        self.mix = nn.Parameter(torch.eye(self.H, device="cpu"))
 
     def take(self, P):
         return self.mix @ P
@@ -151,18 +152,16 @@ def share(model, spans, heads="same", products=None, share_kind="weights"):
     if heads == "same":
         return shared
     new, tensors = rebuilt(shared, "heads", heads=heads), {}
-    H, like = model.config.n_head, model.embed.weight
-    for layer, anchor in anchors(shared.config).items():
-        name = f"blocks.{layer}.attn"
-        same = torch.eye(H)
-        among = same if products is None else products[anchor, :, anchor]       # (H, H)
-        between = same if products is None else products[layer, :, anchor]
+    takers = anchors(shared.config) if products is not None else {}
+    for layer, anchor in takers.items():
+        among = products[anchor, :, anchor]                             # (H, H)
+        between = products[layer, :, anchor]
+        name = f"blocks.{layer}.attn."
         if heads == "match":
-            cosines = between / among.diagonal().sqrt()         # of a row, up to a factor
-            tensors[f"{name}.source"] = cosines.argmax(1).to(like.device)
+            cosines = between / among.diagonal().sqrt()         # of each row, up to a factor
+            tensors[name + "source"] = cosines.argmax(1)
         else:
-            mix = same if products is None else nearest_mixture(among, between)
-            tensors[f"{name}.mix"] = mix.to(like)
+            tensors[name + "mix"] = nearest_mixture(among, between)
     return fill(new, shared, tensors)
 
 # ---- refit ----
@@ -206,9 +205,9 @@ def main():
     flags = parser(__doc__, "heads")
     flags.flag("share", str, "", "spans of layers that are to share, as 1-3 or 1-3,5-7",
                shown="those that the model shares already")
-    flags.flag("share_kind", share_kind, "weights", "what they share: weights (Shared Attention) "
-               "or kv (Cross-Layer Attention), or a kind of minisa/axes; the latter two need "
-               "--heads=same")
+    flags.flag("share_kind", share_kind, "weights", "what they share: weights (Shared Attention); "
+               "or, with --heads=same, kv (Cross-Layer Attention) or the NAME of a kind in "
+               "minisa/axes")
     flags.flag("heads", str, "same", "what a head of a reuse layer takes: the anchor's head of the "
                "same number, the one that is most alike, or a mixture",
                choices=["same", "match", "mix"])

@@ -31,8 +31,8 @@ class Corrected(SharedAttention):
         q = split_heads(q, self.H)                              # (B, H, T, R)
         k = split_heads(k, self.G)                              # (B, G, T, R)
         v = split_heads(v, self.G)                              # (B, G, T, D)
-        every = step.rope.size(1) // (q.size(3) // 2)           # take R/2 of D/2 angles
-        rope = step.rope[:, ::every]
+        every = 2 * step.rope.size(1) // q.size(3)
+        rope = step.rope[:, ::every]                            # R/2 of the D/2 angles
         k = step.visible("k", self.layer, rotate(k, rope))      # (B, G, S, R)
         v = step.visible("v", self.layer, v)
         correction = step.attention_weights(rotate(q, rope), k)
@@ -60,18 +60,22 @@ def correct(model, spans, rank, seed=1337):
     Raises ValueError if the model cannot share so, or R does not fit.
     """
     shared = checkpoint.reconfigure(model, share=spans, share_kind="weights")
-    new, tensors = rebuilt(shared, "lowrank", rank=rank), {}
+    new = rebuilt(shared, "lowrank", rank=rank)
+    tensors = {}
     generator = torch.Generator().manual_seed(seed)
     for layer in anchors(shared.config):
         own = model.blocks[layer].attn
         v = shared.blocks[layer].attn.qkv.weight                # (G·D, C)
         _, k, _ = own.qkv.weight.split(own.widths)              # (G·D, C), or none
+        C = v.size(1)
         if len(k):
-            k = k.unflatten(0, (own.G, -1))[:, :rank].flatten(0, 1)
+            k = k.view(own.G, -1, C)[:, :rank].flatten(0, 1)
         else:
-            k = 0.02 * torch.randn(own.G * rank, v.size(1), generator=generator).to(v)
-        q = v.new_zeros(own.H * rank, v.size(1))
-        tensors[f"blocks.{layer}.attn.qkv.weight"] = torch.cat((q, k, v))
+            k = torch.randn(own.G * rank, C, generator=generator)
+            k = 0.02 * k.to(v)
+        q = v.new_zeros(own.H * rank, C)
+        made = torch.cat((q, k, v))
+        tensors[f"blocks.{layer}.attn.qkv.weight"] = made
     return fill(new, shared, tensors)
 
 def main():
@@ -85,8 +89,6 @@ def main():
 
     def technique(model, windows):
         spans = args.share or model.config.share
-        if not spans:
-            raise ValueError("--share: name the spans that are to share, as --share=1-3")
         return correct(model, spans, args.share_rank, args.seed)
 
     rewrite(args, technique)

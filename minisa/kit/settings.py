@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from minisa.kit.cli import Parser, amount, at_least, count, device
-from minisa.model import SHARE_KINDS
+from minisa.model import share_kind
 
 # ---- presets: a flag given on the command line wins ----
 
@@ -65,7 +65,7 @@ WHOLE = at_least(int, 0)
 FLAGS = [                       # name, type or choices, default, what it is
     ("preset", [*PRESETS], None, "settings to start from; None: gpu where there is one, else cpu"),
     ("share", str, "", "spans of layers that share attention, as 1-3 or 1-3,5-7; '' for none"),
-    ("share_kind", [*SHARE_KINDS], "weights", "weights: Shared Attention; kv: Cross-Layer"),
+    ("share_kind", share_kind, "weights", "weights, kv (Cross-Layer Attention), or a kind in minisa/axes"),
     ("n_layer", at_least(int, 1, 1000), PRESET, "number of layers"),
     ("n_head", count, PRESET, "number of query heads"),
     ("n_kv_head", count, None, "number of key/value heads, None for as many as query heads"),

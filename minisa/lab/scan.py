@@ -30,7 +30,7 @@ from minisa.kit.files import check, read_file, write_csv
 from minisa.kit.results import print_table
 from minisa.lab import plot
 from minisa.lab.similarity import open_data, parser
-from minisa.model import SHARE_KINDS
+from minisa.model import share_kind
 
 FULL = (-1, -1)             # the "span" of full attention in a .csv file
 
@@ -191,8 +191,8 @@ def measure_sets(prices, model, sharer, held_out, refit_on, most):
 
 def read_args():
     flags = parser(__doc__, "scan")
-    flags.flag("share_kind", default="weights", choices=list(SHARE_KINDS),
-               help="what spans share: weights (Shared Attention) or kv (Cross-Layer Attention)")
+    flags.flag("share_kind", share_kind, "weights", "what spans share: weights (Shared Attention), kv "
+               "(Cross-Layer Attention) or the NAME of a kind in minisa/axes")
     flags.flag("heads", default="same", choices=["same", "match", "mix"],
                help="whose weights a head of a reuse layer takes: those of the anchor's same head, of the "
                "most alike, or a mixture of all")
