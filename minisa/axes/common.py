@@ -1,4 +1,4 @@
-"""What the axes have in common: to look into a model layer by layer, and to write another one."""
+"""What the axes share: how to go through a model layer by layer, and how to write a new one."""
 
 import importlib
 import sys
@@ -13,8 +13,8 @@ from minisa.kit.files import clean, lock
 # ---- models ----
 
 def walk(model, idx, cache=None, watch=None):
-    """Run a model on idx (B, T); before each block, yield it and what it is about to be given:
-    (block, x (B, T, C), step, shared). Changes made to the block meanwhile take effect.
+    """Run a model on idx (B, T); before each block, yield it and its inputs: (block, x (B, T, C),
+    step, shared). Changes made to the block meanwhile take effect.
 
     cache, watch: as of GPT.hidden().
     """
@@ -28,22 +28,22 @@ def anchors(config):
     return {layer: a for a, b in config.spans for layer in range(a + 1, b + 1)}
 
 def resize(attn, widths, n_z):
-    """Give a layer of attention new matrices, without numbers: for other Widths of q, k and v, and
-    for heads that sum up n_z numbers per token, all together."""
+    """Give a layer new matrices, still without numbers, for other Widths of q, k and v, and for
+    n_z numbers per token in the weighted sums of all heads."""
     C = attn.qkv.in_features
     attn.widths = widths
     attn.qkv = nn.Linear(C, sum(widths), bias=False)
     attn.out = nn.Linear(n_z, C, bias=False)
 
 def rebuilt(model, by, **settings):
-    """→ a model on the meta device: like the given one, and then rebuilt by minisa/axes/BY.py.
-    Raises ValueError if that file refuses."""
+    """→ a copy of a model on the meta device, rebuilt by minisa/axes/BY.py. Raises ValueError if
+    that file's rebuild() does."""
     step = {"by": by, "settings": settings}
     return checkpoint.empty(model.config, [*checkpoint.changes(model), step])
 
 def fill(new, model, tensors):
-    """Give a rebuilt() model its numbers: these tensors, by name; else those of the model that it
-    came from, in the same memory; else what it was built with. → the new model, in eval mode"""
+    """Give a rebuilt() model its numbers: these tensors, by name; else those of the original model,
+    in the same memory; else those it was built with. → the new model, in eval mode"""
     state = new.state_dict() | model.state_dict() | tensors
     new.load_state_dict(state, assign=True)
     return new.to(model.embed.weight).eval()
@@ -63,7 +63,7 @@ def parser(doc, name):
     return parser
 
 def rewrite(args, technique):
-    """Load args.model; let technique(model, windows) → model make another one; write it to
+    """Load args.model, let technique(model, windows) make another one of it, and write that to
     args.out. Raises ValueError.
 
     windows: a function that reads the calibration text → twelve windows (12, T ≤ 512) of tokens.

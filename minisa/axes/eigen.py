@@ -3,17 +3,17 @@
     python -m minisa.axes.eigen smollm2 --error=0.025 --refit --out=out/small
 
 The keys of a head, D numbers each, lie near a subspace of r < D dimensions, and so do its values.
-With E (r, D) and F (r, D), cache the r numbers c = E k in the place of k, and restore k ≈ Fᵀ c when
-it is read. The same for v. Both fold into the weights of a trained model:
+With E (r, D) and F (r, D), cache the r numbers c = E k instead of k, and restore k ≈ Fᵀ c when it
+is read. The same holds for v. Both fold into the weights of a trained model:
 
     values    c = (E W_v) x    P c (r numbers) goes into W_out Fᵀ: nothing to restore
     keys      c = (E W_k) x    k = Fᵀ c is restored, then rotated (RoPE), for all visible tokens:
                                2·G·r·D·S FLOPs; none in a reuse layer of Shared Attention
 
 Which subspace? The paper takes that of the largest singular values. But an error of k matters only
-along the queries that meet it, and one of v only as far as W_out lets it through. So each has a
-metric M (D, D). With S = E[k kᵀ] and the r largest eigenvectors U (D, r) of M^½ S M^½, the subspace
-that minimises E|M^½ (k − Fᵀ E k)|² is
+along the queries that meet it, and an error of v only as far as W_out lets it through. So each has
+a metric M (D, D). With S = E[k kᵀ] and the r largest eigenvectors U (D, r) of M^½ S M^½, the
+subspace that minimizes E|M^½ (k − Fᵀ E k)|² is
 
     E = Uᵀ M^½        Fᵀ = M^-½ U        error: the sum of the other eigenvalues
 
@@ -26,11 +26,12 @@ where q_ts is q_t rotated by t − s. Hence, as the stream is normalised whereve
     keys      S = Σ_ts w_ts k_s k_sᵀ    M = Σ_ts w_ts q_ts q_tsᵀ / (D Σ_ts w_ts), from samples of s
     values    S = Σ_t u_t z_t z_tᵀ      M = W_hᵀ W_h
 
-summed over all heads that share the keys and values, but for the values' M, which is their mean. So
-both errors are parts of the stream, and comparable: numbers are dropped in the order of their
-eigenvalues, keys and values of a layer together, while the mean over t of |δy_t|² / |x_t + y_t|²
-stays within error². All heads of a layer keep as many. Errors of two keys, or of two heads, count
-as independent, and what an anchor's error does to the layers that share with it does not count.
+summed over all heads that share the keys and values; the values' M is their mean instead. Both
+errors are then fractions of the stream, and comparable. So numbers are dropped in the order of
+their eigenvalues, keys and values of a layer together, while the mean over t of
+|δy_t|² / |x_t + y_t|² stays within error². All heads of a layer keep equally many. Errors of two
+keys, or of two heads, are taken as independent. What an anchor's error does to its reuse layers is
+not counted.
 """
 
 from dataclasses import replace
@@ -54,7 +55,7 @@ from minisa.model import (
     split_heads,
 )
 
-SAMPLES = 4     # keys drawn for each query and head
+SAMPLES = 4     # keys drawn for each query of each head
 
 # ---- layers ----
 
@@ -153,32 +154,28 @@ def layer_moments(config, block, x, step, below, generator):
     if type(attn) not in NARROW:
         return None, (S, M)
     q, k, v = attn.qkv(h).float().split(attn.widths, dim=2)
-    v = split_heads(v, G).repeat_interleave(H // G, dim=1)      # (N, H, S, D)
+    q = split_heads(q, H)                                       # (N, H, T, D)
+    k = split_heads(k, G).repeat_interleave(H // G, dim=1)      # (N, H, S, D)
+    v = split_heads(v, G).repeat_interleave(H // G, dim=1)
     apart = torch.cdist(z @ W.mT, v @ W.mT)                     # (N, H, T, S)
     P = seen[0].float()
     w = (P * apart / length).square()
     w += 1e-20 * step.mask.exp()                                # no row may be all zeros
-    q, k = split_heads(q, H), split_heads(k, G)
     return key_moments(config, q, k, w, generator), (S, M)
 
 def key_moments(config, q, k, w, generator):
-    """q (N, H, T, D), k (N, G, T, D), not rotated, w (N, H, T, S = T) → S and M of the keys."""
-    (N, H, T, D), G = q.shape, k.size(1)
-    of_query = w.sum(3)                                         # (N, H, T)
-    of_key = w.sum(2).unflatten(1, (G, -1)).sum(2)              # (N, G, S)
-    k = k * of_key.sqrt()[..., None]
-
+    """q, k (N, H, T, D), not rotated, w (N, H, T, S = T) → S and M of the keys."""
+    (N, H, T, D), G = q.shape, config.n_kv_head
+    of_query = w.sum(3).sqrt()[..., None]                       # (N, H, T, 1)
+    of_key = w.sum(2).sqrt()[..., None]                         # (N, H, S, 1)
     rows = w.flatten(0, 2).cpu()
     s = torch.multinomial(rows, SAMPLES, replacement=True, generator=generator)
     s = s.view(N, H, T, SAMPLES).to(q.device)
     t = torch.arange(T, device=q.device)[:, None]
-    q = q[:, :, :, None].expand(*s.shape, D)                    # (N, H, T, SAMPLES, D)
-    q = rotate(q, rope_angles(config, t - s))
-    scale = (of_query / SAMPLES).sqrt()
-    q = q * scale[..., None, None]
-    total = of_query.unflatten(1, (G, -1)).sum((0, 2, 3))       # (G,)
-    total = total.cpu().double()[:, None, None]
-    return outer_sum(k, G), outer_sum(q, G) / (D * total)
+    weighted = (q * of_query)[:, :, :, None]                    # (N, H, T, 1, D)
+    turned = rotate(weighted, rope_angles(config, t - s))       # (N, H, T, SAMPLES, D)
+    total = SAMPLES * D * outer_sum(of_query, G)                # (G, 1, 1)
+    return outer_sum(k * of_key, G), outer_sum(turned, G) / total
 
 def moments(model, windows):
     """windows (N, T) of a calibration text → layer_moments() of all layers. In a span of CLA, all
@@ -276,7 +273,7 @@ def compress(model, windows, rank=None, error=None):
 
 def main():
     flags = parser(__doc__, "eigen")
-    flags.flag("rank", count, None, "numbers that each head keeps of each key and value", "none")
+    flags.flag("rank", count, None, "numbers that each head keeps per key and per value", "none")
     flags.flag("error", at_least(float, 1e-6), None, "give this or --rank: how far a layer's "
                "output may be off, as a fraction of the stream it goes into; each layer keeps what "
                "that takes", "none")
@@ -287,10 +284,10 @@ def main():
 
     def technique(model, windows):
         ranks = [[args.rank or 1] * 2] * model.config.n_layer
-        rebuilt(model, "eigen", ranks=ranks)                    # refused before work, if at all
-        read = windows()
-        small = compress(model, read[::3], args.rank, args.error)
-        return refit(small, model, read) if args.refit else small
+        rebuilt(model, "eigen", ranks=ranks)                    # refused early, if at all
+        idx = windows()
+        small = compress(model, idx[::3], args.rank, args.error)
+        return refit(small, model, idx) if args.refit else small
 
     rewrite(args, technique)
 

@@ -1,10 +1,11 @@
-"""Shared Attention for a model that was trained without: which head takes over which, and refit.
+"""Shared Attention for a model trained without it: which head reuses which, and refit.
 
     python -m minisa.axes.heads smollm2 --share=26-28 --heads=mix --refit --out=out/mixed
     python -m minisa.axes.heads out/weights-1-3 --heads=mix --out=out/mix   for train.py to learn
 
-P_l[h] (T, T) is what head h of layer l attends with on a window of T tokens, and ⟨A, B⟩ = Σ A·B
-over all entries. Head h of a reuse layer can take one of these of its anchor a:
+P_l[h] (T, T) are the attention weights of head h of layer l on a window of T tokens, and
+⟨A, B⟩ = Σ A·B over all entries. Head h of a reuse layer can attend with one of these of its
+anchor a:
 
     --heads=same     P_a[h]
     --heads=match    P_a[g], with the largest cosine ⟨P_l[h], P_a[g]⟩ / |P_l[h]| |P_a[g]|
@@ -12,13 +13,12 @@ over all entries. Head h of a reuse layer can take one of these of its anchor a:
 
 A mixture costs a layer H² numbers, and 2·H²·S FLOPs per token; a match costs nothing.
 
---refit: under other weights P, the values z_t that the heads of a layer sum up for token t differ
-from those that its output projection W was trained on. The W' of least
+--refit: under other weights P, the weighted sums z_t of a layer's heads for token t differ from
+those that its output projection W was trained on. So W is replaced by the W' that minimizes
 
     Σ_t |W' z_t − y_t|² + λ |W' − W|²
 
-takes W's place, where y_t is what the layer puts out in the model that it came from. This costs
-nothing when the model runs.
+where y_t is the output of the same layer in the original model. This costs nothing at run time.
 """
 
 import torch
@@ -62,7 +62,7 @@ class Matched(Taking):
 
     def check(self):
         if not 0 <= self.source.min() <= self.source.max() < self.H:
-            raise ValueError(f"a head takes over one that is not among 0 to {self.H - 1}")
+            raise ValueError(f"a head reuses one that is not among 0 to {self.H - 1}")
 
     in_numpy = by_numpy(take)
 
@@ -106,7 +106,7 @@ def rebuild(model, heads):
     kind = Matched if heads == "match" else Mixed
     replace_reuse_layers(model, kind, f"heads={heads}")
 
-# ---- which head takes over which ----
+# ---- which head reuses which ----
 
 @torch.no_grad()
 def head_products(model, windows):
@@ -145,7 +145,7 @@ def share(model, spans, heads="same", products=None, share_kind="weights"):
     """A model → one whose spans, as "1-3,5-7", share zero-shot, in eval mode, in the same memory.
 
     heads: "same", "match" or "mix". products: head_products() of the model on a calibration text,
-    by which the heads are chosen; None: each starts with the same head.
+    by which the heads are chosen; None: each starts with the anchor's head of its own number.
     Raises ValueError if the model cannot share that way.
     """
     shared = checkpoint.reconfigure(model, share=spans, share_kind=share_kind)
@@ -203,13 +203,13 @@ def ridge_regression(z, y, ridge):
 
 def main():
     flags = parser(__doc__, "heads")
-    flags.flag("share", str, "", "spans of layers that are to share, as 1-3 or 1-3,5-7",
-               shown="those that the model shares already")
+    flags.flag("share", str, "", "spans of layers that will share, as 1-3 or 1-3,5-7",
+               shown="the model's own spans")
     flags.flag("share_kind", share_kind, "weights", "what they share: weights (Shared Attention); "
                "or, with --heads=same, kv (Cross-Layer Attention) or the NAME of a kind in "
                "minisa/axes")
-    flags.flag("heads", str, "same", "what a head of a reuse layer takes: the anchor's head of the "
-               "same number, the one that is most alike, or a mixture",
+    flags.flag("heads", str, "same", "what a head of a reuse layer reuses: the anchor's head of "
+               "the same number, its most similar head, or a mixture",
                choices=["same", "match", "mix"])
     flags.switch("refit", "refit the output projections of reuse layers")
     args = flags.parse_args()
@@ -221,17 +221,17 @@ def main():
         if not spans:
             raise ValueError("--share: name the spans that are to share, as --share=26-28")
         if spans == own and (args.heads != "mix" or args.refit):
-            raise ValueError(f"--share: the model shares {own} already, with no full attention "
-                             "there to be fitted to; only --heads=mix is possible, for train.py "
-                             "to learn")
-        shared = share(model, spans, args.heads, share_kind=kind)       # or refused, before work
+            raise ValueError(f"--share: the model shares {own} already, so there is no full "
+                             "attention to fit to; only --heads=mix is possible, for train.py to "
+                             "learn")
+        shared = share(model, spans, args.heads, share_kind=kind)       # refused early, if at all
         if spans == own or (args.heads == "same" and not args.refit):
             return shared
-        read = windows()
+        idx = windows()
         if args.heads != "same":
-            products = head_products(model, read[::3])
+            products = head_products(model, idx[::3])
             shared = share(model, spans, args.heads, products, kind)
-        return refit(shared, model, read) if args.refit else shared
+        return refit(shared, model, idx) if args.refit else shared
 
     rewrite(args, technique)
 

@@ -11,7 +11,7 @@ reuse layer attends with
     = P_a · softmax(C), normalised over each row
 
 so the anchor need only hand up P_a, as in plain Shared Attention. The layer also caches k̃, G·R
-numbers per token. q̃ starts at zero, as plain sharing, and is learned by train.py.
+numbers per token. q̃ starts at zero, which is plain sharing, and train.py learns it.
 """
 
 import torch
@@ -80,11 +80,11 @@ def correct(model, spans, rank, seed=1337):
 
 def main():
     flags = parser(__doc__, "lowrank")
-    flags.flag("share", str, "", "spans of layers that are to share, as 1-3 or 1-3,5-7",
-               shown="those that the model shares already")
+    flags.flag("share", str, "", "spans of layers that will share, as 1-3 or 1-3,5-7",
+               shown="the model's own spans")
     flags.flag("share_rank", count, 4, "numbers per head of the correction's query and key; even, "
                "and a divisor of the width of a head")
-    flags.flag("seed", at_least(int, 0), 1337, "of the keys of layers that had none")
+    flags.flag("seed", at_least(int, 0), 1337, "for the keys of layers that had none")
     args = flags.parse_args()
 
     def technique(model, windows):

@@ -54,10 +54,10 @@ DAMAGE = ValueError, RuntimeError, LookupError, TypeError, AttributeError, Recur
 # ---- changes that axes make ----
 
 def change(model, by, **settings):
-    """Let minisa/axes/BY.py rebuild the layers of a model, in place, and record it. → the model
+    """Let minisa/axes/BY.py replace layers of a model, and record it. → the model
 
-    That file's rebuild(model, **settings) gives the layers their new classes and shapes, not their
-    numbers. Raises ValueError if there is no such file, or the settings do not fit.
+    That file's rebuild(model, **settings) puts new layers in their place, without numbers. Raises
+    ValueError if there is no such file, or the settings do not fit.
     """
     name = f"minisa.axes.{by}"
     if not str(by).isidentifier() or importlib.util.find_spec(name) is None:

@@ -308,7 +308,8 @@ def test_a_compressed_model_is_written_loaded_and_trained_on(run, text, tmp_path
     for flags, reason in {("full",): "--rank, --error: give one", ("full", "--rank=0"): "--rank",
                           ("full", "--rank=3", "--error=0.1"): "--rank, --error: give one",
                           ("full", "--error=0"): "--error",
-                          ("full", "--rank=17"): "--rank: must be from 1 to 16", ("a", "--rank=3"): "compressed already",
+                          ("full", "--rank=17"): "--rank: must be from 1 to 16",
+                          ("a", "--rank=3"): "compressed already",
                           ("a", "--error=0.1"): "compressed already"}.items():
         status, _, err = run(eigen.main, *flags, "--out=x")
         assert status == 2 and err.count("\n") == 1 and reason in err, (flags, err)
