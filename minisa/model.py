@@ -236,10 +236,8 @@ class KVCache:
 
     def __init__(self, model, batch_size, size, dtype=torch.float32, device="cpu"):
         G = model.config.n_kv_head
-        widths = [block.attn.widths for block in model.blocks]
-        like = {"dtype": dtype, "device": device}
-        self.k = [torch.empty(batch_size, G, size, made.k // G, **like) for made in widths]
-        self.v = [torch.empty(batch_size, G, size, made.v // G, **like) for made in widths]
+        self.k, self.v = ([torch.empty(batch_size, G, size, block.attn.widths[i] // G, dtype=dtype,
+                                       device=device) for block in model.blocks] for i in (1, 2))
         self.where = torch.zeros(1, 1, size, 1, dtype=torch.long, device=device)  # slot → position
         self.size, self.length = size, 0                        # length: tokens seen so far
 

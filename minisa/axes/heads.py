@@ -31,55 +31,56 @@ from minisa.model import SharedAttention, merge_heads, share_kind
 
 # ---- layers ----
 
-def by_numpy(take):
-    """A layer's take() → the same layer, for minisa/decode.py."""
+def in_numpy_by(recombine):
+    """The recombine() of a layer → the layer's attention, for minisa/decode.py."""
+
     def attention(now, layer, x, below):
         P, keys, values = below                                 # P (G, H/G, S)
-        taken = take(layer, P.reshape(-1, P.shape[-1]))         # (H, S)
-        y, _ = shared_attention(now, layer, x, (taken.reshape(P.shape), keys, values))
+        heads = recombine(layer, P.reshape(-1, P.shape[-1]))     # (H, S)
+        y, _ = shared_attention(now, layer, x, (heads.reshape(P.shape), keys, values))
         return y, below
     return attention
 
-class Taking(SharedAttention):
-    """A reuse layer whose heads attend with take(P), where P (..., H, n) is the anchor's. take() is
-    written for torch and numpy alike. At first each head takes its own (also in a model on the meta
-    device: hence device="cpu" below)."""
+class Recombined(SharedAttention):
+    """A reuse layer that attends with recombine(P), where P (..., H, n) is the anchor's. The method
+    works in torch and in numpy. A new layer recombines nothing, also if it is built on the meta
+    device: hence device="cpu" below."""
 
     def heads(self, x, step, P):
-        taken = self.take(P.flatten(2))                         # (B, H, T·S)
-        z, _ = super().heads(x, step, taken.view_as(P))
+        recombined = self.recombine(P.flatten(2))               # (B, H, T·S)
+        z, _ = super().heads(x, step, recombined.view_as(P))
         return z, P
 
-class Matched(Taking):
-    """Head h takes P of the anchor's head source[h]."""
+class Matched(Recombined):
+    """Head h reuses P of the anchor's head source[h]."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.register_buffer("source", torch.arange(self.H, device="cpu"))
 
-    def take(self, P):
+    def recombine(self, P):
         return P[..., self.source, :]
 
     def check(self):
         if not 0 <= self.source.min() <= self.source.max() < self.H:
             raise ValueError(f"a head reuses one that is not among 0 to {self.H - 1}")
 
-    in_numpy = by_numpy(take)
+    in_numpy = in_numpy_by(recombine)
 
-class Mixed(Taking):
-    """Head h takes Σ_g mix[h, g] · P of the anchor's head g."""
+class Mixed(Recombined):
+    """Head h reuses Σ_g mix[h, g] · P_g over the anchor's heads g."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.mix = nn.Parameter(torch.eye(self.H, device="cpu"))
 
-    def take(self, P):
+    def recombine(self, P):
         return self.mix @ P
 
     def extra_cost(self, T, S):
         return self.H**2, 2 * self.H**2 * S * T
 
-    in_numpy = by_numpy(take)
+    in_numpy = in_numpy_by(recombine)
 
 def replace_reuse_layers(model, kind, flag, **widths):
     """Put layers of another kind in the place of all reuse layers of plain Shared Attention, as
@@ -128,7 +129,7 @@ def nearest_on_simplex(v):
     return (v - excess.gather(1, k - 1)).clamp(min=0)
 
 def nearest_mixture(among, between, steps=1000):
-    """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimises w A wᵀ − 2 w·b,
+    """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimizes w A wᵀ − 2 w·b,
     where A is `among` (H, H), by projected gradient descent with momentum (FISTA, Beck & Teboulle
     2009). → (R, H)"""
     rate = 1 / torch.linalg.matrix_norm(among, 2)
@@ -152,8 +153,8 @@ def share(model, spans, heads="same", products=None, share_kind="weights"):
     if heads == "same":
         return shared
     new, tensors = rebuilt(shared, "heads", heads=heads), {}
-    takers = anchors(shared.config) if products is not None else {}
-    for layer, anchor in takers.items():
+    choices = anchors(shared.config) if products is not None else {}
+    for layer, anchor in choices.items():
         among = products[anchor, :, anchor]                             # (H, H)
         between = products[layer, :, anchor]
         name = f"blocks.{layer}.attn."
