@@ -25,7 +25,7 @@ from minisa.kit.cli import Parser, amount, at_least, command, count, device, pro
 from minisa.kit.data import data_of
 from minisa.kit.results import print_table, write_results
 from minisa.kit.timing import share_of_limit
-from minisa.model import SHARE_KINDS, KVCache
+from minisa.model import KVCache, sharing_kind
 
 def read_flags():
     parser = Parser(__doc__, usage="python sample.py [MODEL ...] [--FLAG=VALUE ...]")
@@ -33,8 +33,8 @@ def read_flags():
                         "or smollm2, which is downloaded once (default every run in out/)")
     flag = parser.flag
     flag("share", str, "", "spans to share in models trained without: each is billed both ways, zero-shot")
-    flag("share_kind", str, "weights", "with --share: weights (Shared Attention) or kv (Cross-Layer)",
-         choices=[*SHARE_KINDS])
+    flag("share_kind", sharing_kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
+         "Attention) or the NAME of a kind in minisa/axes")
     flag("prompt", prompt, "\n", "text to continue; - is standard input, FILE:NAME the text of a file")
     flag("num_samples", count, 1, "texts per model")
     flag("max_new_tokens", count, 200, "length of a text, in tokens")

@@ -38,33 +38,33 @@ class Cost:
 
 def layer_params(block):
     """Parameters of a block: attention, MLP."""
-    C, M = block.attn.qkv.in_features, block.mlp.down.in_features
-    attention = C * (sum(block.attn.widths) + block.attn.out.in_features)
-    return attention + 3 * C * M + extra(block.attn, 0, 0)[0]
+    attn = block.attn
+    C, M = attn.qkv.in_features, block.mlp.down.in_features
+    more, _ = attn.extra_cost(0, 0)
+    return C * sum(attn.widths) + C * attn.out.in_features + 3 * C * M + more
 
 def layer_flops(block, T, S):
     """FLOPs of a block for T tokens of one sequence, each against S keys."""
-    C, M = block.attn.qkv.in_features, block.mlp.down.in_features
-    n_q, n_k, n_v = block.attn.widths               # numbers per token that it makes of q, k and v
-    n_y = block.attn.out.in_features                # numbers per token that the weighted sum gives
-    projections = 2 * C * (n_q + n_k + n_v) + 2 * n_y * C
-    products = 2 * n_q * S + 2 * n_y * S            # scores, and weighted sum
-    return T * (projections + products + 6 * C * M) + extra(block.attn, T, S)[1]
+    attn = block.attn
+    C, M = attn.qkv.in_features, block.mlp.down.in_features
+    n_y = attn.out.in_features                      # numbers per token that the weighted sum gives
+    projections = 2 * C * sum(attn.widths) + 2 * n_y * C
+    products = 2 * attn.widths.q * S + 2 * n_y * S  # scores, and weighted sum
+    _, more = attn.extra_cost(T, S)
+    return T * (projections + products + 6 * C * M) + more
 
 def numbers_read(blocks, rooms):
     """Numbers that a decode step reads of a sequence's cache. rooms: tokens in each layer."""
-    total = keys = values = 0                           # keys, values: numbers per token
+    total = keys_below = values = 0                 # numbers per token
     for block, room in zip(blocks, rooms):
-        n_q, n_k, n_v = block.attn.widths
-        keys, values = n_k or keys, n_v or values       # its own, or the anchor's below
-        attends = n_q > 0                               # a reuse layer of Shared Attention does not
+        attn, made = block.attn, block.attn.widths
+        keys = made.k or keys_below                 # its own, or the anchor's below
+        values = made.v or values
+        attends = made.q > 0                        # a reuse layer of Shared Attention does not
         total += room * (keys * attends + values)
-        keys = getattr(block.attn, "keys_handed_up", keys)
+        if made.k:
+            keys_below = 0 if attn.restores_keys else made.k
     return total
-
-def extra(attn, T, S):
-    """(parameters, FLOPs) of what an axis added to a layer; the axis says it beside the layer."""
-    return attn.extra_cost(T, S) if hasattr(attn, "extra_cost") else (0, 0)
 
 def predict(model_or_config, context, batch_size=1, bytes_per_number=4, kept=None):
     """→ the Cost of a GPT, or of one with this GPTConfig, with `context` tokens in the cache.
@@ -80,7 +80,8 @@ def predict(model_or_config, context, batch_size=1, bytes_per_number=4, kept=Non
     C, V, kept = config.n_embd, config.vocab_size, kept or [context] * len(blocks)
     head, rooms = 2 * C * V, [min(room, context) for room in kept]
     matrices = V * C + sum(map(layer_params, blocks))
-    cached = [bytes_per_number * sum(block.attn.widths[1:]) for block in blocks]   # bytes per token
+    made = [block.attn.widths for block in blocks]
+    cached = [bytes_per_number * (n.k + n.v) for n in made]     # bytes per token
     starts = range(0, context, PREFILL_CHUNK)
     chunks = [(start, min(start + PREFILL_CHUNK, context)) for start in starts]
     decode = sum(layer_flops(block, 1, room) for block, room in zip(blocks, rooms))

@@ -175,10 +175,9 @@ def in_float32(tensor):
 
 def fits(index, block, cache):
     """Whether a block is the index-th of a model that the cache, of one sequence, was made for."""
-    G = block.attn.G
-    _, n_k, n_v = block.attn.widths                         # numbers of k and v, for one token
-    k_shape = (1, G, cache.size, n_k // G)
-    v_shape = (1, G, cache.size, n_v // G)
+    G, made = block.attn.G, block.attn.widths               # numbers for one token
+    k_shape = (1, G, cache.size, made.k // G)
+    v_shape = (1, G, cache.size, made.v // G)
     here = block.attn.layer == index
     whole = list(block.mlp.state_dict()) == MLP
     return here and whole and cache.k[index].shape == k_shape and cache.v[index].shape == v_shape

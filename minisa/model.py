@@ -9,8 +9,10 @@ Shapes: B batch, T new tokens, S visible tokens (cached and new), H query heads,
 D head dim, C = H·D width of the model, M width of the MLP, V vocabulary.
 """
 
+import importlib.util
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -63,7 +65,7 @@ def check(config):
     must(config.n_embd % (2 * H) == 0, "n_embd", f"must be a multiple of 2 · {H} (n_head)")
     must(H % config.n_kv_head == 0, "n_kv_head", f"must divide {H} (n_head)")
     must(0 <= config.dropout < 1, "dropout", "must be at least 0 and below 1")
-    must(config.share_kind in SHARE_KINDS, "share_kind", f"must be {' or '.join(SHARE_KINDS)}")
+    sharing_kind(config.share_kind)                   # raises if there is no such kind
     layers = [layer for span in config.spans for layer in span]
     written = ",".join(f"{a}-{b}" for a, b in config.spans)
     rising = layers == sorted(set(layers))
@@ -86,6 +88,9 @@ def rotate(x, rope):
 
 def split_heads(x, n):
     return x.view(*x.shape[:2], n, -1).transpose(1, 2)          # (B, T, n·D) → (B, n, T, D)
+
+def merge_heads(x):
+    return x.transpose(1, 2).flatten(2)                         # (B, n, T, D) → (B, T, n·D)
 
 @dataclass
 class Step:
@@ -123,42 +128,69 @@ class Step:
         mask, gqa = None if self.causal else self.mask, k.size(1) < q.size(1)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, enable_gqa=gqa)
 
+class Widths(NamedTuple):
+    """How many numbers of q, of k and of v a layer computes for each token."""
+    q: int
+    k: int
+    v: int
+
 class Attention(nn.Module):
-    """A full layer: in no span. forward() takes x (B, T, C) and what the layer below handed up, and
-    gives y (B, T, C) and what this one hands up."""
+    """A full layer: in no span. The other layers differ from it in heads(), and in what they
+    make."""
     makes = "qkv"                   # what it computes itself. Of that, the cache holds k and v
     in_numpy = decode.full_attention    # the same for one token, on a CPU: see decode.known()
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.H, self.G = layer, config.n_head, config.n_kv_head
-        heads = {"q": self.H, "k": self.G, "v": self.G}
-        self.widths = [n * config.head_dim * (name in self.makes) for name, n in heads.items()]
-        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=False)   # rows of what it makes
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.layer, self.H, self.G = layer, H, G
+        q = H * D if "q" in self.makes else 0
+        k = G * D if "k" in self.makes else 0
+        v = G * D if "v" in self.makes else 0
+        self.widths = Widths(q, k, v)
+        self.qkv = nn.Linear(C, q + k + v, bias=False)          # rows of q, of k, of v
+        self.out = nn.Linear(C, C, bias=False)
+
+    def forward(self, x, step, below=None):
+        """x (B, T, C), and what the layer below hands up → y (B, T, C), and what this one does."""
+        z, handed_up = self.heads(x, step, below)
+        return self.out(merge_heads(z)), handed_up
+
+    def heads(self, x, step, below):
+        """→ z (B, H, T, D), each head's weighted sum of values, and what this layer hands up."""
+        q, k, v = self.project(x, step)
+        return step.fused(q, k, v), None
 
     def project(self, x, step):
         """x (B, T, C) → q (B, H, T, D), and the visible k and v (B, G, S, D)."""
-        heads = split_heads(self.qkv(x), self.H + 2 * self.G)
-        qk, v = heads.split_with_sizes((self.H + self.G, self.G), dim=1)
-        q, k = rotate(qk, step.rope).split_with_sizes((self.H, self.G), dim=1)
-        return q, step.remember("k", self.layer, k), step.remember("v", self.layer, v)
+        H, G = self.H, self.G
+        heads = split_heads(self.qkv(x), H + 2 * G)             # (B, H + 2·G, T, D)
+        qk, v = heads.split_with_sizes((H + G, G), dim=1)
+        qk = rotate(qk, step.rope)
+        q, k = qk.split_with_sizes((H, G), dim=1)
+        k = step.remember("k", self.layer, k)
+        v = step.remember("v", self.layer, v)
+        return q, k, v
 
-    def merge(self, y):
-        return self.out(y.transpose(1, 2).flatten(2))           # (B, H, T, D) → (B, T, C)
+    # what a layer of minisa/axes may say instead
 
-    def forward(self, x, step, shared=None):
-        q, k, v = self.project(x, step)
-        return self.merge(step.fused(q, k, v)), None
+    restores_keys = False           # True: it computes its keys from what the cache holds
+
+    def extra_cost(self, T, S):
+        """→ its parameters beside qkv and out, and their FLOPs for T tokens that see S."""
+        return 0, 0
+
+    def check(self):
+        """Raises ValueError if numbers that were loaded from a file cannot be this layer's."""
 
 class Anchor(Attention):
     """The first layer of a span of Shared Attention: it forms P (so: not fused), hands it up."""
     in_numpy = decode.full_attention
 
-    def forward(self, x, step, shared=None):
+    def heads(self, x, step, below):
         q, k, v = self.project(x, step)
         P = step.attention_weights(q, k)                        # (B, H, T, S)
-        return self.merge(step.weighted_sum(P, v)), P
+        return step.weighted_sum(P, v), P
 
 class SharedAttention(Attention):
     """A reuse layer, as in the paper: the anchor's P over values of its own. No q and no k, so
@@ -166,29 +198,48 @@ class SharedAttention(Attention):
     makes = "v"
     in_numpy = decode.shared_attention
 
-    def forward(self, x, step, P):
+    def heads(self, x, step, P):
         v = split_heads(self.qkv(x), self.G)                    # qkv is v only here: (B, G, T, D)
-        v = step.remember("v", self.layer, v)                   # (B, G, S, D)
-        return self.merge(step.weighted_sum(P, v)), P           # P goes on up as it came
+        v = step.remember("v", self.layer, v)                    # (B, G, S, D)
+        return step.weighted_sum(P, v), P                       # P goes on up as it came
 
 class KVAnchor(Attention):
     """The first layer of a span of Cross-Layer Attention: it hands up k and v."""
     in_numpy = decode.full_attention
 
-    def forward(self, x, step, shared=None):
+    def heads(self, x, step, below):
         q, k, v = self.project(x, step)
-        return self.merge(step.fused(q, k, v)), (k, v)
+        return step.fused(q, k, v), (k, v)
 
 class CrossLayerAttention(Attention):
     """A reuse layer of the rival: the anchor's k and v under a q of its own."""
     makes = "q"
     in_numpy = decode.cross_layer_attention
 
-    def forward(self, x, step, kv):
-        q = rotate(split_heads(self.qkv(x), self.H), step.rope)
-        return self.merge(step.fused(q, *kv)), kv
+    def heads(self, x, step, kv):
+        k, v = kv
+        q = split_heads(self.qkv(x), self.H)                    # qkv is q only here: (B, H, T, D)
+        q = rotate(q, step.rope)
+        return step.fused(q, k, v), kv
 
-SHARE_KINDS = {"weights": (Anchor, SharedAttention), "kv": (KVAnchor, CrossLayerAttention)}
+# what a span shares → the classes of its anchor and its reuse layers
+# (.github/CONTRIBUTING.md says how to add a kind)
+SHARE_KINDS = {
+    "weights": (Anchor, SharedAttention),
+    "kv": (KVAnchor, CrossLayerAttention),
+}
+
+def sharing_kind(name):
+    """The name of a kind of sharing → the same; the kind is then in SHARE_KINDS. One that is not
+    there yet is added by minisa/axes/NAME.py, which is imported by its name, as the core must not
+    depend on an axis. (It adds NAME, or NAME-SETTING.) Raises ValueError if there is none."""
+    axis = name.partition("-")[0]
+    file = f"minisa.axes.{axis}"
+    if name not in SHARE_KINDS and axis.isidentifier() and importlib.util.find_spec(file):
+        importlib.import_module(file)
+    if name not in SHARE_KINDS:
+        raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)}")
+    return name
 
 class KVCache:
     """The keys and values that each layer made of the last `size` tokens of B sequences.
@@ -237,6 +288,10 @@ class KVCache:
         self.slots = positions % self.size
         self.length += len(positions)
         self.positions = self.replace(self.where, positions.view(1, 1, -1, 1)).view(-1)
+        return self.positions
+
+    def key_positions(self, layer):
+        """The positions (S,) of the keys that a layer sees."""
         return self.positions
 
     def remember(self, name, layer, new):

@@ -1,16 +1,20 @@
-"""What the axes have in common: to look into a model layer by layer, and to write another one."""
+"""What the axes share: how to go through a model layer by layer, and how to write a new one."""
 
 import importlib
 import sys
+
+import torch.nn as nn
 
 from minisa.kit import checkpoint
 from minisa.kit.cli import Parser, command, device
 from minisa.kit.data import data_of
 from minisa.kit.files import lock, refuse_taken
 
+# ---- models ----
+
 def walk(model, idx, cache=None, watch=None):
-    """Run a model on idx (B, T); before each block, yield it and what it is about to be given:
-    (block, x (B, T, C), step, shared). What is changed in the block meanwhile counts.
+    """Run a model on idx (B, T); before each block, yield it and its inputs: (block, x (B, T, C),
+    step, shared). Changes made to the block meanwhile take effect.
 
     cache, watch: as of GPT.hidden().
     """
@@ -19,10 +23,32 @@ def walk(model, idx, cache=None, watch=None):
         yield block, x, step, shared
         x, shared = block(x, step, shared)
 
-def calibration(model, data):
-    """Twelve windows (12, T ≤ 512) of the training part of a minisa.kit.data.Data."""
-    T = min(512, model.config.block_size)
-    return data.windows("train", 12, T).to(model.embed.weight.device)[:, :-1]
+def anchors(config):
+    """→ {a reuse layer: its anchor}, for all spans of a GPTConfig."""
+    return {layer: a for a, b in config.spans for layer in range(a + 1, b + 1)}
+
+def resize(attn, widths, n_z):
+    """Give a layer new matrices, still without numbers, for other Widths of q, k and v, and for
+    n_z numbers per token in the weighted sums of all heads."""
+    C = attn.qkv.in_features
+    attn.widths = widths
+    attn.qkv = nn.Linear(C, sum(widths), bias=False)
+    attn.out = nn.Linear(n_z, C, bias=False)
+
+def rebuilt(model, by, **settings):
+    """→ a copy of a model on the meta device, rebuilt by minisa/axes/BY.py. Raises ValueError if
+    that file's rebuild() does."""
+    step = {"by": by, "settings": settings}
+    return checkpoint.empty(model.config, [*checkpoint.changes(model), step])
+
+def fill(new, model, tensors):
+    """Give a rebuilt() model its numbers: these tensors, by name; else those of the original model,
+    in the same memory; else those it was built with. → the new model, in eval mode"""
+    state = new.state_dict() | model.state_dict() | tensors
+    new.load_state_dict(state, assign=True)
+    return new.to(model.embed.weight).eval()
+
+# ---- commands ----
 
 def parser(doc, name):
     """A Parser with the flags of a command that reads a model and writes a model."""
@@ -30,35 +56,30 @@ def parser(doc, name):
     parser = Parser(doc, usage)
     parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, "
                         "or smollm2, which is downloaded once")
-    parser.flag("out", shown="none, it must be given", help="folder to write the model to")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write the model")
     parser.flag("text", default=None, shown="the text that the model was trained on, or the plays",
                 help="UTF-8 file to calibrate on")
     parser.flag("device", kind=device, default="cpu", help="cpu, cuda, cuda:1 or mps")
     return parser
 
 def rewrite(args, technique):
-    """Load args.model; let technique(model, data) → model make another one; write it to args.out.
+    """Load args.model, let technique(model, windows) make another one of it, and write that to
+    args.out. Raises ValueError.
 
-    data: a function that gives the minisa.kit.data.Data to calibrate on. Raises ValueError.
+    windows: a function that reads the calibration text → twelve windows (12, T ≤ 512) of tokens.
     """
-    if not args.out:
-        raise ValueError("--out: name a folder to write the model to")
     with lock(args.out):
         refuse_taken(args.out, "out")
-        change(args, technique)
+        parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
+
+        def windows():
+            data = data_of(info, tokenizer, args.text)
+            print(f"calibrating on {data.name}", file=sys.stderr, flush=True)
+            T = min(512, parent.config.block_size)
+            return data.windows("train", 12, T)[:, :-1].to(args.device)
+
+        checkpoint.derive(args.out, technique(parent, windows), parent, info)
     print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")
-
-def change(args, technique):
-    """What rewrite() does while it has the folder for itself."""
-    parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
-
-    def data():
-        found = data_of(info, tokenizer, args.text)
-        print(f"calibrating on {found.name}", file=sys.stderr, flush=True)
-        return found
-
-    model = technique(parent, data)
-    checkpoint.derive(args.out, model, parent, info)
 
 def run_main(name):
     """Run the command of minisa/axes/NAME.py, from the module of that name: checkpoint.change()

@@ -1,10 +1,11 @@
-"""Shared Attention for a model that was trained without: which head takes over which, and refit.
+"""Shared Attention for a model trained without it: which head reuses which, and refit.
 
     python -m minisa.axes.heads smollm2 --share=26-28 --heads=mix --refit --out=out/mixed
     python -m minisa.axes.heads out/weights-1-3 --heads=mix --out=out/mix   for train.py to learn
 
-P_l[h] (T, T) is what head h of layer l attends with on a window of T tokens, and ⟨A, B⟩ = Σ A·B
-over all entries. Head h of a reuse layer can take one of these of its anchor a:
+P_l[h] (T, T) are the attention weights of head h of layer l on a window of T tokens, and
+⟨A, B⟩ = Σ A·B over all entries. Head h of a reuse layer can attend with one of these of its
+anchor a:
 
     --heads=same     P_a[h]
     --heads=match    P_a[g], with the largest cosine ⟨P_l[h], P_a[g]⟩ / |P_l[h]| |P_a[g]|
@@ -12,89 +13,101 @@ over all entries. Head h of a reuse layer can take one of these of its anchor a:
 
 A mixture costs a layer H² numbers, and 2·H²·S FLOPs per token; a match costs nothing.
 
---refit: under other weights P, the values z_t that the heads of a layer sum up for token t differ
-from those that its output projection W was trained on. The W' of least
+--refit: under other weights P, the weighted sums z_t of a layer's heads for token t differ from
+those that its output projection W was trained on. So W is replaced by the W' that minimizes
 
     Σ_t |W' z_t − y_t|² + λ |W' − W|²
 
-takes W's place, where y_t is what the layer puts out in the model that it came from. This costs
-nothing when the model runs.
+where y_t is the output of the same layer in the original model. This costs nothing at run time.
 """
 
 import torch
 import torch.nn as nn
 
-from minisa.axes.common import calibration, parser, rewrite, run_main, walk
+from minisa.axes.common import anchors, fill, parser, rebuilt, resize, rewrite, run_main, walk
 from minisa.decode import shared_attention
 from minisa.kit import checkpoint
-from minisa.model import SHARE_KINDS, CrossLayerAttention, SharedAttention
+from minisa.model import SharedAttention, merge_heads, sharing_kind
 
 # ---- layers ----
 
-def matched_in_numpy(now, layer, x, below):
-    """decode.shared_attention() with P[source]."""
-    P, keys, values = below                                     # P (G, H/G, S)
-    chosen = P.reshape(len(layer.source), -1)[layer.source]     # (H, S)
-    y, _ = shared_attention(now, layer, x, (chosen.reshape(P.shape), keys, values))
-    return y, below
+def in_numpy_by(recombine):
+    """The recombine() of a layer → the layer's attention, for minisa/decode.py."""
 
-def mixed_in_numpy(now, layer, x, below):
-    """decode.shared_attention() with mix · P."""
-    P, keys, values = below                                     # P (G, H/G, S)
-    mixed = layer.mix @ P.reshape(len(layer.mix), -1)           # (H, S)
-    y, _ = shared_attention(now, layer, x, (mixed.reshape(P.shape), keys, values))
-    return y, below
+    def attention(now, layer, x, below):
+        P, keys, values = below                                 # P (G, H/G, S)
+        heads = recombine(layer, P.reshape(-1, P.shape[-1]))     # (H, S)
+        y, _ = shared_attention(now, layer, x, (heads.reshape(P.shape), keys, values))
+        return y, below
+    return attention
 
-class Matched(SharedAttention):
-    """A reuse layer in which head h takes P of the anchor's head source[h]."""
-    in_numpy = matched_in_numpy
+class Recombined(SharedAttention):
+    """A reuse layer that attends with recombine(P), where P (..., H, n) is the anchor's. The method
+    works in torch and in numpy. A new layer recombines nothing, also if it is built on the meta
+    device: hence device="cpu" below."""
 
-    def forward(self, x, step, P):
-        return super().forward(x, step, P[:, self.source])[0], P
+    def heads(self, x, step, P):
+        recombined = self.recombine(P.flatten(2))               # (B, H, T·S)
+        z, _ = super().heads(x, step, recombined.view_as(P))
+        return z, P
+
+class Matched(Recombined):
+    """Head h reuses P of the anchor's head source[h]."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("source", torch.arange(self.H, device="cpu"))
+
+    def recombine(self, P):
+        return P[..., self.source, :]
 
     def check(self):
         if not 0 <= self.source.min() <= self.source.max() < self.H:
-            raise ValueError(f"a head takes over one that is not among 0 to {self.H - 1}")
+            raise ValueError(f"a head reuses one that is not among 0 to {self.H - 1}")
 
-class Mixed(SharedAttention):
-    """A reuse layer in which head h takes Σ_g mix[h, g] · P of the anchor's head g."""
-    in_numpy = mixed_in_numpy
+    in_numpy = in_numpy_by(recombine)
 
-    def forward(self, x, step, P):
-        mixed = (self.mix @ P.flatten(2)).view_as(P)            # (B, H, T, S)
-        return super().forward(x, step, mixed)[0], P
+class Mixed(Recombined):
+    """Head h reuses Σ_g mix[h, g] · P_g over the anchor's heads g."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.mix = nn.Parameter(torch.eye(self.H, device="cpu"))
+
+    def recombine(self, P):
+        return self.mix @ P
 
     def extra_cost(self, T, S):
         return self.H**2, 2 * self.H**2 * S * T
 
-def plain_reuse_layers(model, flag):
-    """The reuse layers of a model. Raises ValueError, naming the flag, unless it has some, and they
-    are those of plain Shared Attention."""
-    attns = [block.attn for block in model.blocks if isinstance(block.attn, SharedAttention)]
-    if not attns:
+    in_numpy = in_numpy_by(recombine)
+
+def replace_reuse_layers(model, kind, flag, **widths):
+    """Put layers of another kind in the place of all reuse layers of plain Shared Attention, as
+    wide as those but for the Widths given. Raises ValueError, naming the flag, if there are none,
+    or they were changed before."""
+    config = model.config
+    if not config.spans or config.share_kind != "weights":
         raise ValueError(f"--{flag}: is about layers that share attention weights; "
                          "give --share, and --share_kind=weights")
-    if any(type(attn) is not SharedAttention for attn in attns):
-        changed = ", ".join(change["by"] for change in checkpoint.changes(model))
-        raise ValueError(f"--{flag}: the reuse layers of this model were changed already, by "
-                         f"{changed}; take the model that it came from")
-    return attns
+    for layer in anchors(config):
+        block, old = model.blocks[layer], model.blocks[layer].attn
+        if type(old) is not SharedAttention:
+            changed = ", ".join(change["by"] for change in checkpoint.changes(model))
+            raise ValueError(f"--{flag}: the reuse layers of this model were changed already, by "
+                             f"{changed}; take the model that it came from")
+        block.attn = kind(config, layer)
+        resize(block.attn, old.widths._replace(**widths), old.out.in_features)
 
 def rebuild(model, heads):
-    """Make all reuse layers Matched ("match") or Mixed ("mix"), in place; each head starts with its
-    anchor's own. Raises ValueError if `heads` is neither, or as plain_reuse_layers()."""
+    """Make all reuse layers Matched ("match") or Mixed ("mix"). Raises ValueError if `heads` is
+    neither, or as replace_reuse_layers()."""
     if heads not in ("match", "mix"):
         raise ValueError(f"--heads={heads}: must be match or mix")
-    for attn in plain_reuse_layers(model, f"heads={heads}"):
-        like = attn.out.weight
-        if heads == "match":
-            attn.__class__ = Matched
-            attn.register_buffer("source", torch.arange(attn.H, device=like.device))
-        else:
-            attn.__class__ = Mixed
-            attn.mix = nn.Parameter(torch.eye(attn.H, dtype=like.dtype, device=like.device))
+    kind = Matched if heads == "match" else Mixed
+    replace_reuse_layers(model, kind, f"heads={heads}")
 
-# ---- which head takes over which ----
+# ---- which head reuses which ----
 
 @torch.no_grad()
 def head_products(model, windows):
@@ -116,7 +129,7 @@ def nearest_on_simplex(v):
     return (v - excess.gather(1, k - 1)).clamp(min=0)
 
 def nearest_mixture(among, between, steps=1000):
-    """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimises w A wᵀ − 2 w·b,
+    """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimizes w A wᵀ − 2 w·b,
     where A is `among` (H, H), by projected gradient descent with momentum (FISTA, Beck & Teboulle
     2009). → (R, H)"""
     rate = 1 / torch.linalg.matrix_norm(among, 2)
@@ -133,32 +146,26 @@ def share(model, spans, heads="same", products=None, share_kind="weights"):
     """A model → one whose spans, as "1-3,5-7", share zero-shot, in eval mode, in the same memory.
 
     heads: "same", "match" or "mix". products: head_products() of the model on a calibration text,
-    by which the heads are chosen; None: each starts with the same head.
+    by which the heads are chosen; None: each starts with the anchor's head of its own number.
     Raises ValueError if the model cannot share that way.
     """
     shared = checkpoint.reconfigure(model, share=spans, share_kind=share_kind)
     if heads == "same":
         return shared
-    checkpoint.change(shared, "heads", heads=heads)
-    for a, b in shared.config.spans if products is not None else []:
-        among = products[a, :, a]                                       # (H, H)
-        for layer in range(a + 1, b + 1):
-            attn, between = shared.blocks[layer].attn, products[layer, :, a]
-            if heads == "match":
-                attn.source.copy_((between / among.diagonal().sqrt()).argmax(1))
-            else:
-                attn.mix.data = nearest_mixture(among, between).to(attn.mix)
-    return shared
+    new, tensors = rebuilt(shared, "heads", heads=heads), {}
+    choices = anchors(shared.config) if products is not None else {}
+    for layer, anchor in choices.items():
+        among = products[anchor, :, anchor]                             # (H, H)
+        between = products[layer, :, anchor]
+        name = f"blocks.{layer}.attn."
+        if heads == "match":
+            cosines = between / among.diagonal().sqrt()         # of each row, up to a factor
+            tensors[name + "source"] = cosines.argmax(1)
+        else:
+            tensors[name + "mix"] = nearest_mixture(among, between)
+    return fill(new, shared, tensors)
 
 # ---- refit ----
-
-def head_outputs(block, x, step, below):
-    """What a block, given what walk() yields, has its heads sum up, before attn.out: (B, T, n)."""
-    out, block.attn.out = block.attn.out, nn.Identity()
-    try:
-        return block.attn(block.norm(x), step, below)[0]
-    finally:
-        block.attn.out = out
 
 @torch.no_grad()
 def refit(shared, model, windows, ridge=0.1):
@@ -168,53 +175,64 @@ def refit(shared, model, windows, ridge=0.1):
     The layers are taken in turn, each on what it sees in `shared`, refitted below it. ridge: λ, in
     means of the diagonal of Σ z zᵀ. Raises ValueError if `model` shares, and not as `shared` does.
     """
-    have, want = ((m.config.share, m.config.share_kind) for m in (model, shared))
-    if have[0] and have != want:
+    own, new = model.config, shared.config
+    if own.share and (own.share, own.share_kind) != (new.share, new.share_kind):
         raise ValueError("--refit: needs the outputs of full attention, but the model already "
-                         f"shares {have[0]}")
-    reuses = (SharedAttention, CrossLayerAttention)
-    for (full, x, *rest), (block, *given) in zip(walk(model, windows), walk(shared, windows)):
-        out = block.attn.out
-        if isinstance(block.attn, reuses) or block.attn.widths != full.attn.widths:
-            y, _ = full.attn(full.norm(x), *rest)                      # (N, T, C)
-            z = head_outputs(block, *given)                             # (N, T, n)
-            missing, z = (y - out(z)).float(), z.float()
-            zz, zm = ((z.mT @ other).cpu().double().sum(0) for other in (z, missing))
-            zz.diagonal().add_(ridge * zz.diagonal().mean())
-            more = torch.linalg.solve(zz, zm).mT.to(out.weight)         # (C, n)
-            out.weight = nn.Parameter(out.weight + more)    # not in place: `model` may use it too
+                         f"shares {own.share}")
+    reuse_layers = anchors(new)
+    both = zip(walk(model, windows), walk(shared, windows))
+    for (full, x, *rest), (block, seen, *given) in both:
+        attn = block.attn
+        if attn.layer in reuse_layers or attn.widths != full.attn.widths:
+            y, _ = full.attn(full.norm(x), *rest)               # (N, T, C)
+            z, _ = attn.heads(block.norm(seen), *given)         # (N, H, T, d)
+            z = merge_heads(z)                                  # (N, T, n)
+            missing = (y - attn.out(z)).float()
+            more = ridge_regression(z.float(), missing, ridge)  # (C, n)
+            W = attn.out.weight
+            attn.out.weight = nn.Parameter(W + more.to(W))      # `model` may use the old one too
     return shared
+
+def ridge_regression(z, y, ridge):
+    """z (N, T, n), y (N, T, C) → the W (C, n) of least Σ |W z − y|² + λ |W|²; ridge: as above."""
+    zz = (z.mT @ z).cpu().double().sum(0)                       # (n, n)
+    zy = (z.mT @ y).cpu().double().sum(0)                       # (n, C)
+    zz.diagonal().add_(ridge * zz.diagonal().mean())
+    return torch.linalg.solve(zz, zy).mT
 
 # ---- command ----
 
 def main():
     flags = parser(__doc__, "heads")
-    flags.flag("share", str, "", "spans of layers that are to share, as 1-3 or 1-3,5-7",
-               shown="those that the model shares already")
-    flags.flag("share_kind", str, "weights", "what they share: weights (Shared Attention) or kv "
-               "(Cross-Layer Attention), which needs --heads=same", choices=[*SHARE_KINDS])
-    flags.flag("heads", str, "same", "what a head of a reuse layer takes: the anchor's head of the "
-               "same number, the one that is most alike, or a mixture",
+    flags.flag("share", str, "", "spans of layers that will share, as 1-3 or 1-3,5-7",
+               shown="the model's own spans")
+    flags.flag("share_kind", sharing_kind, "weights", "what they share: weights (Shared Attention); "
+               "or, with --heads=same, kv (Cross-Layer Attention) or the NAME of a kind in "
+               "minisa/axes")
+    flags.flag("heads", str, "same", "what a head of a reuse layer reuses: the anchor's head of "
+               "the same number, its most similar head, or a mixture",
                choices=["same", "match", "mix"])
     flags.switch("refit", "refit the output projections of reuse layers")
     args = flags.parse_args()
 
-    def technique(model, data):
+    def technique(model, windows):
         own = model.config.share
-        spans, kind = args.share or own, args.share_kind if args.share else model.config.share_kind
+        spans = args.share or own
+        kind = args.share_kind if args.share else model.config.share_kind
         if not spans:
             raise ValueError("--share: name the spans that are to share, as --share=26-28")
         if spans == own and (args.heads != "mix" or args.refit):
-            raise ValueError(f"--share: the model shares {own} already, with no full attention "
-                             "there to be fitted to; only --heads=mix is possible, for train.py "
-                             "to learn")
-        shared = share(model, spans, args.heads, share_kind=kind)       # or refused, before work
+            raise ValueError(f"--share: the model shares {own} already, so there is no full "
+                             "attention to fit to; only --heads=mix is possible, for train.py to "
+                             "learn")
+        shared = share(model, spans, args.heads, share_kind=kind)       # refused early, if at all
         if spans == own or (args.heads == "same" and not args.refit):
             return shared
-        windows = calibration(model, data())
+        idx = windows()
         if args.heads != "same":
-            shared = share(model, spans, args.heads, head_products(model, windows[::3]), kind)
-        return refit(shared, model, windows) if args.refit else shared
+            products = head_products(model, idx[::3])
+            shared = share(model, spans, args.heads, products, kind)
+        return refit(shared, model, idx) if args.refit else shared
 
     rewrite(args, technique)
 

@@ -11,14 +11,13 @@ reuse layer attends with
     = P_a · softmax(C), normalised over each row
 
 so the anchor need only hand up P_a, as in plain Shared Attention. The layer also caches k̃, G·R
-numbers per token. q̃ starts at zero, as plain sharing, and is learned by train.py.
+numbers per token. q̃ starts at zero, which is plain sharing, and train.py learns it.
 """
 
 import torch
-import torch.nn as nn
 
-from minisa.axes.common import parser, rewrite, run_main
-from minisa.axes.heads import plain_reuse_layers
+from minisa.axes.common import anchors, fill, parser, rebuilt, rewrite, run_main
+from minisa.axes.heads import replace_reuse_layers
 from minisa.kit import checkpoint
 from minisa.kit.cli import at_least, count
 from minisa.model import SharedAttention, rotate, split_heads
@@ -27,29 +26,30 @@ class Corrected(SharedAttention):
     """A reuse layer with a query and key of R numbers per head, and values like any other's."""
     makes = "qkv"
 
-    def forward(self, x, step, P):
+    def heads(self, x, step, P):
         q, k, v = self.qkv(x).split(self.widths, dim=2)
-        q, k, v = split_heads(q, self.H), split_heads(k, self.G), split_heads(v, self.G)
-        rope = step.rope[:, ::step.rope.size(1) * 2 // q.size(3)]           # R/2 of D/2 angles
-        k = step.remember("k", self.layer, rotate(k, rope))     # (B, G, S, R)
+        q = split_heads(q, self.H)                              # (B, H, T, R)
+        k = split_heads(k, self.G)                              # (B, G, T, R)
+        v = split_heads(v, self.G)                              # (B, G, T, D)
+        every = 2 * step.rope.size(1) // q.size(3)
+        rope = step.rope[:, ::every]                            # R/2 of the D/2 angles
+        k = step.remember("k", self.layer, rotate(k, rope))      # (B, G, S, R)
         v = step.remember("v", self.layer, v)
         correction = step.attention_weights(rotate(q, rope), k)
         product = P.float() * correction                        # (B, H, T, S); 0 where P is
-        total = product.sum(-1, keepdim=True).clamp(min=torch.finfo(product.dtype).tiny)
-        return self.merge(step.weighted_sum((product / total).type_as(P), v)), P
+        total = product.sum(-1, keepdim=True)
+        smallest = torch.finfo(product.dtype).tiny
+        corrected = product / total.clamp(min=smallest)
+        return step.weighted_sum(corrected.type_as(P), v), P
 
 def rebuild(model, rank):
-    """Make all reuse layers Corrected, in place. Raises ValueError if R = rank does not fit, or as
-    plain_reuse_layers()."""
-    D = model.config.head_dim
+    """Make all reuse layers Corrected. Raises ValueError if R = rank does not fit, or as
+    replace_reuse_layers()."""
+    config, D = model.config, model.config.head_dim
     if rank < 1 or rank % 2 or D % rank:
         raise ValueError(f"--share_rank={rank}: must be even, and divide the width of a head, {D}")
-    for attn in plain_reuse_layers(model, f"share_rank={rank}"):
-        like = attn.qkv
-        attn.__class__ = Corrected
-        attn.widths = [attn.H * rank, attn.G * rank, attn.widths[2]]
-        attn.qkv = nn.Linear(like.in_features, sum(attn.widths), bias=False,
-                             device=like.weight.device, dtype=like.weight.dtype)
+    q, k = config.n_head * rank, config.n_kv_head * rank
+    replace_reuse_layers(model, Corrected, f"share_rank={rank}", q=q, k=k)
 
 @torch.no_grad()
 def correct(model, spans, rank, seed=1337):
@@ -59,34 +59,36 @@ def correct(model, spans, rank, seed=1337):
     k̃ starts as the first R numbers of the layer's own k, or random if it has none.
     Raises ValueError if the model cannot share so, or R does not fit.
     """
-    new = checkpoint.reconfigure(model, share=spans, share_kind="weights")
-    made = [block.attn.qkv.weight for block in new.blocks]      # in a reuse layer: v alone
-    checkpoint.change(new, "lowrank", rank=rank)
+    shared = checkpoint.reconfigure(model, share=spans, share_kind="weights")
+    new = rebuilt(shared, "lowrank", rank=rank)
+    tensors = {}
     generator = torch.Generator().manual_seed(seed)
-    for block, own, v in zip(new.blocks, model.blocks, made):
-        if isinstance(block.attn, Corrected):
-            (n_q, n_k, _), C = block.attn.widths, v.size(1)
-            k = own.attn.qkv.weight.split(own.attn.widths)[1]   # (G·D, C), or none
-            if len(k):
-                k = k.view(own.attn.G, -1, C)[:, :rank].flatten(0, 1)
-            else:
-                k = 0.02 * torch.randn(n_k, C, generator=generator).to(v)
-            block.attn.qkv.weight = nn.Parameter(torch.cat((v.new_zeros(n_q, C), k, v)))
-    return new
+    for layer in anchors(shared.config):
+        own = model.blocks[layer].attn
+        v = shared.blocks[layer].attn.qkv.weight                # (G·D, C)
+        _, k, _ = own.qkv.weight.split(own.widths)              # (G·D, C), or none
+        C = v.size(1)
+        if len(k):
+            k = k.view(own.G, -1, C)[:, :rank].flatten(0, 1)
+        else:
+            k = torch.randn(own.G * rank, C, generator=generator)
+            k = 0.02 * k.to(v)
+        q = v.new_zeros(own.H * rank, C)
+        made = torch.cat((q, k, v))
+        tensors[f"blocks.{layer}.attn.qkv.weight"] = made
+    return fill(new, shared, tensors)
 
 def main():
     flags = parser(__doc__, "lowrank")
-    flags.flag("share", str, "", "spans of layers that are to share, as 1-3 or 1-3,5-7",
-               shown="those that the model shares already")
+    flags.flag("share", str, "", "spans of layers that will share, as 1-3 or 1-3,5-7",
+               shown="the model's own spans")
     flags.flag("share_rank", count, 4, "numbers per head of the correction's query and key; even, "
                "and a divisor of the width of a head")
-    flags.flag("seed", at_least(int, 0), 1337, "of the keys of layers that had none")
+    flags.flag("seed", at_least(int, 0), 1337, "for the keys of layers that had none")
     args = flags.parse_args()
 
-    def technique(model, data):
+    def technique(model, windows):
         spans = args.share or model.config.share
-        if not spans:
-            raise ValueError("--share: name the spans that are to share, as --share=1-3")
         return correct(model, spans, args.share_rank, args.seed)
 
     rewrite(args, technique)

@@ -51,10 +51,10 @@ KIND, FIX = "not a model of this kind", "take another, or make it again"
 # ---- changes that axes make ----
 
 def change(model, by, **settings):
-    """Let minisa/axes/BY.py rebuild the layers of a model, in place, and record it. → the model
+    """Let minisa/axes/BY.py replace layers of a model, and record it. → the model
 
-    That file's rebuild(model, **settings) gives the layers their new classes and shapes, not their
-    numbers. Raises ValueError if there is no such file, or the settings do not fit.
+    That file's rebuild(model, **settings) puts new layers in their place, without numbers. Raises
+    ValueError if there is no such file, or the settings do not fit.
     """
     name = f"minisa.axes.{by}"
     if not str(by).isidentifier() or importlib.util.find_spec(name) is None:
@@ -317,8 +317,7 @@ def build(stored, parent, tokenizer, device, dtype):
         state = llama.read_tensors(stored.tensors, model, inherited, dtype)
         model.load_state_dict({name: t.to(device) for name, t in state.items()}, assign=True)
         for block in model.blocks:
-            if hasattr(block.attn, "check"):                # an axis knows what its numbers must be
-                block.attn.check()
+            block.attn.check()                              # an axis knows what its numbers must be
         if stored.tokenizer:
             tokenizer = from_json(stored.tokenizer, model.config.vocab_size)
         if tokenizer.vocab_size != model.config.vocab_size:

@@ -29,7 +29,7 @@ from minisa.cost import predict
 from minisa.kit.checkpoint import load
 from minisa.kit.cli import Parser, amount, at_least, command, count, device
 from minisa.kit.files import lock, read_file, write_file
-from minisa.model import SHARE_KINDS
+from minisa.model import sharing_kind
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 END = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
@@ -205,8 +205,8 @@ def read_flags():
     flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
     flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
     flag("share", str, "", "spans to share in a model trained without, zero-shot", "as trained")
-    flag("share_kind", str, "weights", "with --share: weights (Shared Attention) or kv (Cross-Layer "
-         "Attention)", choices=[*SHARE_KINDS])
+    flag("share_kind", sharing_kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
+         "Attention) or the NAME of a kind in minisa/axes")
     return parser.parse_args()
 
 def main():

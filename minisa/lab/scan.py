@@ -31,7 +31,7 @@ from minisa.kit.files import read_file
 from minisa.kit.results import print_table, write_results
 from minisa.lab import plot
 from minisa.lab.similarity import open_data, parser
-from minisa.model import SHARE_KINDS
+from minisa.model import sharing_kind
 
 FULL = (-1, -1)             # the "span" of full attention in a .csv file
 
@@ -206,8 +206,8 @@ def report(rows, file):
 
 def read_args():
     flags = parser(__doc__, "scan")
-    flags.flag("share_kind", default="weights", choices=list(SHARE_KINDS),
-               help="what spans share: weights (Shared Attention) or kv (Cross-Layer Attention)")
+    flags.flag("share_kind", sharing_kind, "weights", "what spans share: weights (Shared Attention), kv "
+               "(Cross-Layer Attention) or the NAME of a kind in minisa/axes")
     flags.flag("heads", default="same", choices=["same", "match", "mix"],
                help="whose weights a head of a reuse layer takes: those of the anchor's same head, of the "
                "most similar, or a mixture of all")

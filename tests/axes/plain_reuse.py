@@ -49,7 +49,7 @@ def sequence(model, idx, window=None):
         if reuses and config.share_kind == "weights":
             P = of_reuse_layer(attn, S, anchor_P, q, k, config)
         else:
-            anchor_k = anchor_k if reuses else k                # CLA again
+            anchor_k = k or anchor_k                            # CLA again
             S = [scores(q[h], anchor_k[h * G // H], base).masked_fill(hidden, -math.inf) for h in range(H)]
             P = anchor_P = [row.softmax(-1) for row in S]
         every_P.append(torch.stack(list(P)))

@@ -82,7 +82,7 @@ def test_a_correction_starts_at_nothing_and_can_be_learned(mode):
     assert close(corrected(idx)[0], reconfigure(full, share=mode["share"])(idx)[0], 1e-5)
     corrected(idx, idx)[1].backward()
     attn = corrected.blocks[3].attn
-    assert attn.widths[0] == 4 * mode["rank"] and attn.qkv.weight.grad[:attn.widths[0]].abs().max() > 1e-6
+    assert attn.widths.q == 4 * mode["rank"] and attn.qkv.weight.grad[:attn.widths.q].abs().max() > 1e-6
 
 @modes
 def test_the_keys_start_as_the_first_numbers_of_the_layers_own(mode):
@@ -162,7 +162,7 @@ def test_a_correction_is_written_loaded_and_learned(run, text, tmp_path):
         assert status == 0, err
         before, after = (load(f"{source}-{name}")[0].blocks[1].attn.qkv.weight[:8] for name in ("4", "tuned"))
         assert (before == 0).all() and after.abs().max() > 1e-4         # q: two heads of 4 numbers
-    for flags, reason in {("full",): "--share: name", ("sa", "--share_rank=32"): "--share_rank=32",
+    for flags, reason in {("full",): "give --share", ("sa", "--share_rank=32"): "--share_rank=32",
                           ("full", "--share=0-2", "--share_rank=5"): "--share_rank=5",
                           ("sa", "--seed=-1"): "--seed"}.items():
         status, _, err = run(lowrank.main, *flags, "--out=x")

@@ -9,7 +9,7 @@ import torch
 
 from minisa import model as model_file
 from minisa.axes.squeeze import POLICIES, Reading, Squeezing, units
-from minisa.kit.checkpoint import change, empty
+from minisa.kit.checkpoint import empty
 from minisa.model import GPT, GPTConfig, KVCache
 
 MODES = [{}, {"share": "1-3"}, {"share": "1-3", "share_kind": "kv"}, {"share": "1-3", "n_kv_head": 2}]
@@ -58,8 +58,8 @@ AXES = [("heads", {"heads": "mix"}), ("lowrank", {"rank": 4})]
 @pytest.mark.parametrize("mode", [*MODES, *AXES], ids=str)
 def test_all_that_training_makes_is_where_the_model_is(mode):
     name, settings = mode if type(mode) is tuple else (None, {})
-    model = empty(config(**(mode if name is None else {"share": "1-3"})))       # on the device meta
-    model = (change(model, name, **settings) if name else model).train()
+    changes = [{"by": name, "settings": settings}] if name else []
+    model = empty(config(**({"share": "1-3"} if name else mode)), changes).to("meta").train()
     idx = tokens(12)
     optimizer = torch.optim.AdamW(model.parameters())
     model(idx, idx)[1].backward()

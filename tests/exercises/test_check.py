@@ -35,9 +35,9 @@ def attention_row(q, k, t):
     row = step().attention_weights(*(torch.tensor(x).double()[None, None] for x in (q[t:t + 1], k[:t + 1])))
     return [*row.flatten().tolist(), *[0.0] * (len(q) - t - 1)]
 
-def layer(H, G, W_v, W_out):
+def layer(H, G, W_v, W_out, kind=SharedAttention):
     """A reuse layer with these matrices."""
-    attn = SharedAttention(GPTConfig(n_head=H, n_kv_head=G, n_embd=2 * H), 0)       # any width will do
+    attn = kind(GPTConfig(n_head=H, n_kv_head=G, n_embd=2 * H), 0)      # any width will do
     for part, weight in ((attn.qkv, W_v), (attn.out, W_out)):
         part.weight = torch.nn.Parameter(weight)
     return attn
@@ -93,8 +93,8 @@ def best_source(P, anchor):
     return (products[1, :, 0] / products[0, :, 0].diagonal().sqrt()).argmax(1).tolist()
 
 def mixture(P, w):
-    seen, attn = [], layer(len(P), len(P), torch.eye(len(P)), torch.eye(len(P)))
-    attn.__class__, attn.mix = Mixed, torch.nn.Parameter(w)
+    seen, attn = [], layer(len(P), len(P), torch.eye(len(P)), torch.eye(len(P)), Mixed)
+    attn.mix = torch.nn.Parameter(w)
     attn(torch.zeros(1, P.size(1), len(P)), Step(None, None, False, watch=seen.append), P[None])
     return seen[0][0].detach()
 
