@@ -48,6 +48,11 @@ def fill(new, model, tensors):
     new.load_state_dict(state, assign=True)
     return new.to(model.embed.weight).eval()
 
+def calibration(model, data):
+    """Twelve windows (12, T ≤ 512) of the training part of a minisa.kit.data.Data."""
+    T = min(512, model.config.block_size)
+    return data.windows("train", 12, T)[:, :-1].to(model.embed.weight.device)
+
 # ---- commands ----
 
 def parser(doc, name):
@@ -75,8 +80,7 @@ def rewrite(args, technique):
         def windows():
             data = data_of(info, tokenizer, args.text)
             print(f"calibrating on {data.name}", file=sys.stderr, flush=True)
-            T = min(512, parent.config.block_size)
-            return data.windows("train", 12, T)[:, :-1].to(args.device)
+            return calibration(parent, data)
 
         checkpoint.derive(args.out, technique(parent, windows), parent, info)
     print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")

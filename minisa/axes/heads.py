@@ -206,9 +206,9 @@ def main():
     flags = parser(__doc__, "heads")
     flags.flag("share", str, "", "spans of layers that will share, as 1-3 or 1-3,5-7",
                shown="the model's own spans")
-    flags.flag("share_kind", sharing_kind, "weights", "what they share: weights (Shared Attention); "
-               "or, with --heads=same, kv (Cross-Layer Attention) or the NAME of a kind in "
-               "minisa/axes")
+    flags.flag("share_kind", sharing_kind, "weights", "what they share: weights (Shared "
+               "Attention); or, with --heads=same, kv (Cross-Layer Attention) or the NAME of a "
+               "kind in minisa/axes")
     flags.flag("heads", str, "same", "what a head of a reuse layer reuses: the anchor's head of "
                "the same number, its most similar head, or a mixture",
                choices=["same", "match", "mix"])
