@@ -97,10 +97,9 @@ class Step:
     """What all layers must know of the T tokens that are being processed, and how they attend."""
     rope: torch.Tensor              # (T, D/2), the rotations of their positions
     mask: torch.Tensor | None       # (T, S): 0 where a token may look, else -inf; None: everywhere
-    causal: bool                    # it is the usual mask, which fused kernels (but MPS's) know
+    causal: bool                    # the mask is the usual one, which fused kernels know
     cache: "KVCache | None" = None
-    fuse: bool = True               # False: all layers form P, also those that need not
-    watch: object = None            # a function that is shown every P, layer after layer
+    watch: object = None            # shown every P, layer after layer; None: P need not be formed
 
     def remember(self, name, layer, new):
         """Cache a layer's new k or v ("k", "v") (B, G, T, D) → it and the cached (B, G, S, D)."""
@@ -109,9 +108,10 @@ class Step:
     def attention_weights(self, q, k):
         """q (B, H, T, D), k (B, G, S, D) → P (B, H, T, S)."""
         B, H, T, D = q.shape
-        stacked = (q * D**-0.5).reshape(B, k.size(1), -1, D)    # (B, G, H/G·T, D): heads by their k
-        scores = (stacked @ k.transpose(2, 3)).view(B, H, T, -1)
-        scores = scores if self.mask is None else scores + self.mask.type_as(scores)
+        q = (q * D**-0.5).reshape(B, k.size(1), -1, D)          # (B, G, H/G·T, D): all rows that
+        scores = (q @ k.transpose(2, 3)).view(B, H, T, -1)      # share a k, below each other
+        if self.mask is not None:
+            scores = scores + self.mask.type_as(scores)
         return scores.softmax(-1).type_as(q)
 
     def weighted_sum(self, P, v):
@@ -119,14 +119,18 @@ class Step:
         if self.watch:
             self.watch(P)
         B, H, T, S = P.shape
-        return (P.view(B, v.size(1), -1, S) @ v).view(B, H, T, -1)      # heads by their v
+        P = P.view(B, v.size(1), -1, S)                         # (B, G, H/G·T, S)
+        return (P @ v).view(B, H, T, -1)
 
     def fused(self, q, k, v):
-        """weighted_sum(attention_weights(q, k), v), by a kernel that never forms P."""
-        if self.watch or not self.fuse:
+        """weighted_sum(attention_weights(q, k), v), by a kernel that never forms P: a "fused" one,
+        which computes both steps for a few rows of P at a time."""
+        if self.watch:
             return self.weighted_sum(self.attention_weights(q, k), v)
-        mask, gqa = None if self.causal else self.mask, k.size(1) < q.size(1)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, enable_gqa=gqa)
+        causal = self.causal and not q.is_mps                   # that of MPS wants a mask
+        mask = None if causal else self.mask
+        gqa = k.size(1) < q.size(1)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
 
 class Widths(NamedTuple):
     """How many numbers of q, of k and of v a layer computes for each token."""
@@ -315,7 +319,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, M = config.n_embd, config.n_hidden
-        self.gate, self.up = nn.Linear(C, M, bias=False), nn.Linear(C, M, bias=False)
+        self.gate = nn.Linear(C, M, bias=False)
+        self.up = nn.Linear(C, M, bias=False)
         self.down = nn.Linear(M, C, bias=False)
 
     def forward(self, x):
@@ -326,7 +331,8 @@ class Block(nn.Module):
 
     def __init__(self, config, layer, kind):
         super().__init__()
-        self.attn, self.mlp = kind(config, layer), MLP(config)
+        self.attn = kind(config, layer)
+        self.mlp = MLP(config)
         self.eps, self.dropout = config.norm_eps, config.dropout
 
     def norm(self, x):
@@ -343,36 +349,41 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.fuse = config, True                   # fuse: see Step
+        self.config = config
+        self.watch = None                                       # see Step
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.tied:
             self.unembed = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.drop = nn.Dropout(config.dropout)
-        kinds, (anchor, reuse) = [Attention] * config.n_layer, SHARE_KINDS[config.share_kind]
-        for a, b in config.spans:
+        kinds = [Attention] * config.n_layer
+        anchor, reuse = SHARE_KINDS[config.share_kind]
+        for a, b in config.spans:                               # "1-3": layers 1, 2 and 3
             kinds[a:b + 1] = [anchor] + [reuse] * (b - a)
         self.blocks = nn.ModuleList(Block(config, i, kind) for i, kind in enumerate(kinds))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:                                    # as in GPT-2
-                last = name.endswith(("out.weight", "down.weight"))     # what is added to x
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if last else 0.02)
+        for name, p in self.named_parameters():                 # as in GPT-2
+            adds_to_x = name.endswith(("out.weight", "down.weight"))
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if adds_to_x else 0.02)
 
     def start(self, idx, cache=None, watch=None):
-        """Token ids idx (B, T) → their embeddings (B, T, C), and the Step that all layers get."""
+        """Token ids idx (B, T) → their embeddings (B, T, C), and the Step that all layers get.
+        watch: see Step."""
         T = idx.size(1)
         length, size = (cache.length, cache.size) if cache else (0, self.config.block_size)
         if T > size:
             raise ValueError(f"{T} tokens at once are more than the {size} that fit: crop them")
         positions = torch.arange(length, length + T, device=idx.device)
         key_positions = cache.advance(positions) if cache else positions        # (S,)
-        x, mask = self.drop(self.embed(idx)), None
+        x = self.drop(self.embed(idx))
+        mask, causal = None, False
         if T > 1:                                               # a single token sees all there is
             distance = positions[:, None] - key_positions       # (T, S)
-            mask = torch.where((distance >= 0) & (distance < size), 0.0, -torch.inf).to(x.dtype)
-        rope, watch = rope_angles(self.config, positions), watch or (cache and cache.watch)
-        causal = T > 1 and len(key_positions) == T and not idx.is_mps
-        return x, Step(rope, mask, causal, cache, self.fuse, watch)
+            visible = (distance >= 0) & (distance < size)
+            mask = torch.where(visible, 0.0, -torch.inf).to(x.dtype)
+            causal = len(key_positions) == T
+        watch = watch or (cache and cache.watch) or self.watch
+        return x, Step(rope_angles(self.config, positions), mask, causal, cache, watch)
 
     def hidden(self, idx, cache=None, watch=None):
         """idx (B, T) → the last hidden states (B, T, C), which head() turns into logits."""

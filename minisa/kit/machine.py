@@ -49,7 +49,8 @@ def number_format(model, dtype):
     device = next(model.parameters()).device.type
     if device == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32, where the card has it
-    model.fuse = dtype == "float32" or device != "cpu"  # a CPU's fused bfloat16 kernel is slow
+    if dtype == "bfloat16" and device == "cpu":
+        model.watch = lambda P: None                    # a CPU's fused bfloat16 kernel is slow
     return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
 def compiled(model, idx, targets, autocast):
