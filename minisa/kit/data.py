@@ -64,9 +64,12 @@ def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None
     return target
 
 def write_tokens(target, tokenizer, train, val):
-    """Write a folder of token files, whole or not at all. Raises OSError."""
+    """Write a folder of token files, whole or not at all. Raises OSError, or ValueError if a part has less
+    than two tokens."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     ids = {"train": tokenizer.encode(train), "val": tokenizer.encode(val)}
+    if min(map(len, ids.values())) < 2:
+        raise ValueError("--text: the text is too short to train on and to validate with; give more")
     files = {f"{part}.npy": npy(np.array(ids[part], dtype)) for part in ids}
     val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))         # of all tokens that are predicted
     meta = {"tokenizer": to_json(tokenizer), "val_bytes": val_bytes}

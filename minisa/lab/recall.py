@@ -10,6 +10,8 @@ what a cache forgot; this does. The share of right answers is followed by its st
 and Coull: with two right and two wrong answers added. For --squeeze, --context is the least of --lengths.
 """
 
+from statistics import mode
+
 import torch
 
 from minisa.axes import squeeze
@@ -24,20 +26,32 @@ QUESTION = "\n\nThe secret number is"
 BEFORE = 16                 # tokens of text before the fact
 BATCH = 4                   # prompts read at once
 
-def make_prompts(data, n, length, seed):
-    """→ n prompts of `length` tokens (n, length), and the right answer to each (n, digits)."""
+def draw_numbers(encode, n, seed):
+    """→ n numbers of four digits, and the tokens of each (n, D). A tokenizer may have tokens of several
+    digits; only numbers of the most frequent count of tokens are taken."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(1000, 10000, (n,), generator=generator).tolist()
-    texts = data.windows("val", n, length).tolist()
+    numbers = torch.randint(1000, 10000, (20 * n,), generator=generator).tolist()
+    answers = [encode(f" {number}") for number in numbers]
+    lengths = [len(answer) for answer in answers]
+    fitting = [i for i, length in enumerate(lengths) if length == mode(lengths)]
+    return [numbers[i] for i in fitting[:n]], torch.tensor([answers[i] for i in fitting[:n]])
+
+def make_prompts(data, n, length, seed):
+    """→ n prompts of `length` tokens (n, length), and the right answer to each (n, D). Raises ValueError if
+    the length has no room for fact and question."""
     encode = data.tokenizer.encode
+    numbers, answers = draw_numbers(encode, n, seed)
+    texts = data.windows("val", n, length).tolist()
     question = encode(QUESTION)
     prompts = []
     for text, number in zip(texts, numbers):
         fact = encode(FACT.format(number))
         end = length - len(fact) - len(question)
+        if end < BEFORE:
+            raise ValueError(f"--lengths={length}: fact and question take {length - end} of them in this "
+                             f"model's tokens; take at least {length - end + BEFORE}")
         prompts.append(text[:BEFORE] + fact + text[BEFORE:end] + question)
-    answers = [encode(f" {number}") for number in numbers]
-    return torch.tensor(prompts), torch.tensor(answers)
+    return torch.tensor(prompts), answers
 
 # ---- questions and answers ----
 

@@ -148,3 +148,9 @@ def test_a_full_disk_while_tokenizing_is_named_and_leaves_nothing(text, tmp_path
     with pytest.raises(OSError, match="could not be written.*No space left on device.*; free some space"):
         tokenize(text, vocab_size=300, folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+def test_a_text_that_becomes_a_single_token_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 20)
+    with pytest.raises(ValueError, match="--text: the text is too short"):
+        tokenize(tmp_path / "a.txt", folder=tmp_path / "data")
+    assert not (tmp_path / "data").exists()

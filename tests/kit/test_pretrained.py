@@ -1,5 +1,6 @@
 """A .gguf file becomes the same model in our class, or is refused by name."""
 
+import json
 import random
 import re
 import struct
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 
 import minisa
 import sample
-from minisa.kit import pretrained
+from minisa.axes import heads
+from minisa.kit import export, pretrained
 from minisa.kit.tokenizer import PATTERNS, Tokenizer, from_json, to_json
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
@@ -135,6 +137,13 @@ def refusals():
         "a wrong shape": (dict(extra={"blk.1.ffn_down.weight": torch.ones(C, M + 2)}),
                           "its tensor model.layers.1.mlp.down_proj.weight has the shape"),
     }
+
+def test_where_a_text_ends_is_kept_by_what_is_derived_and_exported(tmp_path, run):
+    write(tmp_path / "x.gguf", tensors(), change=lambda writer: writer.add_eos_token_id(0))
+    assert run(heads.main, "x.gguf", "--share=1-2", "--out=derived")[0] == 0
+    assert run(export.main, "derived", "--out=whole")[0] == 0
+    for name in ("derived", "whole"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"] == 0
 
 @pytest.mark.parametrize("name", refusals())
 def test_what_is_not_supported_is_refused_by_name(tmp_path, name):

@@ -107,3 +107,16 @@ def test_wrong_flags_get_one_line_and_status_2(run, model, flags, message):
     status, _, err = run(recall.main, "run", "--prompts=2", *flags)
     errors = [line for line in err.splitlines() if "error" in line]
     assert status == 2 and len(errors) == 1 and message in errors[0]
+
+def test_numbers_of_different_lengths_in_tokens_are_left_out(tmp_path):
+    from minisa.kit.tokenizer import Tokenizer
+    tokenizer = Tokenizer([*(bytes([b]) for b in range(256)), *(b"%d" % n for n in range(10, 100, 2))])
+    numbers, answers = recall.draw_numbers(tokenizer.encode, 30, seed=1)
+    assert answers.dim() == 2 and len(numbers) == len(answers) == 30
+    for number, answer in zip(numbers, answers.tolist()):
+        assert tokenizer.decode(answer) == f" {number}"
+
+def test_a_length_without_room_for_the_fact_is_refused_with_the_least(run, folder, monkeypatch):
+    monkeypatch.setattr(recall, "FACT", "\n\nThe secret number, which nobody must ever tell, is {0}.\n\n" * 2)
+    status, _, err = run(recall.main, folder / "run", "--lengths=64")
+    assert status == 2 and "--lengths=64: fact and question take" in err and err.count("\n") == 1
