@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minisa.decode import Decoder
-from minisa.model import GPT, PREFILL_CHUNK, KVCache
+from minisa.model import GPT, PREFILL_CHUNK, GPTConfig, KVCache
 
 @dataclass
 class Cost:
@@ -66,7 +66,8 @@ def numbers_read(blocks, rooms):
             keys_below = 0 if attn.restores_keys else made.k
     return total
 
-def predict(model_or_config, context, batch_size=1, bytes_per_number=4, kept=None):
+def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
+            bytes_per_number: int = 4, kept: list[int] | None = None) -> Cost:
     """→ the Cost of a GPT, or of one with this GPTConfig, with `context` tokens in the cache.
 
     kept: for each layer how many tokens its cache has room for, if not all.
@@ -110,7 +111,8 @@ class Reads(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 @torch.inference_mode()
-def measure(model, context, batch_size=1, cache_of=None, engine="torch"):
+def measure(model: GPT, context: int, batch_size: int = 1, cache_of=None,
+            engine: str = "torch") -> Cost:
     """→ the same Cost, counted: parameters, the cache's storage, the matrix products of a real run.
 
     cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured.

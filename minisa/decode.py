@@ -110,7 +110,7 @@ class Decoder:
             self.layers.append(SimpleNamespace(**vars(layer), k=k, v=v))
 
     @np.errstate(over="ignore")                             # of exp() in mlp()
-    def step(self, token):
+    def step(self, token: int) -> np.ndarray:
         """The newest token's id → logits (V,) of the next one.
 
         The cache is a ring: when it is full, a new token takes the oldest one's slot. A sum needs

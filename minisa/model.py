@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from minisa import decode
@@ -396,7 +397,7 @@ class GPT(nn.Module):
         weight = self.embed.weight if self.config.tied else self.unembed.weight
         return F.linear(x, weight)                              # (..., C) → (..., V)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """idx (B, T) int64 → logits (B, T, V), and the loss in nats per token if targets (B, T) are
         given. With a cache, idx goes on from it. ValueError if T > block_size, or its size."""
         logits = self.head(self.hidden(idx, cache))
@@ -405,7 +406,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def attention_weights(self, idx):
+    def attention_weights(self, idx: Tensor) -> list[Tensor]:
         """idx (B, T) → what each layer attends with: a list of P (B, H, T, T)."""
         seen = []
         self.hidden(idx, watch=seen.append)
@@ -438,8 +439,9 @@ class GPT(nn.Module):
                 idx = draw(self.read(idx, cache), temperature, top_k, next(randoms))
             yield idx
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
-                 cache=None):
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, generator: torch.Generator | None = None,
+                 cache: KVCache | None = None) -> Tensor:
         """idx (B, T) → idx and what stream() adds to it, (B, T + max_new_tokens)."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, generator, cache)
         return torch.cat((idx, *new), dim=1)

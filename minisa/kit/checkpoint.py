@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from minisa.kit import llama, pretrained
 from minisa.kit.files import check, read_file, reading, refuse_too_much, write_file, write_folder
-from minisa.kit.tokenizer import from_json, to_json
+from minisa.kit.tokenizer import Tokenizer, from_json, to_json
 from minisa.model import GPT, GPTConfig
 
 INFO = {"step": int | None, "val_loss": float | None, "val_bpb": float | None, "data": str | None,
@@ -213,7 +213,9 @@ class Stored:
     def ours(self):
         return {**DEFAULTS, **self.fields.get("minisa", {})}
 
-def load(source, share=None, share_kind="weights", device="cpu", dtype=torch.float32):
+def load(source: str | Path, share: str | None = None, share_kind: str = "weights",
+         device: str | torch.device = "cpu",
+         dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer, dict]:
     """A model → model in eval mode, tokenizer, info (a dict; its values are None where not known).
 
     source: the folder of a run, or of any LlamaForCausalLM; a .gguf file of one; or "smollm2", which
