@@ -83,6 +83,10 @@ def refuse_too_large(config, sequences, device, dtype):
     logits = sequences * config.block_size * config.vocab_size
     anchors = len(config.spans) if dtype == "float32" else config.n_layer      # the layers that form P
     P = anchors * sequences * config.n_head * config.block_size**2
-    refuse_too_much(16 * predict(config, 1).params, "training a model of this shape")
-    refuse_too_much(8 * logits, f"--batch_size: {sequences} sequences at once")
-    refuse_too_much(8 * P, f"--block_size={config.block_size}: attention weights of this size")
+    needs = {
+        "training a model of this shape": 16 * predict(config, 1).params,
+        f"--batch_size: {sequences} sequences at once": 8 * logits,
+        f"--block_size={config.block_size}: attention weights of this size": 8 * P,
+    }
+    most = max(needs, key=needs.get)
+    refuse_too_much(needs[most], most)
