@@ -44,9 +44,11 @@ def killed(seconds, *words, stdin=""):
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 def whole():
-    """Every model that is there can be loaded; but for one whose parent is replaced."""
+    """Every model that is there can be loaded; but for one whose parent is replaced, and folders that are
+    not there yet."""
     for path in Path(".").rglob("config.json"):
-        if "mixed" not in str(path) and path.with_name("model.safetensors").exists():
+        unfinished = path.parent.name.startswith(".")
+        if "mixed" not in str(path) and not unfinished and path.with_name("model.safetensors").exists():
             checkpoint.load(path.parent)
     for path in Path(".").rglob("train.safetensors"):
         weights(path)
@@ -57,6 +59,7 @@ def train(rng):
     resume = ["--resume"] if Path("out/new/train.safetensors").exists() else [*LONG, "--overwrite"]
     must("train", *resume, "--out_dir=out/new", "--data_dir=data")
     assert same("out/new/train.safetensors", "../whole/train.safetensors") and same("out/new", "../whole")
+    assert not [*Path("out/new").rglob(".*")]                   # nor is anything half written left
     return was
 
 def overwrite(rng):
@@ -86,9 +89,12 @@ def compress(rng):
                         ("eigen", "out/full", "--error=0.1"), ("lowrank", "out/full", "--share=1-2")])
     was = killed(rng.uniform(0, 0.06), *words, "--out=out/new")
     whole()
-    if not Path("out/new").exists():                            # it is there whole, or not at all
-        must(*words, "--out=out/new")
+    if Path("out/new").exists():                                # it is there whole, or not at all
+        words = "heads", "out/full", "--share=1-2"
+        shutil.rmtree("out/new")
+    must(*words, "--out=out/new")
     checkpoint.load("out/new")
+    assert not [path for path in Path("out").glob(".new.*") if path.suffix != ".lock"]
     return was
 
 def main():

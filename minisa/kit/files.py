@@ -151,6 +151,13 @@ def clean(folder, names):
         if name in names and not set(ending) - set("0123456789abcdef"):
             path.unlink(missing_ok=True)
 
+def clean_folders(parent, name="*"):
+    """Delete what write_folder() left half written of folders of this name when it was killed. Only
+    for what is locked."""
+    for path in Path(parent).glob(f".{name}.????????"):
+        if path.is_dir() and not set(path.suffix[1:]) - set("0123456789abcdef"):
+            shutil.rmtree(path, ignore_errors=True)
+
 def refuse_unwritable(path):
     """Raises OSError, before any work, if a file or folder of this name could not be written."""
     path, why = Path(path), ""
@@ -187,6 +194,7 @@ def lock(folder):
         raise ValueError(f"{folder}: another program is writing there; wait until it ends, or "
                          "name another folder") from None
     try:
+        clean_folders(folder.parent, folder.name)
         yield
     finally:
         held.release()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from minisa.kit import checkpoint
 from minisa.kit.cli import silence
-from minisa.kit.files import clean, lock, refuse_unwritable, write_file
+from minisa.kit.files import clean, clean_folders, lock, refuse_unwritable, write_file
 
 STATE, LOG = "train.safetensors", "log.jsonl"
 
@@ -188,8 +188,8 @@ class Run:
                                "last bit")
         self.progress.machine = now
         if self.processes.rank == 0:
-            for folder in (self.folder, *self.folder.glob("steps/*")):
-                clean(folder, [*checkpoint.FILES, STATE, LOG])
+            clean(self.folder, [*checkpoint.FILES, STATE, LOG])
+            clean_folders(self.folder / "steps")
 
         def stop(signum, _):
             self.signal = signum

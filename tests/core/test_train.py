@@ -478,8 +478,12 @@ def test_what_a_killed_run_left_half_written_goes(run, text):
     mine = [Path("out/full") / name for name in (f"{STATE}.original", "notes.0123abcd")]
     for path in left + mine:
         path.write_bytes(b"half")
+    half = [Path("out/full/steps/.00000007.0123abcd"), Path("out/.full.0123abcd")]      # folders
+    for folder in half:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
     run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
-    assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
+    assert not any(path.exists() for path in left + half) and all(path.exists() for path in mine)
 
 def test_a_full_disk_under_what_is_printed_saves_the_run(text, tmp_path):
     if not Path("/dev/full").exists():
