@@ -1,6 +1,6 @@
-"""Grade a file of answers to the exercises; what each is about is on the sheet, minisa/exercises/README.md.
+"""Grade a file of answers to the exercises, which minisa/exercises/README.md describes.
 
-    python -m minisa.exercises                          answers.py as it stands in this folder
+    python -m minisa.exercises                          answers.py in this folder, as it is
     python -m minisa.exercises --answers=mine.py        a copy
     python -m minisa.exercises --answers=mine.py --json     for a program
 """

@@ -3,10 +3,10 @@
     cp minisa/exercises/answers.py mine.py
     python -m minisa.exercises --answers=mine.py
 
-The sheet, README.md, says what each exercise is about. Names of shapes: T tokens, H query heads, G key/value
-heads, D numbers per head, C = H·D.
+README.md describes each exercise. Names of shapes: T tokens, H query heads, G key/value heads, D numbers per
+head, C = H·D.
 
-Use torch, or plain Python. What you import from minisa's model or axes does not count as an answer.
+Use torch or plain Python. Code imported from minisa's model or axes does not count as an answer.
 """
 
 # ---- lab 1: from the paper to the model ----
@@ -14,7 +14,7 @@ Use torch, or plain Python. What you import from minisa's model or axes does not
 def attention_row(q, k, t):
     """The attention weights of the token at position t, which looks at positions 0 to t.
 
-    q, k: lists of T lists of D floats, a query and a key per position, rotated already. A score is q·k / √D.
+    q, k: lists of T lists of D floats, a query and a key per position, already rotated. A score is q·k / √D.
     Returns a list of T floats that sum to 1; those after t are 0. Scores can be in the thousands, above and
     below zero.
     """
@@ -43,7 +43,8 @@ def roles(share, n_layer):
 
     Layers count from 0; both ends of a span belong to it; "0-1,2-3" is allowed. Returns a list of n_layer
     words, "full", "anchor" or "reuse". Raises ValueError for anything that is not written exactly like this,
-    and for spans that do not rise, overlap, have fewer than two layers, or do not fit into n_layer.
+    and for spans that overlap, are not in rising order, have fewer than two layers, or do not fit into
+    n_layer.
     """
     raise NotImplementedError
 
@@ -55,7 +56,7 @@ def cache_bytes(roles, kind, n_head, n_kv_head, n_embd, tokens, bytes_per_number
     raise NotImplementedError
 
 def decode_flops(role, kind, n_head, n_kv_head, n_embd, n_hidden, keys):
-    """FLOPs of the matrix products of one layer for one new token that sees so many keys, itself included.
+    """FLOPs of the matrix products of one layer for one new token that sees `keys` tokens, itself included.
 
     A multiply-add is 2 FLOPs. role: "full", "anchor" or "reuse"; kind: as above. The MLP has three matrices
     between n_embd and n_hidden numbers.
@@ -108,7 +109,7 @@ def keep(received, budget):
 def bits_per_byte(nats_per_token, tokens, text):
     """The loss of a model on a text, in a unit that does not depend on the tokenizer.
 
-    nats_per_token: the mean over so many predicted tokens. text: those tokens, as a str; its bytes are those
+    nats_per_token: the mean over `tokens` predicted tokens. text: those tokens, as a str; its bytes are those
     of UTF-8.
     """
     raise NotImplementedError

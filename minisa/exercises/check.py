@@ -1,7 +1,7 @@
-"""How answers are graded: each by cases, against a plain formulation in numpy and float64.
+"""How answers are graded: by test cases, against a plain formulation in numpy and float64.
 
-All cases follow from SEED: change it, and they are new. An answer runs in a process of its own, so a wrong,
-hanging or crashing one costs only its own points.
+All cases follow from SEED: change it to get new ones. Each answer runs in a process of its own, so one that
+is wrong, hangs or crashes costs only its own points.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ def softmax(scores):
     return weights / weights.sum()
 
 def random_weights(rng, H, T):
-    """Attention weights (H, T, T), as of a real layer: rows sum to 1, some sharp and some flat, and no token
-    attends to a later one."""
+    """Attention weights (H, T, T) like those of a real layer: rows sum to 1, some sharp and some flat, and no
+    token attends to a later one."""
     P = np.zeros((H, T, T))
     for h in range(H):
         for t in range(T):
@@ -201,7 +201,7 @@ def best_source(rng):
         shuffled = anchor[rng.permutation(H)]
         P = 0.7 * shuffled + 0.3 * random_weights(rng, H, 6)
         yield tensors(P=P, anchor=anchor), best_cosine(P, anchor)
-    for measure in (products, closeness, row_cosines):              # which alike does not mean
+    for measure in (products, closeness, row_cosines):              # other, wrong measures of similarity
         yield disagreeing_case(rng, measure)
 
 def disagreeing_case(rng, measure):
@@ -370,7 +370,7 @@ def read_answers(file):
 
 def in_process(file, cases, pipe):
     """What the child does: grade one exercise of a file, and send the result."""
-    os.dup2(2, 1)                                           # what answers print is no result
+    os.dup2(2, 1)                                           # what answers print is not part of the result
     torch.set_num_threads(1)
     try:
         answer = getattr(read_answers(file), cases.__name__)

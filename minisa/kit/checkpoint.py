@@ -1,21 +1,21 @@
-"""Models on disk: written by training and by the axes, read by everyone.
+"""Models on disk: written by training and by the axes, read by all commands.
 
-A model is a folder, as Hugging Face's libraries have it:
+A model is a folder, in the layout of Hugging Face's libraries:
 
     config.json             the fields of a LlamaConfig (minisa/kit/llama.py); ours under "minisa"
     tokenizer.json          its tokenizer, with tokenizer_config.json; a derived model has its parent's
-    model.safetensors       its tensors; of a derived model just those that differ from its parent's
+    model.safetensors       its tensors; for a derived model, only those that differ from its parent's
 
-Any folder of a LlamaForCausalLM can be read, and what is a Llama can be read by others. A model that
-shares, was changed by an axis, or has a parent, says model_type: minisa, so that others refuse it.
+Any folder of a LlamaForCausalLM can be read, and a model that is a Llama can be read by others. A model
+that shares, was changed by an axis, or has a parent says model_type: minisa, so that others refuse it.
 
-Under "minisa" stand share, share_kind and dropout of GPTConfig, and
+"minisa" holds share, share_kind and dropout of GPTConfig, and
 
     changes     what axes did to its layers: [{"by": "heads", "settings": {...}}, …], in order
     parent      None, or {"source", "sha256"} of the model that it was derived from
 
-What changes while a model is trained (its step, its loss) stands in the head of model.safetensors,
-beside a sha256 of config.json and the tensors. So a model is saved anew by renaming one file.
+What changes while a model is trained (its step, its loss) is in the head of model.safetensors, beside a
+sha256 of config.json and the tensors. So renaming one file is enough to save a model again.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ KIND, FIX = "not a model of this kind", "take another, or make it again"
 # ---- changes that axes make ----
 
 def change(model, by, **settings):
-    """Let minisa/axes/BY.py replace layers of a model, and record it. → the model
+    """Let minisa/axes/BY.py replace layers of a model, and record the change. → the model
 
     That file's rebuild(model, **settings) puts new layers in their place, without numbers. Raises
     ValueError if there is no such file, or the settings do not fit.
@@ -75,7 +75,7 @@ class Unfilled(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 def empty(config, changed=()):
-    """A model on the meta device, without numbers. Raises ValueError if it would never end."""
+    """A model on the meta device, without numbers. Raises ValueError if building it would never end."""
     if config.n_layer > 1000:
         raise ValueError(f"n_layer={config.n_layer}: more than 1000")
     with torch.device("meta"), Unfilled():
@@ -86,9 +86,9 @@ def empty(config, changed=()):
 
 def reconfigure(model, **fields):
     """A model → one with other fields of GPTConfig, such as share="1-3", in eval mode. Zero-shot:
-    the same numbers in the same memory, but for the q, k and v of layers that now borrow some.
+    the same numbers in the same memory, except the q, k or v of layers that now borrow them.
 
-    Raises ValueError if a layer lacks what it must now make itself.
+    Raises ValueError if a layer lacks what it must now compute itself.
     """
     config = replace(model.config, **fields)
     otherwise = config.spans != model.config.spans or config.share_kind != model.config.share_kind
@@ -112,14 +112,14 @@ def reconfigure(model, **fields):
 # ---- saving ----
 
 def save(folder, model, tokenizer, info):
-    """Write a model whole. info: a dict of what is known of it, as INFO. Raises OSError."""
+    """Write a complete model. info: a dict of what is known about it, as INFO. Raises OSError."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "model_max_length": model.config.block_size}
     files = {TOKENIZER: as_json(to_json(tokenizer)), "tokenizer_config.json": as_json(settings)}
     write(folder, files, model, info)
 
 def derive(folder, model, parent, info):
-    """Write a model as what differs from its parent, a model that load() gave. Raises OSError."""
+    """Write only what differs from the parent, a model that load() returned. Raises OSError."""
     known = {name: t.data_ptr() for name, t in parent.state_dict().items()}
     own = [name for name, t in model.state_dict().items() if t.data_ptr() != known.get(name)]
     source, sha256 = parent.origin
@@ -164,15 +164,15 @@ def as_json(content):
 
 def pack(tensors, config, known):
     """Tensors, and two dicts that JSON can hold → the bytes of a .safetensors file with a hash of the
-    tensors, of the config that they belong to, and of what is known of them."""
+    tensors, of the config that they belong to, and of what is known about them."""
     metadata = {"format": "pt", "minisa": json.dumps(known)}
     metadata["model"] = digest(config, tensors)
     metadata["sha256"] = digest(metadata["minisa"], {}, metadata["model"])
     return safetensors.torch.save(tensors, metadata)
 
 def unpack(data, config=None):
-    """What pack() gave → tensors, what is known of them, and a hash of tensors and config. A file of
-    other programs has nothing that is known. Raises ValueError if it is not as it was written."""
+    """What pack() returned → tensors, what is known about them, and a hash of tensors and config. For a
+    file of another program, nothing is known. Raises ValueError if the file was altered."""
     tensors = safetensors.torch.load(data)
     metadata = json.loads(data[8:8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     sha256 = digest(config, tensors)
@@ -201,7 +201,7 @@ def read_large(file):
 
 @dataclass
 class Stored:
-    """A model as it was read, of which nothing is built yet."""
+    """A model as it was read, before anything is built from it."""
     source: str             # a folder, a .gguf file, or smollm2
     fields: dict            # of config.json
     tensors: dict           # under Llama's names
@@ -219,9 +219,9 @@ def load(source: str | Path, share: str | None = None, share_kind: str = "weight
     """A model → model in eval mode, tokenizer, info (a dict; its values are None where not known).
 
     source: the folder of a run, or of any LlamaForCausalLM; a .gguf file of one; or "smollm2", which
-    is downloaded once. share: spans that are to share though the weights were trained without
-    (zero-shot), as "1-3"; share_kind: "weights" or "kv". Raises ValueError if the source cannot be
-    read, or cannot share that way.
+    is downloaded once. share: spans, such as "1-3", that are to share although the model was trained
+    without sharing (zero-shot); share_kind: "weights" or "kv". Raises ValueError if the source cannot
+    be read, or cannot share that way.
     """
     chain = ancestry(source)
     info = dict(chain[0].info)
@@ -285,8 +285,8 @@ def read_folder(folder):
     return Stored(str(folder), fields, tensors, tokenizer, sha256, info)
 
 def check_ours(ours):
-    """Raises ValueError unless what stands under "minisa" is as it should be; what is missing takes
-    its default."""
+    """Raises ValueError unless what "minisa" holds is as it should be; what is missing takes its
+    default."""
     check(ours, dict, "minisa")
     unknown = ours.keys() - OURS.keys()
     if unknown:
@@ -344,7 +344,7 @@ def save_training(file, model, tokenizer, optimizer, **more):
 def read_training(file, shape):
     """What save_training() wrote → the model, the tokenizer, the optimizer's tensors as {"0.exp_avg": t,
     …}, and the rest, which must be of this shape (as files.check() takes it). Raises ValueError."""
-    with reading(file, "no state of a training run", "start a new run"):
+    with reading(file, "not the state of a training run", "start a new run"):
         tensors, known, _ = unpack(read_large(file))
         expected = {"config": dict, "changes": OURS["changes"], "tokenizer": dict, **shape}
         check(known, expected, "its state")
@@ -358,8 +358,7 @@ def read_training(file, shape):
         return model, from_json(known.pop("tokenizer")), parts["optimizer"], known
 
 def check_tensors(found, expected):
-    """Raises ValueError unless tensors have the names, shapes and types of those that are expected,
-    and finite numbers."""
+    """Raises ValueError unless tensors have the expected names, shapes and types, and finite numbers."""
     if found.keys() != expected.keys():
         raise ValueError("its tensors are not those of its config")
     for name, like in expected.items():

@@ -64,8 +64,8 @@ def one_of(*choices):
     return parse
 
 def settings_parser(settings, doc, usage, on_gpu):
-    """A Parser with a flag for each field of a dataclass: its type reads the value, the comment in its
-    line is the help. What is parsed holds just what was given. on_gpu: defaults there."""
+    """A Parser with a flag for each field of a dataclass: its type reads the value, and the comment in its
+    line is the help. The result holds only the flags that were given. on_gpu: defaults on a GPU."""
     parser = Parser(doc, usage, argument_default=argparse.SUPPRESS)
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
     for field in dataclasses.fields(settings):
@@ -98,8 +98,8 @@ def device(name):
         raise argparse.ArgumentTypeError(why) from None
 
 def output(*endings):
-    """A type for a flag: the name of a file to write, with one of these endings. That of a table
-    can be a device instead, as /dev/stdout; a picture's ending says what kind it is."""
+    """A type for a flag: the name of a file to write, with one of these endings. A table can also go to a
+    device, such as /dev/stdout; a picture's ending says what kind it is."""
     def parse(name):
         is_device = endings == (".csv",) and name.startswith("/dev/")
         if not name.endswith(endings) and not is_device:
@@ -117,7 +117,7 @@ def output(*endings):
 picture, table = output(".png", ".svg", ".pdf"), output(".csv")
 
 def prompt(text):
-    """A type for a flag: a text; - means that of standard input, FILE:NAME that of a file."""
+    """A type for a flag: a text; - stands for standard input, FILE:NAME for the content of a file."""
     try:
         if text == "-":
             text = sys.stdin.buffer.read(LONGEST + 1).decode()
@@ -136,7 +136,7 @@ def prompt(text):
     return text
 
 def silence():
-    """Let nothing more be printed: the reader of our output, such as head, left."""
+    """Print nothing more: the reader of our output, such as head, has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def refuse_odd_bytes(words):
@@ -149,7 +149,7 @@ def refuse_odd_bytes(words):
                              "file") from None
 
 def open_streams():
-    """Give a program the standard streams that whoever started it has closed."""
+    """Open the standard streams that are closed when the program starts."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))

@@ -1,8 +1,8 @@
 """Text → files of token ids → batches; and the validation loss.
 
 A text becomes a folder data/NAME-TOKENIZER-HASH/ with train.npy (the first nine tenths of its
-characters), val.npy (the rest) and meta.json (the tokenizer, learned on the first part only). Of
-Shakespeare, val.npy is four whole plays. HASH is that of the text, so a changed text is another
+characters), val.npy (the rest) and meta.json (the tokenizer, learned on the first part only). For
+Shakespeare, val.npy is four whole plays. HASH is the hash of the text, so a changed text gets a new
 folder.
 """
 
@@ -34,7 +34,7 @@ def read_text(file):
     return text
 
 def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None):
-    """Make the token files of a UTF-8 text file, or of the plays, unless they are there; → their
+    """Make the token files of a UTF-8 text file, or of the plays, unless they already exist → their
     folder.
 
     kind: "bpe" learns vocab_size tokens on the training part, "gpt2" is tiktoken's; or give a
@@ -93,9 +93,8 @@ def digest(meta, files):
     return hashlib.sha256(known + files["train.npy"] + files["val.npy"]).hexdigest()
 
 def data_of(info, tokenizer, text=None):
-    """The Data of a model that load() gave: of the text it was trained on, or of `text`, a file;
-    for a downloaded model, of the plays. Raises ValueError if the text it was trained on is
-    gone."""
+    """The Data for a model that load() returned: of the text it was trained on, or of `text`, a file;
+    for a downloaded model, of the plays. Raises ValueError if the text it was trained on is gone."""
     if text or info["data"] is None:
         return Data(tokenize(text, tokenizer=tokenizer))
     name = Path(info["data"]).name
@@ -114,7 +113,7 @@ def data_of(info, tokenizer, text=None):
 def refuse_odd(ids, vocab_size):
     """Raises ValueError unless ids are a list of at least two token ids."""
     if ids.dtype.kind != "u" or ids.ndim != 1 or len(ids) < 2:
-        raise ValueError("one is no list of at least two token ids")
+        raise ValueError("one is not a list of at least two token ids")
     if ids.max() >= vocab_size:
         raise ValueError("a token id is out of range")
 
@@ -129,7 +128,7 @@ class Data:
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name
         fix = "delete that folder, and its files are made again"
-        with reading(folder, "no folder of token files", fix):
+        with reading(folder, "not a folder of token files", fix):
             names = "train.npy", "val.npy", "meta.json"
             files = {name: read_file(self.folder / name) for name in names}
             meta = json.loads(files["meta.json"])
@@ -143,8 +142,8 @@ class Data:
                 refuse_odd(ids, self.tokenizer.vocab_size)
 
     def batch(self, step, seed, batch_size, block_size, rows=slice(None)):
-        """Inputs and targets (rows, block_size) of a training step: a pure function of seed and
-        step, of which a process takes its rows."""
+        """Inputs and targets (rows, block_size) of a training step: a pure function of seed and step. Each
+        process takes its own rows of the batch."""
         last = len(self.train) - block_size
         starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)[rows]
         windows = windows_at(self.train, starts, block_size)
@@ -163,8 +162,8 @@ class Data:
         return windows_at(ids, starts, T)
 
     def all_of_val(self, T):
-        """The whole validation split → inputs and targets (n, T), padded at the end with -100, which
-        is no target; and how many bytes the targets are."""
+        """The whole validation split → inputs and targets (n, T), padded at the end with -100, which does
+        not count as a target; and the number of bytes in the targets."""
         ids = torch.from_numpy(self.val.astype(np.int64))
         padding = -(len(ids) - 1) % T
         x = F.pad(ids[:-1], (0, padding))
@@ -172,7 +171,7 @@ class Data:
         return x.view(-1, T), y.view(-1, T), self.val_bytes
 
     def part_of_val(self, T, tokens):
-        """About so many tokens of the validation split, evenly spaced: as all_of_val()."""
+        """About this many tokens of the validation split, evenly spaced, in the form of all_of_val()."""
         windows = self.windows("val", tokens // T, T)
         x, y = windows[:, :-1], windows[:, 1:]
         return x, y, sum(len(self.tokenizer.decode_bytes(row)) for row in y.tolist())
@@ -181,9 +180,9 @@ class Data:
     def evaluate(self, model, tokens=None):
         """The loss on the validation split → nats per token, and bits per byte.
 
-        The whole split is read in windows of block_size tokens, at most 4,096, and each token but
-        the first predicted once. Or, for a large model, about so many `tokens` of it, in windows of
-        at most 512.
+        The whole split is read in windows of block_size tokens, at most 4,096, and each token but the
+        first is predicted once. For a large model, only about `tokens` tokens of it are read, in windows
+        of at most 512.
         """
         T, device = min(model.config.block_size, 4096), model.embed.weight.device
         if tokens and tokens < len(self.val) - 1:

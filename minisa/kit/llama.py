@@ -1,10 +1,10 @@
 """A GPT under the names of a Llama: the fields of its config.json and the tensors of its
 model.safetensors are those of Hugging Face's LlamaForCausalLM.
 
-Two things are not just names. RoPE turns pairs of numbers of a head: neighbours here, number i and
-i + D/2 there, so the rows of W_q and W_k are in another order. And a norm of Llama multiplies its
-output by a gain, ours does not, but for the last: a gain is folded into the columns of the matrices
-that read the output, and written as ones.
+Two differences go beyond names. RoPE rotates pairs of numbers of a head: neighbors here, numbers i and
+i + D/2 there, so the rows of W_q and W_k are in another order. And each norm of a Llama multiplies its
+output by a gain; ours do not, except the last. So a gain is folded into the columns of the matrices
+that read the output, and is written as ones.
 """
 
 import torch
@@ -23,7 +23,7 @@ FIELDS = {      # LlamaConfig's name → ours, and LlamaConfig's default
     "rms_norm_eps": ("norm_eps", 1e-6),
     "tie_word_embeddings": ("tied", False),
 }
-ENDS = "bos_token_id", "eos_token_id", "pad_token_id"       # not ours to know, but kept
+ENDS = "bos_token_id", "eos_token_id", "pad_token_id"       # not used here, but kept
 TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "unembed": "lm_head"}
 PARTS = {"attn.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
          "mlp.down": "mlp.down_proj"}
@@ -40,8 +40,8 @@ def write_config(config):
             "attention_bias": False, "mlp_bias": False, "rope_scaling": None, **dict.fromkeys(ENDS)}
 
 def read_config(fields):
-    """The fields of a LlamaConfig → those of a GPTConfig, as a dict. Raises ValueError if it is of
-    what this GPT is not."""
+    """The fields of a LlamaConfig → those of a GPTConfig, as a dict. Raises ValueError if they ask for
+    what this GPT does not support."""
     rope = fields.get("rope_parameters") or {}
     scaling = fields.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -53,7 +53,7 @@ def read_config(fields):
         (kind != "default", f"its RoPE is scaled ({kind}); supported is RoPE without scaling"),
         (biased, "its matrices have biases; supported is none"),
         (activation != "silu", f"its activation is {activation}; supported is silu"),
-        (quantised, "it is quantised; supported is float32, float16, bfloat16"),
+        (quantised, "it is quantized; supported is float32, float16, bfloat16"),
     ):
         if wrong:
             raise ValueError(what)
@@ -70,8 +70,8 @@ def read_config(fields):
 # ---- tensors ----
 
 def reorder(rows, heads, back=False):
-    """Rows (heads·d, C) of W_q or W_k, whose pairs are neighbours → the same with halves as pairs,
-    or `back`. Heads of odd width are never rotated, and stay."""
+    """Rows (heads·d, C) of W_q or W_k, with neighbors as pairs → the same with number i and i + d/2 as
+    pairs, or `back`. Heads of odd width are never rotated, and stay as they are."""
     d, C = len(rows) // heads, rows.size(1)
     if d % 2:
         return rows
@@ -115,9 +115,9 @@ def write_tensors(model, own=None):
     return found
 
 def take(tensors, name, shape, dtype):
-    """Remove the tensor of a name from a dict → it, in a dtype; a tensor of whole numbers if dtype is
-    one. Raises ValueError if it is missing, of another shape or type, or has numbers that are not
-    finite."""
+    """Remove the tensor of this name from a dict → that tensor, in a dtype; if the dtype is an integer
+    type, the tensor must have that type. Raises ValueError if it is missing, has another shape or type,
+    or has numbers that are not finite."""
     if name not in tensors:
         raise ValueError(f"lacks the tensor {name}")
     t = tensors.pop(name)
@@ -133,8 +133,8 @@ def take(tensors, name, shape, dtype):
 
 def read_tensors(tensors, model, inherited, dtype):
     """Tensors under Llama's names → the state of a model on the meta device, in a dtype. inherited: a
-    state from which those come that are not there. Raises ValueError if one is left over, or as
-    take()."""
+    state that provides the tensors that are missing. Raises ValueError if one is left over, or as take()
+    does."""
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if model.config.tied:
         tensors.pop("lm_head.weight", None)

@@ -34,8 +34,8 @@ def choose_dtype(device, init_from=""):
     return faster_dtype() if device.type == "cpu" and not init_from else "float32"
 
 def faster_dtype():
-    """"bfloat16" if this machine's CPU multiplies it 1.4 times as fast as float32, else "float32".
-    One product is timed in each; the best of several, as other programs may be running."""
+    """"bfloat16" if this machine's CPU multiplies it 1.4 times as fast as float32, else "float32". A
+    product is timed several times in each; the best time counts, since other programs may be running."""
     seconds = {"float32": [], "bfloat16": []}
     for name in [*seconds] * 5:
         x = torch.ones(256, 256, dtype=getattr(torch, name))
@@ -54,8 +54,8 @@ def number_format(model, dtype):
     return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
 def compiled(model, idx, targets, autocast):
-    """→ the model compiled, by a first step on a batch, and the seconds which that took. Raises
-    ValueError if torch.compile lacks what it needs."""
+    """→ the model, compiled by a first step on a batch, and the seconds that this took. Raises ValueError
+    if torch.compile lacks what it needs."""
     warnings.filterwarnings("ignore", message=".*code generation for complex operators")
     forward, begun = torch.compile(model), time.perf_counter()
     try:
@@ -69,14 +69,14 @@ def compiled(model, idx, targets, autocast):
     return forward, time.perf_counter() - begun
 
 def keep_memory():
-    """Ask glibc to keep freed memory. Otherwise it returns large blocks to Linux and gets them anew
+    """Ask glibc to keep freed memory. Otherwise it returns large blocks to Linux and requests them again
     in every step, which costs a fifth of the time on a CPU."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD: up to 32 MB from the heap
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: which is kept
 
 def refuse_too_large(config, sequences, device, dtype):
-    """Raises ValueError if training on so many sequences at once needs, at the very least, more memory
+    """Raises ValueError if training on this many sequences at once needs, by a lower bound, more memory
     than this machine has."""
     if device.type != "cpu":
         return

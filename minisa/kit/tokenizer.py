@@ -1,9 +1,9 @@
 """Byte-level BPE: merges learned here, run by tiktoken.
 
-Byte-pair encoding (Gage 1994; arXiv:1508.07909) starts from the 256 bytes, and again and again
-gives the pair of neighbouring tokens that occurs most often a token of its own. Bytes make up every
-text, so nothing is out of vocabulary. Text is first cut into words by PATTERN, and no token crosses
-from one word into the next; so it is enough to count each different word once.
+Byte-pair encoding (Gage 1994; arXiv:1508.07909) starts from the 256 bytes, and repeatedly gives a token
+of its own to the pair of neighboring tokens that occurs most often. Every text consists of bytes, so
+nothing is out of vocabulary. PATTERN first cuts text into words, and no token crosses from one word
+into the next; so it is enough to process each distinct word once.
 """
 
 import codecs
@@ -16,7 +16,7 @@ import regex  # comes with tiktoken
 import tiktoken
 
 BYTES = [bytes([b]) for b in range(256)]
-# In the files of others a token is text, in GPT-2's alphabet: the visible characters of Latin-1 stand for
+# In others' files a token is text, in GPT-2's alphabet: the visible characters of Latin-1 stand for
 # themselves, the other bytes for characters from 256 up; a space is Ġ.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = sorted({*range(256)} - {*VISIBLE})
@@ -37,8 +37,8 @@ PATTERNS = {
 }
 
 def count_words(text):
-    """→ the different words of a text, the most frequent first: a string of one character per token,
-    and how often it occurs. Longer words than LONGEST are cut; more than LETTERS do not count."""
+    """→ the distinct words of a text, the most frequent first: a string of one character per token, and
+    how often it occurs. Words longer than LONGEST are cut; those beyond LETTERS letters do not count."""
     counts = Counter(word[i:i + LONGEST] for word in regex.findall(PATTERN, text)
                      for i in range(0, len(word), LONGEST))
     words, letters = [], 0
@@ -50,15 +50,15 @@ def count_words(text):
     return words
 
 def neighbours(ids):
-    """A string → its pairs of neighbours, strings of two."""
+    """A string → its pairs of neighbors, strings of two characters."""
     return map("".join, zip(ids, ids[1:]))
 
 def learn(text, vocab_size):
-    """Learn BPE on text → the tokens as bytes, in order of their ids: 256 bytes, then one a merge.
+    """Learn BPE on text → the tokens as bytes, in order of their ids: 256 bytes, then one per merge.
 
-    So that any text takes seconds: longer words than LONGEST are cut, and of more LETTERS than a
-    book has, only the most frequent words count. Stops early when no pair is left to merge. Raises
-    ValueError if vocab_size is below 256.
+    So that any text takes only seconds, words longer than LONGEST are cut, and if the distinct words
+    have more letters in all than LETTERS, only the most frequent count. Stops early when no pair is left
+    to merge. Raises ValueError if vocab_size is below 256.
     """
     if vocab_size < 256:
         raise ValueError(f"--vocab_size={vocab_size}: must be at least 256, a token for each byte")
@@ -135,7 +135,7 @@ class Tokenizer:
             text = text.decode("utf-8", "surrogateescape")
         ids = []
         for part in re.split(f"([\udc80-\udcff]|\\s{{{BLANKS}}})", text):
-            if "\udc80" <= part <= "\udcff":            # a byte that is no UTF-8
+            if "\udc80" <= part <= "\udcff":            # a byte that is not UTF-8
                 odd = part.encode("utf-8", "surrogateescape")
                 ids.append(self.encoding.encode_single_token(odd))
             else:
@@ -146,7 +146,7 @@ class Tokenizer:
         return self.encoding.decode_bytes(ids)
 
     def decode(self, ids):
-        """Token ids → str; what is no UTF-8 becomes U+FFFD."""
+        """Token ids → str; what is not UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_stream(self, ids):
@@ -234,8 +234,8 @@ def kind_of(content):
                      "SmolLM2 and Llama 3")
 
 def refuse_merges(model, added):
-    """Raises ValueError unless tiktoken, which has no merges but joins what makes the token of the
-    least id, gives the same. added: the names of special tokens."""
+    """Raises ValueError unless tiktoken gives the same result. It has no merges, but joins the pair whose
+    token has the lowest id. added: the names of special tokens."""
     ids = model["vocab"]
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged = ["".join(pair) for pair in pairs]

@@ -8,7 +8,7 @@
 Hugging Face transformers in the same way.
 
 Each figure is a median over rounds. In a round everything is timed in turn, so that a machine that slows down
-or speeds up meanwhile does so for all. Tokens are made as generate() makes them: in numpy where
+or speeds up meanwhile affects all figures alike. Tokens are generated as generate() does it: in numpy where
 minisa/decode.py can, in torch elsewhere; --torch adds rows that decode in torch. The limit of a decode step
 is the time in which main memory delivers what the step reads (`read_bytes` of minisa/cost.py), at the speed
 at which this machine reads a large tensor, measured in the same rounds. What fits into the processor's cache
@@ -50,7 +50,7 @@ SWEPT = {                                                   # (context, batch si
 SWEPT_FILES = SWEPT | {"context": [(128, 1), (512, 1), (2048, 1), (8192, 1)]}
 DECODED = 32            # tokens after a prompt that are timed
 LONG_ENOUGH = 0.25      # seconds of decoding in a round: at first, caches are cold and threads asleep
-PAUSE = 0.1             # seconds, in which the waiting threads of torch and numpy fall asleep
+PAUSE = 0.1             # seconds, in which waiting threads of torch and numpy go to sleep
 
 # ---- results: a row says what was measured, and how fast it was ----
 
@@ -134,11 +134,11 @@ def train_work(name, model, training, dtype, where, library="minisa", optimizer=
     return row, partial(timed, step, where)
 
 def prompt(model, T, batch_size=1):
-    """→ token 1 all along (batch size, T). Not 0, which transformers takes for padding."""
+    """→ a prompt of token 1 repeated (batch size, T). Not 0, which transformers takes for padding."""
     return torch.ones(batch_size, T, dtype=torch.long, device=next(model.parameters()).device)
 
 def decoder(model, context, batch_size):
-    """→ a function that makes one token per sequence, each of which sees `context` keys, as generate()."""
+    """→ a function that generates one token per sequence, which sees `context` keys, as generate() does."""
     cache = KVCache(model, batch_size, context)
     for t in cache.k + cache.v:
         t.normal_()
@@ -162,7 +162,7 @@ def on_torch(model):
     return other
 
 def token_times(model, T, n):
-    """→ when a prompt of T tokens was there, and when each of n tokens after it, in seconds."""
+    """→ the times at which a prompt of T tokens was ready, and each of n tokens after it, in seconds."""
     idx, times = prompt(model, T), [time.perf_counter()]
     for token in model.stream(idx, n, 0):
         int(token)                                          # waits for a GPU
@@ -180,8 +180,8 @@ def per_token(model, T, n, times=token_times):
     return (last - second) / n
 
 def text_works(models, size, times=token_times, library="minisa"):
-    """models: [(name, model), ...], of contexts of `size` tokens at least. Decoding after a short prompt, and
-    in float32 prefill of a long one."""
+    """models: [(name, model), ...], with contexts of at least `size` tokens. Decoding after a short prompt,
+    and, in float32, prefill of a long one."""
     short, long, works = min(128, -(-size // 4)), min(2048, -(-size // 2)), []
     for name, model in models:
         row = row_of(name, model, "decode", min(short + DECODED // 2, size), library=library)
@@ -223,7 +223,7 @@ def shapes(text):
     names = text.split(",")
     for name in names:
         if name not in SHAPES:
-            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(SHAPES)}")
+            raise argparse.ArgumentTypeError(f"'{name}' is not one of {', '.join(SHAPES)}")
     return names
 
 def torch_flag(parser):
@@ -267,7 +267,7 @@ def model_flags(parser):
     torch_flag(parser)
 
 def model(args):
-    """Time prefill and decoding of models from files, beside each other, in float32 and bfloat16."""
+    """Time prefill and decoding of models from files, side by side, in float32 and bfloat16."""
     first, *others = args.models
     models = open_models(first, args.share, args.torch, args.device)
     for source in others:

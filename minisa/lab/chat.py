@@ -1,4 +1,4 @@
-"""A chat in the terminal, which continues where it was left.
+"""A chat in the terminal, which continues where you left off.
 
     python -m minisa.lab.chat smollm2
     python -m minisa.lab.chat smollm2 --store=out/chat      the conversation and its cache are kept there
@@ -48,7 +48,7 @@ def special(tokenizer):
 class Chat:
     """A conversation in the terminal: the tokens of the system's message, and of each turn.
 
-    args: the flags of main(). Raises ValueError if the model has no chat format, OSError if a former
+    args: the flags of main(). Raises ValueError if the model has no chat format, OSError if an earlier
     conversation cannot be read.
     """
 
@@ -137,7 +137,7 @@ class Chat:
               f"{cost.cache_bytes_per_token:,} per token; {cost.decode_flops:,} FLOPs for the next token")
 
     def turn(self, text):
-        """Say something; print the answer as it comes, and what it took."""
+        """Send a message; print the answer as it is generated, and the time it took."""
         message, made, began = self.message("user", text), [], time.perf_counter()
         if len(message) > self.store.size:
             print(f"{len(message):,} tokens do not fit into the window of {self.store.size:,}: say it in "
@@ -164,8 +164,8 @@ class Chat:
         self.save()
 
     def read(self, tokens):
-        """Read what the store lacks of the conversation → how many tokens it had, and those of the answer,
-        as they come; the first is there by then."""
+        """Read the part of the conversation that the store lacks → how many tokens the store had, and an
+        iterator over the tokens of the answer, the first of which is ready."""
         args = self.args
         while True:
             self.cache = self.store.load(tokens)
@@ -200,7 +200,7 @@ def read_flags():
     flag("context", count, None, "tokens in the window, from 64 to block_size", "block_size")
     flag("max_new_tokens", count, 200, "tokens of an answer at most")
     flag("temperature", amount, 0.8, "0 takes the likeliest token, 1 the model's own distribution")
-    flag("top_k", count, None, "draw from so many likeliest tokens only", "all")
+    flag("top_k", count, None, "draw only from this many likeliest tokens", "all")
     flag("seed", at_least(int, 0), 1337, "of the sampling")
     flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
     flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])

@@ -7,8 +7,8 @@
 
 A study is a list of commands, each with the files that it makes, in studies.toml. A command is printed, and
 runs if one of its files is missing. The studies below train models with several settings and seeds, and add
-a row to assets/results/NAME.csv for each run; settings that have a row are not trained again. A training that
-was interrupted has no row, and starts anew. All commands run in the folder of the checkout.
+a row to assets/results/NAME.csv for each run; settings that have a row are not trained again. A run that was
+interrupted has no row, and starts over. All commands run in the folder of the checkout.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def fair(modes):
         yield [{"mode": mode, "equal": "parameters", **chosen[mode], "seed": seed} for mode in WIDER]
 
 def missing(name, runs):
-    """Of the first stage that is not complete, the runs that have no row; [] if all is done."""
+    """The runs without a row in the first stage that is not complete; [] if all are done."""
     if len(runs) and not {"mode", *SETTINGS, "seed", "val_bpb"} <= {*runs}:
         raise ValueError(f"{result(name)}: is not of this study; move it away")
     modes, plans = TRAININGS[name], {"preset": preset, "fair": fair}
@@ -141,7 +141,7 @@ def train(name, settings, flags, dtype):
     return row, curve
 
 def add_rows(name, new):
-    """Write rows below those that a file of results has."""
+    """Append rows to a file of results."""
     file, rows = result(name), []
     if file.exists():
         rows = list(csv.DictReader(read_file(file).decode().splitlines()))
@@ -183,7 +183,7 @@ def is_done(step):
     return all((tables.ROOT / name).exists() for name in step["makes"])
 
 def run_steps(steps):
-    """Run those commands of a study that have not made all their files."""
+    """Run the commands of a study whose files do not all exist yet."""
     for step in steps:
         *_, last = step["makes"]
         if is_done(step):
@@ -194,7 +194,7 @@ def run_steps(steps):
             (tables.ROOT / last).touch()
 
 def set_aside(name):
-    """Rename the files of a study in assets, to make them anew. What was set aside before stays."""
+    """Rename the files of a study in assets, so that they are made again. Files set aside earlier stay."""
     made = [file for step in STUDIES.get(name, []) for file in step["makes"] if file.startswith("assets/")]
     trained = [result(name), result("learning")] if name == "preset" else [result(name)]
     for file in [tables.ROOT / file for file in made] or trained:
@@ -224,7 +224,7 @@ def list_studies():
         print(f"{name}: {sum(map(is_done, steps))} of {len(steps)} commands are done")
 
 def compare(update):
-    """Compare all pages with their results, or write them anew. → an exit status"""
+    """Compare all pages with their results, or write them again. → an exit status"""
     differ = tables.check_pages(update)
     for name in differ:
         print(f"{name}: {'written' if update else 'differs'}")
@@ -248,7 +248,7 @@ def main():
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
     parser.flag("dtype", choices=["float32", "bfloat16"], help="to train in", shown="the faster one here")
     parser.flag("train_flags", words, "", "further flags of train.py, in quotes", "none")
-    parser.switch("again", "set the results of this study aside, as FILE.1.old, and measure anew")
+    parser.switch("again", "set the results of this study aside, as FILE.1.old, and measure again")
     parser.switch("table", "only print the table, and draw the figure, of what was run")
     parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")
     parser.switch("update", "write the tables into the pages")

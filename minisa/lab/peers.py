@@ -1,4 +1,4 @@
-"""minisa beside other libraries, both timed in turn in one run, as minisa/lab/bench.py does it.
+"""minisa beside other libraries: both are timed in turn in one run, as in minisa/lab/bench.py.
 
     PYTHONPATH=../nanoGPT python -m minisa.lab.peers nanogpt --shapes=small,recipe,large
     python -m minisa.lab.peers transformers smollm2
@@ -79,7 +79,7 @@ def transformers_model(source, where):
     return model
 
 def token_times(model, T, n):
-    """As bench.token_times(), of a model of transformers."""
+    """The same as bench.token_times(), for a model of transformers."""
     times = []
     streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
     model.generate(bench.prompt(model, T), max_new_tokens=n, min_new_tokens=n, do_sample=False,

@@ -2,8 +2,8 @@
 
     python -m minisa.lab.plot assets/results/sharing.csv --file=frontier.png
 
-draws what its files hold: bills of sample.py --csv (loss beside cache), sweeps of minisa.lab.bench --csv
-(milliseconds per token), or trainings of minisa.lab.experiments (loss beside cache and FLOPs, or over steps).
+draws what the files hold: bills of sample.py --csv (loss beside cache), sweeps of minisa.lab.bench --csv
+(milliseconds per token), or runs of minisa.lab.experiments (loss beside cache and FLOPs, or over steps).
 """
 
 import math
@@ -18,7 +18,7 @@ BLUE = "#0072b2"
 
 @contextmanager
 def style(name):
-    """A context in which a style sheet of this folder holds → matplotlib.pyplot."""
+    """A context in which a style sheet of this folder applies → matplotlib.pyplot."""
     plt = pyplot("the picture")
     sheet = Path(__file__).with_name(f"{name}.mplstyle")
     with plt.style.context(sheet):
@@ -158,7 +158,7 @@ def line_plot(rows, y, thin, titles, y_title, file, scale="linear"):
         save(figure, file)
 
 def frontier(rows, file):
-    """Runs of trainings → the loss of each mode at its best, its spread over seeds, and what it costs."""
+    """Training runs → the loss of each mode at its best settings, its spread over seeds, and its cost."""
     modes = at_best(rows).drop_duplicates("mode")
     panels = {
         LOSS: modes["difference"],
@@ -168,8 +168,8 @@ def frontier(rows, file):
     dot_plot(modes["mode"], panels, modes["deviation"], file)
 
 def learning(rows, file):
-    """Rows of learning.csv → the mean loss of each mode over steps and over seconds; thin: the least and
-    the largest of its seeds."""
+    """Rows of learning.csv → the mean loss of each mode over steps and over seconds; thin: the lowest and
+    highest loss among its seeds."""
     bpb = rows["val_bpb"]
     rows = rows.assign(name=rows["mode"], least=bpb, largest=bpb)
     ways = {"seconds": "mean", "val_bpb": "mean", "least": "min", "largest": "max"}
@@ -178,7 +178,7 @@ def learning(rows, file):
     line_plot(means, "val_bpb", ["least", "largest"], titles, "bits per byte", file)
 
 def loss_against_cache(rows, file):
-    """Rows of bills → the loss of each over that of the largest cache, the least first, and its cache."""
+    """Rows of bills → the loss of each over that of the largest cache, lowest first, and its cache."""
     names = [bill_name(row) for row in rows.to_dict("records")]
     rows = rows.assign(name=names).drop_duplicates("name").sort_values("val_bpb")
     cache = rows["cache_bytes"] / rows["context"]

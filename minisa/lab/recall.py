@@ -1,4 +1,4 @@
-"""Does a model still know what it read long ago? A prompt gives a number early, and asks for it at the end.
+"""Does a model still know what it read long ago? A prompt gives a number early and asks for it at the end.
 
     python -m minisa.lab.recall smollm2 out/mixed               side by side
     python -m minisa.lab.recall smollm2 --share=26-28           and made to share, zero-shot
@@ -6,8 +6,9 @@
 
 A prompt of N tokens is: a line of validation text, "The secret number is 4829.", more of the text, and "The
 secret number is". The answer is right if the most likely next tokens are the digits. The loss hardly shows
-what a cache forgot; this does. The share of right answers is followed by its standard error, as by Agresti
-and Coull: with two right and two wrong answers added. For --squeeze, --context is the least of --lengths.
+what a cache forgot; this does. The fraction of right answers is followed by its standard error, as given by
+Agresti and Coull: with two right and two wrong answers added. For --squeeze, --context is the smallest of
+--lengths.
 """
 
 from statistics import mode
@@ -56,8 +57,8 @@ def make_prompts(data, n, length, seed):
 # ---- questions and answers ----
 
 def right_answers(model, prompts, answers, ways):
-    """prompts (n, T), answers (n, D) → for each way to keep the cache, how many of the n the model gives.
-    The prompts of a batch share their budgets."""
+    """prompts (n, T), answers (n, D) → for each way to keep the cache, how many of the n answers the model
+    gives. The prompts of a batch share their budgets."""
     D = answers.size(1)
     free = model.config.block_size + 1 - prompts.size(1)                # beyond it, the oldest tokens go
     right = [0] * len(ways)
@@ -103,7 +104,7 @@ def ask_all(args):
             yield from ask(args, source, reconfigure(model, share=args.share), data)
 
 def accuracy(right, n):
-    """→ the share of right answers and its standard error, as text."""
+    """→ the fraction of right answers and its standard error, as text."""
     near = (right + 2) / (n + 4)
     error = (near * (1 - near) / (n + 4))**0.5
     return f"{right / n:.1%} ± {error:.1%}"

@@ -133,7 +133,7 @@ def read_scan(file, origin, n_layer):
     return rows
 
 def continue_scan(rows, file, origin, model, sharing, windows, spans):
-    """Measure those of the spans that rows lack; print and write them one by one. → the loss of full
+    """Measure the spans that are missing from rows; print and write them one by one. → the loss of full
     attention."""
     full = mean_loss(model, windows)
     if not rows:
@@ -159,7 +159,7 @@ def saved(model, shared, context):
     return 1 - less.cache_bytes / full.cache_bytes, 1 - less.decode_flops / full.decode_flops
 
 def summarize(percents, divergences, model, sharing, context):
-    """→ a row for each number of reuse layers: the median of its spans, and the one of least divergence.
+    """→ a row for each number of reuse layers: the median of its spans, and the one with least divergence.
     percents: {(a, b): by how much the loss exceeds that of full attention}."""
     rows = []
     for r in sorted({b - a for a, b in percents}):
@@ -209,7 +209,7 @@ def read_args():
     flags.flag("share_kind", sharing_kind, "weights", "what spans share: weights (Shared Attention), kv "
                "(Cross-Layer Attention) or the NAME of a kind in minisa/axes")
     flags.flag("heads", default="same", choices=["same", "match", "mix"],
-               help="whose weights a head of a reuse layer takes: those of the anchor's same head, of the "
+               help="whose weights a head of a reuse layer reuses: those of the anchor's same head, of the "
                "most similar, or a mixture of all")
     flags.switch("refit", "also measure the best sets with refitted output projections")
     flags.flag("longest", at_least(int, 2), 5, "length of the longest span, in layers")

@@ -50,7 +50,7 @@ def mean_over(windows, measure, model):
 # ---- what the command does ----
 
 def pairs(similarity, **facts):
-    """similarity (L, L) → a row for a CSV file for each two layers."""
+    """similarity (L, L) → a row for a CSV file for each pair of layers."""
     rows = []
     for layer, cosines in enumerate(similarity.tolist()):
         for other, cosine in enumerate(cosines):
@@ -113,7 +113,7 @@ def show_attention(args, model, tokenizer, folder):
 # ---- the command ----
 
 def parser(doc, name):
-    """A Parser with the flags of a command that looks into one model."""
+    """A Parser with the flags of a command that inspects one model."""
     parser = Parser(doc, usage=f"python -m minisa.lab.{name} MODEL [--FLAG=VALUE ...]")
     parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, or "
                         "smollm2, which is downloaded once")

@@ -31,8 +31,8 @@ def result(name):
     return ROOT / "assets" / "results" / f"{name}.csv"
 
 def load(file):
-    """A CSV file of results → a DataFrame; a number that was not measured is NaN. Raises ValueError if the
-    file is damaged, OSError if it cannot be read."""
+    """A CSV file of results → a DataFrame, with NaN for numbers that were not measured. Raises ValueError if
+    the file is damaged, OSError if it cannot be read."""
     library = pandas()
     try:
         head, *lines = csv.reader(read_file(file, 2**20).decode().splitlines())
@@ -58,8 +58,8 @@ SETTINGS = ["steps", "learning_rate", "warmup_iters"]
 MODE = ["file", "mode", "equal"]
 
 def over(rows, value, reference, pair):
-    """The value of each row over that of the row that meets the condition `reference`, among those that have
-    the same in the columns `pair`."""
+    """The value of each row, divided by that of the row that meets the condition `reference`, among the rows
+    that agree with it in the columns `pair`."""
     base = rows.query(reference).drop_duplicates(pair).set_index(pair)[value]
     return rows[value] / base.reindex(rows.set_index(pair).index).to_numpy()
 
@@ -81,8 +81,8 @@ def best(runs):
     return first.set_index("mode")[SETTINGS].to_dict("index")
 
 def at_best(rows):
-    """Runs of trainings → those of each mode with the settings that are best with the first seed: full
-    attention first, then by mean loss. percent: over full attention with the same seed."""
+    """Training runs → those of each mode with the settings that are best with the first seed: full attention
+    first, then by mean loss. percent: over full attention with the same seed."""
     equal = rows["equal"].fillna("steps") if "equal" in rows else "steps"
     rows = rows.assign(equal=equal)
     first = best_first(rows).drop_duplicates(MODE)
@@ -113,14 +113,14 @@ def standing_out(rows):
 # ---- bills ----
 
 def over_whole(rows):
-    """Rows of a bill, with what each loses over full attention with its whole cache."""
+    """Rows of a bill, with the loss of each over that of full attention with its whole cache."""
     ratio = over(rows, "val_bpb", "share == '' and policy == ''", ["file"])
     differences = [percent(100 * value - 100) for value in ratio]
     shown = [f" ({difference})" if difference else "" for difference in differences]
     return rows.assign(over=differences, in_brackets=shown)
 
 def spans(rows):
-    """Rows of the bill of spans, those first that lose least with mixed heads."""
+    """Rows of the bill of spans, starting with those that lose least with mixed heads."""
     rows = over_whole(rows).query("share != ''").sort_values("val_bpb")
     ends = rows["share"].str.findall(r"(\d+)-(\d+)")
     reuse_layers = ends.map(lambda pairs: sum(int(b) - int(a) for a, b in pairs))
@@ -157,7 +157,7 @@ def latencies(rows):
         over=1 / time, predicted=1 / size, limit=limit)
 
 def share_of(right, n):
-    """How many of n are right → their share and its standard error, as by Agresti and Coull, as text."""
+    """How many of n are right → the fraction and its standard error after Agresti and Coull, as text."""
     near = (right + 2) / (n + 4)
     return f"{right / n:.1%} ± {(near * (1 - near) / (n + 4))**0.5:.1%}"
 

@@ -114,7 +114,8 @@ def test_a_text_that_is_no_file_or_too_large_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "huge.txt").touch()
     os.truncate(tmp_path / "huge.txt", 10**12)
-    for name, why in {"pipe": "is no file", "huge.txt": "is larger than", "": "Is a directory"}.items():
+    unreadable = {"pipe": "is not a regular file", "huge.txt": "is larger than", "": "Is a directory"}
+    for name, why in unreadable.items():
         with pytest.raises(ValueError, match=f"--text=.*{name}: {why}.*; name a readable file"):
             tokenize(tmp_path / name, folder=tmp_path / "data")
 

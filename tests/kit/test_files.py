@@ -28,7 +28,7 @@ def test_what_has_another_shape_is_refused(change):
 
 def test_a_pipe_a_folder_and_a_huge_file_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")                            # read, it would wait for ever
-    with pytest.raises(OSError, match="is no file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         files.read_file(tmp_path / "pipe")
     with pytest.raises(OSError, match="directory"):
         files.read_file(tmp_path)
@@ -49,7 +49,7 @@ def test_files_are_as_open_as_the_user_wants_and_private_ones_the_users_alone(tm
 
 def test_a_pipe_in_the_place_of_a_file_is_left_alone(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="is no file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         files.write_file(tmp_path / "pipe", b"x")
     assert os.listdir(tmp_path) == ["pipe"]
 

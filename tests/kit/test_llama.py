@@ -148,7 +148,7 @@ REFUSED = {
     "biases of attention": (config(attention_bias=True), "biases"),
     "biases of the MLP": (config(mlp_bias=True), "biases"),
     "another activation": (config(hidden_act="gelu"), "activation is gelu"),
-    "a quantised model": (config(quantization_config={"bits": 4}), "quantised"),
+    "a quantized model": (config(quantization_config={"bits": 4}), "quantized"),
     "another width of heads": (config(head_dim=16), "head_dim is 16"),
     "a tensor too few": (drop("model.layers.1.mlp.up_proj.weight"), "lacks the tensor model.layers.1.mlp.up"),
     "a norm too few": (drop("model.layers.1.input_layernorm.weight"), "lacks the tensor model.layers.1"),

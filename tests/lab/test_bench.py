@@ -189,7 +189,7 @@ def test_shapes_are_swept_at_their_full_context(rows_of, monkeypatch):
 @pytest.mark.parametrize("words, message", [
     ("", "are required: command"),
     ("all", "invalid choice: 'all'"),
-    ("modes --shapes=huge", "'huge' is none of small, large, long, recipe"),
+    ("modes --shapes=huge", "'huge' is not one of small, large, long, recipe"),
     ("modes --rounds=0", "0 is not a number"),
     ("modes --device=tpu", "tpu is not on this machine"),
     ("modes run", "unrecognized arguments: run"),

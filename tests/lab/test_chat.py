@@ -223,7 +223,7 @@ def test_a_pipe_in_the_place_of_the_conversation_is_refused_and_left(talk, tmp_p
     (tmp_path / "s").mkdir()
     os.mkfifo(tmp_path / "s" / "chat.json")
     status, _, err = talk(["Hello"], "--store=s")
-    assert status == 2 and "chat.json: is no file" in err and one_line(err)
+    assert status == 2 and "chat.json: is not a regular file" in err and one_line(err)
     assert {path.name for path in (tmp_path / "s").iterdir()} == {"chat.json"}
 
 def test_two_chats_do_not_share_a_folder(talk, tmp_path):
