@@ -121,50 +121,6 @@ FREE = NOT_SAVED | {        # what may be another when a run is continued
     "out_dir", "text", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
 FIXED_BY_MODEL = {*SHAPE, "tokenizer", "vocab_size"} - {"share", "share_kind", "dropout", "block_size"}
 
-def settle(given, device, saved):
-    """Merge defaults, preset, the settings of a saved run, and what was given. → Settings"""
-    preset = given.get("preset") or saved.get("preset") or ("cpu" if device.type == "cpu" else "gpu")
-    settings = Settings(**{**PRESETS[preset], **saved, **given})
-    settings.preset, settings.device = preset, device
-    for name in ("beta1", "beta2"):
-        if getattr(settings, name) >= 1:
-            raise ValueError(f"--{name}={getattr(settings, name)}: must be below 1")
-    return settings
-
-def name_of(settings, given):
-    """The folder of a run, by its mode."""
-    if settings.out_dir:
-        return settings.out_dir
-    parts = [f"{settings.share_kind}-{settings.share}" if settings.share else "full"]
-    if settings.n_kv_head:
-        parts.append(f"kv{settings.n_kv_head}")
-    if settings.init_from:
-        parts.append(f"from-{Path(settings.init_from).resolve().name.removesuffix('.gguf')}")
-    if "preset" in given:
-        parts.append(settings.preset)
-    return "out/" + "-".join(parts)
-
-def flags_of(settings):
-    """Settings → the flags that --resume reads again."""
-    return [f"--{name}={value}" for name, value in asdict(settings).items()
-            if name not in NOT_SAVED and value is not None]
-
-def continue_run(parser, given, folder):
-    """→ what was Saved in a run's folder, and its settings as a dict. Raises ValueError if it is
-    damaged, or was started with other settings than those given."""
-    saved = read_state(folder)
-    try:
-        settings = vars(parser.parse_args(saved.settings))
-        if saved.progress.step > settings["max_iters"]:
-            raise ValueError(f"step {saved.progress.step}")
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder}/{STATE}: damaged ({error}); start a new run") from None
-    for name in given.keys() - FREE:
-        if given[name] != settings.get(name):
-            raise ValueError(f"--{name}={given[name]}: the run in {folder} was started with "
-                             f"{settings.get(name)!r}; drop the flag, or start a new run without --resume")
-    return saved, settings
-
 # ---- data and model ----
 
 def read_parent(settings, given):
@@ -298,6 +254,52 @@ def train(settings, run, forward, autocast):
             meter.log(run)
             status = run.stop()
     return status
+
+# ---- the whole run: its settings, what it continues, and its parts in order ----
+
+def settle(given, device, saved):
+    """Merge defaults, preset, the settings of a saved run, and what was given. → Settings"""
+    preset = given.get("preset") or saved.get("preset") or ("cpu" if device.type == "cpu" else "gpu")
+    settings = Settings(**{**PRESETS[preset], **saved, **given})
+    settings.preset, settings.device = preset, device
+    for name in ("beta1", "beta2"):
+        if getattr(settings, name) >= 1:
+            raise ValueError(f"--{name}={getattr(settings, name)}: must be below 1")
+    return settings
+
+def name_of(settings, given):
+    """The folder of a run, by its mode."""
+    if settings.out_dir:
+        return settings.out_dir
+    parts = [f"{settings.share_kind}-{settings.share}" if settings.share else "full"]
+    if settings.n_kv_head:
+        parts.append(f"kv{settings.n_kv_head}")
+    if settings.init_from:
+        parts.append(f"from-{Path(settings.init_from).resolve().name.removesuffix('.gguf')}")
+    if "preset" in given:
+        parts.append(settings.preset)
+    return "out/" + "-".join(parts)
+
+def flags_of(settings):
+    """Settings → the flags that --resume reads again."""
+    return [f"--{name}={value}" for name, value in asdict(settings).items()
+            if name not in NOT_SAVED and value is not None]
+
+def continue_run(parser, given, folder):
+    """→ what was Saved in a run's folder, and its settings as a dict. Raises ValueError if it is
+    damaged, or was started with other settings than those given."""
+    saved = read_state(folder)
+    try:
+        settings = vars(parser.parse_args(saved.settings))
+        if saved.progress.step > settings["max_iters"]:
+            raise ValueError(f"step {saved.progress.step}")
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder}/{STATE}: damaged ({error}); start a new run") from None
+    for name in given.keys() - FREE:
+        if given[name] != settings.get(name):
+            raise ValueError(f"--{name}={given[name]}: the run in {folder} was started with "
+                             f"{settings.get(name)!r}; drop the flag, or start a new run without --resume")
+    return saved, settings
 
 def prepare(settings, run, model, data):
     """→ what computes a loss, and the context to run it in."""

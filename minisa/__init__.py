@@ -1,4 +1,4 @@
-"""minisa: a small GPT that teaches Shared Attention. Read plain.py, then model.py."""
+"""A small GPT that teaches Shared Attention. Read plain.py, decode.py, model.py and cost.py."""
 
 import sys
 

@@ -44,7 +44,8 @@ def layer_params(block):
     return C * sum(attn.widths) + C * attn.out.in_features + 3 * C * M + more
 
 def layer_flops(block, T, S):
-    """FLOPs of a block for T tokens of one sequence, each against S keys."""
+    """FLOPs of a block for T tokens of one sequence, each against S keys, also those that the mask
+    hides."""
     attn = block.attn
     C, M = attn.qkv.in_features, block.mlp.down.in_features
     n_y = attn.out.in_features                      # numbers per token that the weighted sum gives
@@ -55,15 +56,19 @@ def layer_flops(block, T, S):
 
 def numbers_read(blocks, rooms):
     """Numbers that a decode step reads of a sequence's cache. rooms: tokens in each layer."""
-    total = keys_below = values = 0                 # numbers per token
+    total = 0
+    anchor_keys = anchor_values = 0                 # numbers per token
     for block, room in zip(blocks, rooms):
         attn, made = block.attn, block.attn.widths
-        keys = made.k or keys_below                 # its own, or the anchor's below
-        values = made.v or values
-        attends = made.q > 0                        # a reuse layer of Shared Attention does not
-        total += room * (keys * attends + values)
-        if made.k:
-            keys_below = 0 if attn.restores_keys else made.k
+        keys = made.k or anchor_keys                # its own, or those of the anchor below
+        values = made.v or anchor_values
+        if made.q == 0:                             # Shared Attention: P comes from below
+            keys = 0
+        total += room * (keys + values)
+        if made.k:                                  # keys that a layer restores are not read again
+            anchor_keys = 0 if attn.restores_keys else made.k
+        if made.v:
+            anchor_values = made.v
     return total
 
 def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
@@ -79,7 +84,8 @@ def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
     if not 1 <= context <= config.block_size:
         raise ValueError(f"--context={context}: must be from 1 to block_size = {config.block_size}")
     C, V, kept = config.n_embd, config.vocab_size, kept or [context] * len(blocks)
-    head, rooms = 2 * C * V, [min(room, context) for room in kept]
+    head = 2 * C * V
+    rooms = [min(room, context) for room in kept]
     matrices = V * C + sum(map(layer_params, blocks))
     made = [block.attn.widths for block in blocks]
     cached = [bytes_per_number * (n.k + n.v) for n in made]     # bytes per token

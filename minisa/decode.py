@@ -4,11 +4,11 @@ The keys and values of a token stay the same while the text grows, as no token s
 they are computed once and stored: that is the KV cache. A step computes q, k and v of the newest
 token only, stores its k and v, and lets its q attend to all stored keys; q is needed only once. In
 a reuse layer of Shared Attention q and k would have no use: they only serve to make the attention
-weights P, and those come from the layer below. It computes v, stores v, and nothing else.
+weights P, and those come from the layer below. Such a layer makes and stores a v, nothing else.
 
 model.py does the same for training, GPUs and batches. In a step every matrix is multiplied by a
-single vector, so most of the time goes into reading: the matrices (see by_columns) and the cache.
-The rest goes into starting operations. numpy starts one in a tenth of the time that torch takes.
+single vector, so most of the time is spent reading memory: the matrices (see by_columns) and the
+cache. The rest is the overhead of each call, which in numpy is a tenth of what it is in torch.
 
 Shapes: S visible tokens, the newest included; H query heads, G key/value heads, D head dim, C = H·D
 width of the model, M width of the MLP, V vocabulary.
@@ -42,19 +42,22 @@ def weighted_sum(P, values):
     """P (G, H/G, S), values (G, S, D) → y (C,)."""
     return (P @ values).reshape(-1)
 
-# A function for each kind of layer: x (C,) → y (C,), and what a reuse layer above may take. `now`
-# is the Decoder: it has the newest token's slot in the cache, S, and its turn for rotate().
-# layer.qkv has rows for what the layer makes; layer.k and layer.v (G, size, D) are its cache.
+# A function for each kind of layer: x (C,) → y (C,), and the (P, keys, values) that a reuse layer
+# above may take. `now` is the Decoder: it knows the newest token's slot in the cache, S, and its
+# turn for rotate(). layer.qkv has rows for what the layer makes; layer.k and layer.v (G, size, D)
+# are its cache. The token's own k and v are stored first, as it attends to itself too.
 
 def full_attention(now, layer, x, below):
     """A full layer, or an anchor: makes q, k and v, and stores k and v."""
-    heads = (layer.qkv @ x).reshape(-1, now.D)              # (H + G + G, D): q, k, v
+    heads = (layer.qkv @ x).reshape(-1, now.D)              # (H + G + G, D)
     G = len(layer.k)
-    turned = rotate(heads[:-G], now.turn)                   # (H + G, D): q, k
-    layer.k[:, now.slot] = turned[-G:]
-    layer.v[:, now.slot] = heads[-G:]
+    qk, v = heads[:-G], heads[-G:]
+    qk = rotate(qk, now.turn)
+    q, k = qk[:-G], qk[-G:]
+    layer.k[:, now.slot] = k
+    layer.v[:, now.slot] = v
     keys, values = layer.k[:, :now.S], layer.v[:, :now.S]   # (G, S, D)
-    P = attention_weights(turned[:-G], keys)
+    P = attention_weights(q, keys)
     return weighted_sum(P, values), (P, keys, values)
 
 def shared_attention(now, layer, x, below):
@@ -89,7 +92,8 @@ class Decoder:
     """Decoder(model, cache).step(token) → logits (V,), continuing the text that a cache holds.
 
     model: a GPT in eval mode, in float32 on the CPU. cache: its KVCache of one sequence, empty or
-    not. Its memory is used, so that model.py can go on from what a Decoder leaves.
+    not. The arrays here are the tensors' own memory, so model.py can go on from what a Decoder
+    leaves.
     Raises ValueError if they are anything else: see handles().
     """
 
@@ -113,17 +117,18 @@ class Decoder:
     def step(self, token: int) -> np.ndarray:
         """The newest token's id → logits (V,) of the next one.
 
-        The cache is a ring: when it is full, a new token takes the oldest one's slot. A sum needs
-        no order of slots, and each stored key has been rotated by its position.
+        The cache is a ring: when it is full, a new token takes the oldest one's slot. The others
+        stay valid: a sum needs no order of slots, and as each key was rotated by its position, q·k
+        depends on the distance between the two tokens alone.
         """
         position, size = self.cache.length, self.cache.size
         self.slot = position % size
         self.S = min(position + 1, size)
         angles = position * self.frequencies
         self.turn = np.exp(1j * angles).astype(np.complex64)
-        self.positions[self.slot] = position
+        self.positions[self.slot] = position                # not needed here, but by model.py
 
-        x = self.weights.embed[token].copy()                # (C,)
+        x = self.weights.embed[token].copy()                # (C,), to which the layers add
         handed_up = None
         for layer in self.layers:
             h = rms_norm(x, layer.eps)
@@ -137,7 +142,8 @@ class Decoder:
         return self.weights.unembed @ x
 
 def draw(logits, temperature, top_k, u):
-    """logits (V,) → a token's id, as model.py's draw() with the same u, up to rounding."""
+    """logits (V,) → a token's id: the first at which the sum of all probabilities up to it exceeds
+    u, a random number in [0, 1). As model.py's draw() with the same u, up to rounding."""
     if temperature < 1e-6:
         return int(logits.argmax())
     if top_k:
@@ -148,7 +154,7 @@ def draw(logits, temperature, top_k, u):
     total = p.cumsum(dtype=np.float64)
     return np.count_nonzero(total <= u * total[-1])
 
-# ---- what is decoded here, and its weights as arrays ----
+# ---- skip this when you read it first: what is decoded here, and its weights as arrays ----
 
 TORCH = "Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList"
 MLP = ["gate.weight", "up.weight", "down.weight"]

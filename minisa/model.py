@@ -83,7 +83,7 @@ def rope_angles(config, positions):
 
 def rotate(x, rope):
     """RoPE (arXiv:2104.09864): turn each pair (x[2i], x[2i+1]) of x (B, heads, T, D) by an angle
-    that grows with the position. Of two positions, q · k then depends on their distance alone."""
+    that grows with the position. q · k then depends on the two positions only by their distance."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, heads, T, D/2)
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
@@ -128,7 +128,7 @@ class Step:
         which computes both steps for a few rows of P at a time."""
         if self.watch:
             return self.weighted_sum(self.attention_weights(q, k), v)
-        causal = self.causal and not q.is_mps                   # that of MPS wants a mask
+        causal = self.causal and not q.is_mps                   # the kernel for MPS needs a mask
         mask = None if causal else self.mask
         gqa = k.size(1) < q.size(1)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
@@ -140,9 +140,10 @@ class Widths(NamedTuple):
     v: int
 
 class Attention(nn.Module):
-    """A full layer: in no span. The other layers differ from it in heads(), and in what they
-    make."""
-    makes = "qkv"                   # what it computes itself. Of that, the cache holds k and v
+    """A full layer, in no span, and the base of the other kinds: they differ from it in heads(),
+    and in what they make."""
+    makes = "qkv"                   # what it computes itself: its widths, the shape of qkv, what
+                                    # the cache stores and what the layer costs follow from this
     in_numpy = decode.full_attention    # the same for one token, on a CPU: see decode.known()
 
     def __init__(self, config, layer):
@@ -304,13 +305,16 @@ class KVCache:
         return self.replace(getattr(self, name)[layer], new)
 
     def replace(self, stored, new):
-        """Write the T newest tokens, which self.length counts already, into their slots."""
+        """Write the T newest tokens, which self.length counts already, into their slots. → all that
+        is visible to one of them."""
         T = new.size(2)
         if T == 1 or self.length <= self.size:
-            return stored.index_copy_(2, self.slots, new)[:, :, :min(self.length, self.size)]
-        before = stored[:, :, :self.length - T]                 # the first of the T still see it,
+            stored.index_copy_(2, self.slots, new)
+            return stored[:, :, :min(self.length, self.size)]
+        # the last of them overwrite what the first still see: so copy, and overwrite after that
+        before = stored[:, :, :self.length - T]
         visible = torch.cat((before, new), dim=2)
-        stored.index_copy_(2, self.slots, new)                  # but the last overwrite some of it
+        stored.index_copy_(2, self.slots, new)
         return visible
 
 class MLP(nn.Module):
@@ -337,7 +341,8 @@ class Block(nn.Module):
         self.eps, self.dropout = config.norm_eps, config.dropout
 
     def norm(self, x):
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)        # no gain: the next matrix can
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)        # without a gain: the columns of
+                                                                # the next matrix can hold it
 
     def forward(self, x, step, shared=None):
         y, shared = self.attn(self.norm(x), step, shared)
@@ -447,7 +452,7 @@ class GPT(nn.Module):
         return torch.cat((idx, *new), dim=1)
 
 def uniform(B, generator, device):
-    """Yield random numbers (B, 1) for draw(), 64 made at once: starting takes most of the time."""
+    """Yield random numbers (B, 1) for draw(), made 64 at a time to save calls."""
     while True:
         yield from torch.rand(64, B, 1, generator=generator, device=device)
 

@@ -16,12 +16,12 @@ import torch
 
 def rope(x, base):
     """RoPE (arXiv:2104.09864): x (T, D) → (T, D). The numbers 2i and 2i + 1 of row t are a point in
-    a plane; turn it by the angle t · base^(-2i/D). How well two rows match then depends on their
-    distance alone."""
+    a plane; turn it by the angle t · base^(-2i/D). The product of a query and a key then depends
+    on their two positions only through the distance between them."""
     T, D = x.shape
     t = torch.arange(T).double()
-    falling = -torch.arange(0, D, 2).double() / D           # 0, -2/D, -4/D, … (D/2,)
-    angle = torch.outer(t, base ** falling)                 # (T, D/2)
+    exponents = -torch.arange(0, D, 2).double() / D         # 0, -2/D, -4/D, … (D/2,)
+    angle = torch.outer(t, base ** exponents)               # (T, D/2)
     cos = angle.cos()
     sin = angle.sin()
     a = x[:, 0::2]                                          # (T, D/2)
@@ -32,7 +32,8 @@ def rope(x, base):
     return pairs.flatten(1).to(x.dtype)
 
 def project(h, W, D):
-    """h (T, C), W (n·D, C) → n heads (T, D)."""
+    """h (T, C), W (n·D, C) → n heads (T, D). The rows of W are those of q, k and v, as far as a
+    layer has them, one head below the other."""
     return (h @ W.T).split(D, dim=-1)
 
 def attention_weights(q, k, mask):
@@ -55,7 +56,11 @@ def weighted_sum(P, v):
         y.append(P[i] @ v[i // served])
     return torch.cat(y, dim=-1)
 
-# ---- the kinds of layers: h (T, C) → y (T, C), and P, k and v, which a layer above may reuse ----
+# ---- the kinds of layers ----
+
+# A span a-b of layers shares: layer a, its anchor, is a full layer; the others are reuse layers.
+# Each kind is a function: h (T, C) → y (T, C), and the P, k and v that a layer above may reuse.
+# below: those of the layer below. W: the layer's matrix, see project(). config: as in model.py.
 
 def full_attention(h, W, config, mask, below):
     """A full layer, or the anchor of a span: queries, keys and values of its own."""
@@ -70,9 +75,9 @@ def full_attention(h, W, config, mask, below):
 
 def shared_attention(h, W, config, mask, below):
     """A reuse layer of Shared Attention: the anchor's P, over values of its own."""
-    P, k, _ = below
+    P, _, _ = below
     v = project(h, W, config.head_dim)                      # G heads
-    return weighted_sum(P, v), (P, k, v)
+    return weighted_sum(P, v), below
 
 def cross_layer_attention(h, W, config, mask, below):
     """A reuse layer of Cross-Layer Attention: queries of its own, over the anchor's k and v."""
@@ -95,7 +100,8 @@ def mlp(h, w, name):
     """SwiGLU (arXiv:2002.05202): h (T, C) → (T, C)."""
     gate = h @ w[f"{name}.gate.weight"].T                   # (T, M)
     up = h @ w[f"{name}.up.weight"].T
-    return (gate * gate.sigmoid() * up) @ w[f"{name}.down.weight"].T
+    silu = gate * gate.sigmoid()
+    return (silu * up) @ w[f"{name}.down.weight"].T
 
 def gpt(w, config, idx, window=None):
     """Token ids idx (T,) → logits (T, V), and P (H, T, T) of every layer.
