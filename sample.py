@@ -212,8 +212,8 @@ def main():
     rows = [row for _, row in named]
     show(named)
     verdict = "they agree" if all_met(rows) else "THEY DIFFER"
-    print("Parameters, cache, bytes read and FLOPs were predicted in closed form, and counted on a real "
-          f"decode step: {verdict}.")
+    print("Parameters, cache, bytes read and FLOPs were predicted in closed form, and counted on the real "
+          f"model: {verdict}.")
     if args.csv:
         write_results(args.csv, rows)
     if args.json:
