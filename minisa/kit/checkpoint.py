@@ -95,6 +95,9 @@ def reconfigure(model, **fields):
     if changes(model) and otherwise:
         raise ValueError(f"--share={config.share}: the layers of this model were changed already, "
                          f"by {changes(model)[-1]['by']}; share the model that it came from")
+    if model.config.share and config.share_kind != model.config.share_kind:
+        raise ValueError(f"--share_kind={config.share_kind}: the model was trained with "
+                         f"--share={model.config.share}, of the kind {model.config.share_kind}")
     new, state = empty(config, changes(model)), model.state_dict()
     for layer, (old, block) in enumerate(zip(model.blocks, new.blocks)):
         lacks = set(block.attn.makes) - set(old.attn.makes)

@@ -34,7 +34,7 @@ from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table, write_results
 from minisa.kit.timing import LARGE, in_cache, reader, timed
 from minisa.lab import plot
-from minisa.model import GPT, SHARE_KINDS, GPTConfig, KVCache
+from minisa.model import GPT, GPTConfig, KVCache
 
 SHAPES = {                  # the config; batch size and tokens of a training step (None: not trained)
     "small": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}, (8, 128)),
@@ -195,7 +195,7 @@ def text_works(models, size, times=token_times, library="minisa"):
 
 def modes_of(full, share):
     """A model → it, and both kinds of sharing made from it, zero-shot."""
-    kinds = SHARE_KINDS if share else ()
+    kinds = ("weights", "kv") if share else ()
     return [full, *(reconfigure(full, share=share, share_kind=kind) for kind in kinds)]
 
 def random_modes(where, share=None, **fields):

@@ -57,7 +57,7 @@ def test_sharing_uses_the_same_memory():
 
 @pytest.mark.parametrize("other", [dict(share=""), dict(share="1-2"), dict(share="1-3", share_kind="kv")])
 def test_weights_trained_to_share_do_not_load_into_a_model_that_shares_less_or_otherwise(other):
-    with pytest.raises(ValueError, match="--share=.*trained with --share=1-3"):
+    with pytest.raises(ValueError, match="trained with --share=1-3"):
         checkpoint.reconfigure(make(share="1-3"), **other)
 
 def derived(folder, change, name="small"):
