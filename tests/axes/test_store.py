@@ -378,12 +378,11 @@ def test_what_a_killed_process_left_is_cleared_away_and_nothing_else(tmp_path):
     store.close()
     assert {path.name for path in tmp_path.iterdir()} == files.keys() - {f"{block}.kv.0123abcd"}
 
-@pytest.mark.parametrize("make_it", [os.mkdir, os.mkfifo], ids=["a folder", "a pipe"])
-def test_what_is_no_file_in_the_place_of_a_block_is_left_and_done_without(tmp_path, make_it):
+def test_what_is_no_file_in_the_place_of_a_block_is_left_and_done_without(tmp_path, make_odd):
     model, history = make(), tokens(200)
     store = Store(model, tmp_path)
     path = store.disk.path(store.names(history)[1])
-    make_it(path)
+    make_odd(path)
     logits, _, cache = read(model, store, history)
     assert same(logits, fresh(model, history))
     store.save(history, cache)

@@ -63,6 +63,7 @@ def test_ctrl_c_is_quiet_and_status_130(run):
 def test_what_main_returns_is_the_exit_status(run, status):
     assert run(lambda: status) == (status or 0, "", "")
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe as it likes")
 def test_a_reader_that_leaves_ends_the_command_quietly_with_status_0():
     code = ("from minisa.kit.cli import command\n"
             "def main():\n"
@@ -151,9 +152,10 @@ def test_an_output_is_a_file_of_its_ending_that_can_be_written(kind, name, tmp_p
     assert kind(f"out/{name}") == f"out/{name}" and cli.table("/dev/stdout") == "/dev/stdout"
     with pytest.raises(argparse.ArgumentTypeError, match="/dev/stdout must end in .png"):
         cli.picture("/dev/stdout")                      # of which kind?
-    refused = {f"{tmp_path}/{name}": f"{name} is a folder", f"{tmp_path}/file/{name}": "Not a directory",
-               "out/model.pt": "out/model.pt must end in", "": "must end in",
-               f"{'x' * 300}/{name}": "name too long"}
+    refused = {f"{tmp_path}/{name}": f"{name} is a folder", "out/model.pt": "out/model.pt must end in",
+               "": "must end in"}
+    if os.name != "nt":                                 # which says it otherwise, and later
+        refused |= {f"{tmp_path}/file/{name}": "Not a directory", f"{'x' * 300}/{name}": "name too long"}
     for wrong, why in refused.items():
         with pytest.raises(argparse.ArgumentTypeError, match=f"(?i){why}"):
             kind(wrong)
@@ -174,7 +176,7 @@ def test_a_prompt_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
         "": "is empty",
         f"FILE:{tmp_path}/empty.txt": "is empty",
         f"FILE:{tmp_path}/none.txt": "none.txt: No such file or directory; name a readable file",
-        f"FILE:{tmp_path}": "Is a directory",
+        f"FILE:{tmp_path}": "Is a directory|Permission denied",        # the latter on Windows
         f"FILE:{tmp_path}/latin.txt": "not UTF-8",
         "-": "not UTF-8",
     }

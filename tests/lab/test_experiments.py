@@ -147,7 +147,7 @@ def test_a_study_trains_what_it_says(run, text, checkout, monkeypatch):
         monkeypatch.setattr(experiments, name, value)
     changed = checkout / "out" / "experiments" / "depth-mixed-4-0.001-2-1" / "changed"
     changed.mkdir(parents=True)                             # what a stopped one left
-    flags = f"--batch_size=4 --text={text} --data_dir={checkout}/data"
+    flags = f"--batch_size=4 --text={text.as_posix()} --data_dir={checkout.as_posix()}/data"
     monkeypatch.setattr(experiments, "run", in_this_process)
     monkeypatch.setattr(signal, "signal", lambda *_: None)      # only the main thread may set one
     status, out, err = run(experiments.main, "depth", "--dtype=float32", f"--train_flags={flags}")
