@@ -205,7 +205,7 @@ def form(value, layout):
 def main():
     args = read_flags()
     runs = (path.parent for path in Path("out").glob("*/model.safetensors"))
-    sources = args.models or sorted(str(folder) for folder in runs if (folder / "config.json").exists())
+    sources = args.models or sorted(folder.as_posix() for folder in runs if (folder / "config.json").exists())
     if not sources:
         raise ValueError("there is no trained model in out/; train one with: python train.py")
     named = [pair for source in sources for pair in sample(source, args)]
