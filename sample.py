@@ -21,7 +21,7 @@ from minisa import cost
 from minisa.axes import squeeze
 from minisa.decode import handles
 from minisa.kit.checkpoint import changes, load, reconfigure
-from minisa.kit.cli import Parser, amount, at_least, command, count, device, prompt, table
+from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count, prompt, table
 from minisa.kit.data import data_of
 from minisa.kit.results import print_table, write_results
 from minisa.kit.timing import share_of_limit
@@ -44,8 +44,8 @@ def read_flags():
     flag("context", count, 1024, "tokens in the cache that the bill is for; at most block_size count")
     flag("eval_tokens", count, 4096, "validation tokens for the loss of a downloaded model, or --squeeze")
     squeeze.add_flags(parser)
-    flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
-    flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
+    add_dtype(parser)
+    add_device(parser)
     flag("csv", table, None, "file to write the bill to, as .csv; python -m minisa.lab.plot draws it")
     parser.switch("json", "print the bill once more as the last line, as JSON for programs")
     return parser.parse_intermixed_args()
@@ -205,7 +205,7 @@ def form(value, layout):
 def main():
     args = read_flags()
     runs = (path.parent for path in Path("out").glob("*/model.safetensors"))
-    sources = args.models or sorted(str(folder) for folder in runs if (folder / "config.json").exists())
+    sources = args.models or sorted(folder.as_posix() for folder in runs if (folder / "config.json").exists())
     if not sources:
         raise ValueError("there is no trained model in out/; train one with: python train.py")
     named = [pair for source in sources for pair in sample(source, args)]

@@ -19,9 +19,21 @@ def run(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["minisa", *map(str, flags)])
         with pytest.raises(SystemExit) as stop:
             command(main)
-        out, err = capsys.readouterr()
+        out, err = (printed.replace(os.sep, "/") for printed in capsys.readouterr())    # as on Linux
         return stop.value.code or 0, out, err
     return run
+
+@pytest.fixture(params=["mkdir", "mkfifo"])
+def make_odd(request):
+    """make_odd(path) puts something that is no file there: a folder, or a pipe where there are any."""
+    if not hasattr(os, request.param):
+        pytest.skip(f"needs os.{request.param}")
+    return getattr(os, request.param)
+
+@pytest.fixture
+def make_pipe():
+    """make_pipe(path) puts a pipe there."""
+    return getattr(os, "mkfifo", None) or pytest.skip("needs os.mkfifo")
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):

@@ -6,7 +6,7 @@ import sys
 import torch.nn as nn
 
 from minisa.kit import checkpoint
-from minisa.kit.cli import Parser, command, device
+from minisa.kit.cli import Parser, add_device, command
 from minisa.kit.data import data_of
 from minisa.kit.files import lock, refuse_taken
 
@@ -64,7 +64,7 @@ def parser(doc, name):
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write the model")
     parser.flag("text", default=None, shown="the text that the model was trained on, or the plays",
                 help="UTF-8 file to calibrate on")
-    parser.flag("device", kind=device, default="cpu", help="cpu, cuda, cuda:1 or mps")
+    add_device(parser)
     return parser
 
 def rewrite(args, technique):

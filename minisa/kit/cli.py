@@ -10,6 +10,7 @@ import sys
 from minisa.kit.files import read_file, refuse_unwritable
 
 LONGEST = 2**20         # characters of a prompt
+DTYPES = "float32", "bfloat16"
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag raises ValueError, which command() prints in one line."""
@@ -96,6 +97,12 @@ def device(name):
         why = str(error).partition("\n")[0][:80]
         why = f"{name} is not on this machine, or cannot compute ({why}); take another, such as cpu"
         raise argparse.ArgumentTypeError(why) from None
+
+def add_device(parser):
+    parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
+
+def add_dtype(parser, help="of weights and cache", default="float32", shown=None):
+    parser.flag("dtype", str, default, help, shown, choices=DTYPES)
 
 def output(*endings):
     """A type for a flag: the name of a file to write, with one of these endings. A table can also go to a

@@ -245,7 +245,7 @@ class Run:
         if sent:
             self.save_state()
             self.processes.say(f"stopped at step {self.progress.step} and saved; continue with: "
-                               f"python train.py --resume --out_dir={shlex.quote(str(self.folder))}")
+                               f"python train.py --resume --out_dir={shlex.quote(self.folder.as_posix())}")
         return 128 + sent if sent else 0
 
     def refuse_nan(self, loss):

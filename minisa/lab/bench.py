@@ -28,7 +28,7 @@ import torch
 from minisa.cost import predict
 from minisa.decode import handles
 from minisa.kit.checkpoint import load, reconfigure
-from minisa.kit.cli import Parser, command, count, device, picture, table
+from minisa.kit.cli import Parser, add_device, add_dtype, command, count, picture, table
 from minisa.kit.machine import choose_dtype, keep_memory, number_format
 from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table, write_results
@@ -231,7 +231,7 @@ def torch_flag(parser):
 
 def shape_flags(parser):
     parser.flag("shapes", shapes, list(SHAPES), "which shapes to measure", shown=",".join(SHAPES))
-    parser.flag("dtype", choices=["float32", "bfloat16"], help="to train in", shown="the faster one")
+    add_dtype(parser, "to train in", None, "the faster one")
     torch_flag(parser)
 
 def modes(args):
@@ -334,7 +334,7 @@ def run(doc, name, commands):
     add_flags(parser)
     parser.flag("csv", table, help="file to write the results to as CSV", shown="none")
     parser.flag("rounds", count, 7, "measurements of each figure")
-    parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
+    add_device(parser)
     parser.set_defaults(plot=None)
     args, rows = parser.parse_intermixed_args(sys.argv[2:]), []
     keep_memory()

@@ -27,7 +27,7 @@ import torch
 from minisa.axes.store import Damaged, Store
 from minisa.cost import predict
 from minisa.kit.checkpoint import load
-from minisa.kit.cli import Parser, amount, at_least, command, count, device
+from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count
 from minisa.kit.files import lock, read_file, write_file
 from minisa.model import sharing_kind
 
@@ -202,8 +202,8 @@ def read_flags():
     flag("temperature", amount, 0.8, "0 takes the likeliest token, 1 the model's own distribution")
     flag("top_k", count, None, "draw only from this many likeliest tokens", "all")
     flag("seed", at_least(int, 0), 1337, "of the sampling")
-    flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
-    flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
+    add_device(parser)
+    add_dtype(parser)
     flag("share", str, "", "spans to share in a model trained without, zero-shot", "as trained")
     flag("share_kind", sharing_kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
          "Attention) or the NAME of a kind in minisa/axes")

@@ -29,7 +29,7 @@ import torch
 
 from minisa.cost import predict
 from minisa.kit import checkpoint
-from minisa.kit.cli import Parser, command, count
+from minisa.kit.cli import Parser, add_dtype, command, count
 from minisa.kit.files import lock, read_file
 from minisa.kit.machine import choose_dtype
 from minisa.kit.picture import pyplot
@@ -246,7 +246,7 @@ def main():
     parser.add_argument("study", nargs="?", choices=names, metavar="STUDY",
                         help=f"{', '.join(names)} (default none: list them)")
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
-    parser.flag("dtype", choices=["float32", "bfloat16"], help="to train in", shown="the faster one here")
+    add_dtype(parser, "to train in", None, "the faster one here")
     parser.flag("train_flags", words, "", "further flags of train.py, in quotes", "none")
     parser.switch("again", "set the results of this study aside, as FILE.1.old, and measure again")
     parser.switch("table", "only print the table, and draw the figure, of what was run")

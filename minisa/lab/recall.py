@@ -17,7 +17,7 @@ import torch
 
 from minisa.axes import squeeze
 from minisa.kit.checkpoint import load, reconfigure
-from minisa.kit.cli import Parser, at_least, command, count, device, several, table
+from minisa.kit.cli import Parser, add_device, add_dtype, at_least, command, count, several, table
 from minisa.kit.data import data_of
 from minisa.kit.machine import keep_memory
 from minisa.kit.results import write_results
@@ -124,8 +124,8 @@ def main():
                 shown="what the model was trained on, or the plays")
     parser.flag("seed", at_least(int, 0), 1337, "of the numbers")
     parser.flag("csv", table, None, "file to write the counts to, as .csv", "none")
-    parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
-    parser.flag("dtype", str, "float32", "of weights and cache", choices=["float32", "bfloat16"])
+    add_device(parser)
+    add_dtype(parser)
     args = parser.parse_intermixed_args()
     args.context = min(args.lengths)                        # the most that a squeezed cache may keep
     keep_memory()

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from minisa.kit import checkpoint
-from minisa.kit.cli import Parser, at_least, command, count, device, prompt
+from minisa.kit.cli import Parser, add_device, at_least, command, count, prompt
 from minisa.kit.data import data_of
 from minisa.kit.files import refuse_unwritable
 from minisa.kit.picture import pyplot, save, save_film
@@ -122,7 +122,7 @@ def parser(doc, name):
     parser.flag("text", help="UTF-8 text to read", shown="what the model was trained on, or the plays")
     parser.flag("out_dir", help="folder for the pictures and .csv files", shown="MODEL, or "
                 "out/similarity-NAME where that is a file")
-    parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
+    add_device(parser)
     return parser
 
 def open_model(args):

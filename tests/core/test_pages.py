@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from minisa.kit import checkpoint
+from minisa.kit.tokenizer import BYTES, Tokenizer
+from minisa.model import GPT, GPTConfig
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted(ROOT.glob("minisa/*/README.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
@@ -18,6 +22,17 @@ def test_the_reading_order_gives_the_lines_of_each_file():
         "minisa/plain.py", "minisa/decode.py", "minisa/model.py", "minisa/cost.py", "train.py", "sample.py"]
     for name, lines in rows:
         assert int(lines) == length(name), name
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    model = GPT(GPTConfig(block_size=128, vocab_size=256, n_layer=4, n_head=2, n_embd=16))
+    checkpoint.save(tmp_path / "out/full", model, Tokenizer(BYTES), checkpoint.UNKNOWN)
+    monkeypatch.chdir(tmp_path)
+    code, = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(code, names)
+    text = capsys.readouterr().out
+    assert text.startswith("ROMEO:") and "params=" in text and names["model"].config.share == "1-3"
+    assert [tuple(P.shape) for P in names["weights"]] == [(1, 2, 6, 6)] * 4
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere_and_commands_exist(page):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_a_model_in_bfloat16_is_decoded_and_billed_by_torch(run, runs):
     assert status == 0 and "they agree" in out and row["engine"] == "torch"
 
 def test_prompts_come_from_files_and_standard_input(run, runs, monkeypatch):
-    Path("prompt.txt").write_text("import os, 日本\n")
+    Path("prompt.txt").write_text("import os, 日本\n", encoding="utf-8", newline="\n")
     _, out, _ = run(sample.main, "out/full", "--prompt=FILE:prompt.txt", "--max_new_tokens=3")
     assert "import os, 日本\n" in out
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("from stdin ".encode())))
@@ -167,7 +168,7 @@ WRONG = {
     "--context=0": "0 is not a number",
     "--prompt=": "--prompt: is empty",
     "--prompt=FILE:none.txt": "No such file",
-    "--prompt=FILE:out": "Is a directory",
+    "--prompt=FILE:out": "Permission denied" if os.name == "nt" else "Is a directory",
     "--temperature=-1": "-1 is not a number",
     "--top_k=0": "0 is not a number",
     "--max_new_tokens=0": "0 is not a number",

@@ -236,7 +236,7 @@ def write():
     try:
         assert writer.stdout.readline() == b"ready\n"
         seen = set()
-        for _ in range(150):
+        for _ in range(50):
             model, _, info = minisa.load(folder)
             seen.add(info["step"])
             assert info["step"] == 7 or torch.equal(model(IDX)[0], expected[info["step"]])
@@ -255,7 +255,7 @@ def test_the_package_works_outside_the_checkout_and_loads_without_torchs_compile
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    found = [f"{tmp_path}/site/minisa/__init__.py", f"{tmp_path}/cache/minisa", "False"]
+    found = [str(tmp_path / "site/minisa/__init__.py"), str(tmp_path / "cache/minisa"), "False"]
     assert done.stdout.split() == found, done.stderr
 
 def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):

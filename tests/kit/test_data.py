@@ -110,6 +110,7 @@ def test_the_data_of_a_model_are_those_it_was_trained_on_or_another_text(text, d
     with pytest.raises(ValueError, match="the text that the model was trained on, is missing"):
         data_of({"data": str(tmp_path / "gone")}, data.tokenizer)
 
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes, and files with holes")
 def test_a_text_that_is_no_file_or_too_large_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "huge.txt").touch()

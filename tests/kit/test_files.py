@@ -26,6 +26,7 @@ def test_what_has_another_shape_is_refused(change):
     with pytest.raises(ValueError, match=rf"^{part}[.\w]* is not as it should be$"):
         files.check(GOOD | change, SHAPE, "it")
 
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes, and files with holes")
 def test_a_pipe_a_folder_and_a_huge_file_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")                            # read, it would wait for ever
     with pytest.raises(OSError, match="is not a regular file"):
@@ -37,6 +38,7 @@ def test_a_pipe_a_folder_and_a_huge_file_are_not_read(tmp_path):
     with pytest.raises(OSError, match="is larger than the 1 MB"):
         files.read_file(tmp_path / "huge", 2**20)
 
+@pytest.mark.skipif(os.name == "nt", reason="needs permissions as Unix has them")
 def test_files_are_as_open_as_the_user_wants_and_private_ones_the_users_alone(tmp_path):
     before = os.umask(0o027)
     try:
@@ -47,8 +49,8 @@ def test_files_are_as_open_as_the_user_wants_and_private_ones_the_users_alone(tm
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o600]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
-def test_a_pipe_in_the_place_of_a_file_is_left_alone(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
+def test_a_pipe_in_the_place_of_a_file_is_left_alone(tmp_path, make_pipe):
+    make_pipe(tmp_path / "pipe")
     with pytest.raises(OSError, match="is not a regular file"):
         files.write_file(tmp_path / "pipe", b"x")
     assert os.listdir(tmp_path) == ["pipe"]
@@ -95,6 +97,7 @@ def test_a_folder_that_is_taken_is_refused_and_an_empty_one_is_not(tmp_path):
         with pytest.raises(ValueError, match="--out=.*: is there already"):
             files.refuse_taken(tmp_path / name, "out")
 
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="needs a system that tells its memory")
 def test_more_memory_than_there_is_is_refused():
     files.refuse_too_much(2**20, "this")
     with pytest.raises(ValueError, match="this takes 1,000,000 GB of memory, this machine has"):

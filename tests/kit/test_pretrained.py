@@ -5,6 +5,7 @@ import random
 import re
 import struct
 import sys
+from functools import cache
 
 import pytest
 import regex
@@ -208,6 +209,11 @@ def smollm2():
     except ValueError as error:
         pytest.skip(f"needs the network: {error}")
 
+@pytest.fixture(scope="module")
+def reader(smollm2):
+    """Its file, as the gguf package reads it."""
+    return gguf.GGUFReader(pretrained.fetch())
+
 MIXED = ("It's 1999, isn't it? We'll pay $1,234.56 — or 78%…\n\n"
          "\tdef f(x):\n        return x**2  # 4  spaces   here 5\n"
          "Ça va, Zoë? naïve façade; ГОСТ 12345; 日本語のテキスト、한국어 텍스트; العربية ١٢٣; ½ Ⅻ ²\n"
@@ -215,10 +221,9 @@ MIXED = ("It's 1999, isn't it? We'll pay $1,234.56 — or 78%…\n\n"
          "<html>&amp;</html> foo_bar.baz(qux=[1, 2, 3]) ''' \"\"\" 's 'S")
 
 @pytest.mark.network
-def test_smollm2_tokens_are_those_of_hugging_face(smollm2, text):
+def test_smollm2_tokens_are_those_of_hugging_face(smollm2, reader, text):
     tokenizers = pytest.importorskip("tokenizers", reason=NEEDS)
-    fields = gguf.GGUFReader(pretrained.fetch()).fields
-    names, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    names, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
     pairs = [tuple(merge.split(" ")) for merge in merges]
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, pairs))
     pre = tokenizers.pre_tokenizers
@@ -233,11 +238,13 @@ def test_smollm2_tokens_are_those_of_hugging_face(smollm2, text):
         assert tokenizer.decode(tokenizer.encode(some)) == some
 
 @pytest.mark.network
-def test_smollm2_logits_are_those_of_transformers(smollm2):
+def test_smollm2_logits_are_those_of_transformers(smollm2, reader, monkeypatch):
     transformers = pytest.importorskip("transformers", reason=NEEDS)
     pytest.importorskip("accelerate", reason=NEEDS)
     model, tokenizer = smollm2
     path = pretrained.fetch()
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader)        # they would read it twice more
+    monkeypatch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
     kind = transformers.AutoModelForCausalLM
     theirs = kind.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     ids = torch.tensor([tokenizer.encode(MIXED)])

@@ -31,7 +31,7 @@ def rows_of(run, half_a_second):
     def rows_of(*words, main=bench.main):
         status, out, err = run(main, *words, "--rounds=1", "--csv=rows.csv")
         assert status == 0 and "round 1 of 1" in err
-        return list(csv.DictReader(Path("rows.csv").read_text().splitlines())), out
+        return list(csv.DictReader(Path("rows.csv").read_text(encoding="utf-8").splitlines())), out
     return rows_of
 
 def what(rows, *columns):

@@ -214,14 +214,15 @@ def test_no_conversation_replaces_another_that_was_kept(talk, tmp_path):
     assert sorted(path.name for path in (tmp_path / "s").glob("chat.json.*")) == [
         "chat.json.old", "chat.json.old.old", "chat.json.old.old.old"]
 
+@pytest.mark.skipif(os.name == "nt", reason="needs permissions as Unix has them")
 def test_a_conversation_is_the_users_alone(talk, tmp_path):
     talk(["Hello there, how are you today? " * 4], "--store=s")
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "s").iterdir() if path.name != ".lock"}
     assert modes == {0o600} and len(list((tmp_path / "s").glob("*.kv"))) > 0
 
-def test_a_pipe_in_the_place_of_the_conversation_is_refused_and_left(talk, tmp_path):
+def test_a_pipe_in_the_place_of_the_conversation_is_refused_and_left(talk, tmp_path, make_pipe):
     (tmp_path / "s").mkdir()
-    os.mkfifo(tmp_path / "s" / "chat.json")
+    make_pipe(tmp_path / "s" / "chat.json")
     status, _, err = talk(["Hello"], "--store=s")
     assert status == 2 and "chat.json: is not a regular file" in err and one_line(err)
     assert {path.name for path in (tmp_path / "s").iterdir()} == {"chat.json"}

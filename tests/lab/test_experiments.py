@@ -3,7 +3,7 @@
 import csv
 import random
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("pandas", reason="needs pandas: pip install pandas")
 import train  # noqa: E402
+from minisa.axes import heads  # noqa: E402
 from minisa.kit.files import lock  # noqa: E402
 from minisa.lab import experiments, tables  # noqa: E402
 from minisa.lab.experiments import RATES, SEEDS, TRAININGS, WARMUPS, WIDER  # noqa: E402
@@ -130,20 +131,27 @@ def test_equal_parameters_train_the_wider_model():
     assert "--n_kv_head=1 --n_hidden=416 " in line and f"--out_dir={out}" in line
     assert "n_hidden" not in experiments.commands_of("fair", settings | {"equal": "time"}, "")[1][0]
 
-@pytest.mark.slow
+def in_this_process(line, stdout=None):
+    """A command of a study, without waiting for torch."""
+    _, *sys.argv = shlex.split(line)
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+    (heads if sys.argv[0] == "minisa.axes.heads" else train).main()
+
 def test_a_study_trains_what_it_says(run, text, checkout, monkeypatch):
     tiny = "--n_layer=3 --n_head=2 --n_embd=16 --n_hidden=32 --block_size=16 --vocab_size=300"
     deep = tiny.replace("n_layer=3", "n_layer=4")
-    shutil.copy(CODE / "train.py", checkout)
     monkeypatch.setitem(experiments.TRAININGS, "depth", {"full": deep, "mixed": tiny})
     monkeypatch.setitem(experiments.AXES, "mixed", "heads --share=1-2 --heads=mix")
     for name, value in {"RATES": (1e-3,), "WARMUPS": (2,), "SEEDS": (1,), "STEPS": 4}.items():
         monkeypatch.setattr(experiments, name, value)
     changed = checkout / "out" / "experiments" / "depth-mixed-4-0.001-2-1" / "changed"
     changed.mkdir(parents=True)                             # what a stopped one left
-    flags = f"--batch_size=4 --text={text} --data_dir={checkout}/data"
-    status, out, err = run(experiments.main, "depth", "--jobs=2", "--dtype=float32", f"--train_flags={flags}")
-    assert status == 0 and "| 8 layers, mixed | 0.001 | 2 |" in out and "$ python train.py" in out
+    flags = f"--batch_size=4 --text={text.as_posix()} --data_dir={checkout.as_posix()}/data"
+    monkeypatch.setattr(experiments, "run", in_this_process)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)      # only the main thread may set one
+    status, out, err = run(experiments.main, "depth", "--dtype=float32", f"--train_flags={flags}")
+    assert status == 0 and "| 8 layers, mixed | 0.001 | 2 |" in out, err
     rows = {row["mode"]: row for row in rows_of(checkout, "depth")}
     assert rows.keys() == {"full", "mixed"} and {row["steps"] for row in rows.values()} == {"4"}
     caches = {mode: int(row["cache_bytes_per_token"]) for mode, row in rows.items()}

@@ -85,11 +85,11 @@ def test_a_table_that_differs_is_named_and_written_anew(write, tmp_path):
     write("sharing", RUNS, **COST)
     page = tmp_path / "README.md"
     right = f"# x\n\n<!-- table: sharing -->\n{markdown(make('sharing'))}\nEnd.\n"
-    page.write_text(right)
+    page.write_text(right, encoding="utf-8", newline="\n")
     assert check_pages() == []
-    page.write_text(right.replace("3.0500", "3.0400"))
+    page.write_text(right.replace("3.0500", "3.0400"), encoding="utf-8", newline="\n")
     assert check_pages() == ["README.md: sharing"] == check_pages(update=True)
-    assert page.read_text() == right
+    assert page.read_text(encoding="utf-8") == right
 
 def test_a_mark_without_a_table_is_filled():
     text, differ = renew("<!-- table: squeeze -->\n\ntext\n")
