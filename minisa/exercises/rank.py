@@ -130,7 +130,7 @@ def retrain(entry, folder, text):
         words += [f"--text={text}"] if text else []
         words += [f"--out_dir={temporary}/run", "--device=cpu"]
         print(f"training {entry.name} again", file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, str(TRAIN), *words], stdout=sys.stderr, stderr=subprocess.PIPE,
+        done = subprocess.run([sys.executable, str(TRAIN), *words], stdout=2, stderr=subprocess.PIPE,
                               text=True)
         if done.returncode:
             entry.problem = "could not be trained again: " + one_line(done.stderr.strip().split("\n")[-1])
