@@ -8,8 +8,8 @@
 
 `python -m minisa.exercises COMMAND --help` lists the flags of the last three.
 
-Answers run in a program of their own, which holds no expected value and refuses to import minisa; child.py says
-what that holds and what it cannot. Grade strangers' files in a container.
+Answers run in a program of their own, which holds no expected value and refuses to import minisa; child.py
+says what that holds and what it cannot. Grade strangers' files in a container.
 """
 
 import importlib
@@ -31,8 +31,9 @@ def read_flags():
     parser.flag("case", count, help="with --only, print this case whole, as Python to paste", shown="none")
     parser.flag("all", default="", help="grade each .py file of this folder instead", shown="none")
     parser.flag("csv", table, help="with --all, file to write a row per answers file to", shown="none")
-    parser.flag("results", default="", help="file to write results.json for Gradescope to; with --all a folder "
-                "for one per answers file", shown="none")
+    parser.flag("results", default="",
+                help="file to write as Gradescope's results.json; with --all a folder for "
+                "one per answers file", shown="none")
     parser.switch("json", "print the result as JSON")
     parser.switch("strict", "exit with status 1 below full points")
     args = parser.parse_args()
@@ -58,15 +59,16 @@ def grade_one(args):
 
 def grade_all(args):
     """→ the Results of all files of a folder, with a row of points printed for each."""
-    files = sorted(path for path in Path(args.all).glob("*.py"))
+    files = sorted(Path(args.all).glob("*.py"))
     if not files:
-        raise ValueError(f"--all={args.all}: is no folder that holds .py files; name the one with the answers")
+        raise ValueError(f"--all={args.all}: holds no .py files; name the folder with the answers")
     graded = {}
     for file in files:
         results = list(grade.grade_file(file, args.only, quiet=True))
         graded[file.name] = results
         if not args.json:
-            print(f"{file.name}: {report.in_all(results)}   {report.first_wrong(results) or 'right'}", flush=True)
+            wrong = report.first_wrong(results) or "right"
+            print(f"{file.name}: {report.in_all(results)}   {wrong}", flush=True)
         if args.results:
             write_file(Path(args.results) / f"{file.stem}.json", report.gradescope(results))
     if args.json:

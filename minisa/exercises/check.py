@@ -1,8 +1,8 @@
 """The cases of the exercises, made from SEED: change it, and all are new.
 
 What is expected is computed by a plain formulation in numpy and float64, or counted on a real model. grade.py
-puts the arguments to an answer, and judge() compares. A case belongs to a group, which earns points together;
-no group is right for an answer that is always the same.
+puts the arguments to an answer, and judge.py compares. A case belongs to a group, which earns points
+together; no group is right for an answer that is always the same.
 """
 
 from typing import NamedTuple
@@ -336,118 +336,60 @@ def bits_per_byte(rng):
 
 # an exercise → its groups of cases, and the points of each
 EXERCISES = {
-    attention_row: {"small scores": 5, "large scores": 3},
-    reuse_layer: {"a group per head": 6, "heads share groups": 6},
-    decode: {"a group per head": 3, "heads share groups": 2, "its cache": 3},
-    roles: {"spans": 3, "refused": 3},
-    cache_bytes: {"full layers": 2, "Shared Attention": 3, "Cross-Layer Attention": 3},
-    decode_flops: {"full layers": 4, "Shared Attention": 4, "Cross-Layer Attention": 4},
-    similarity: {"one head": 3, "more heads": 5},
-    best_source: {"clear": 3, "only by the cosine": 3},
-    mixture: {"some of each": 4, "less than nothing": 2},
-    refit: {"many tokens": 8, "few tokens": 4},
-    keep: {"all different": 5, "alike": 3},
-    bits_per_byte: {"ASCII": 3, "other letters": 3},
+    attention_row: {
+        "small scores": 5,
+        "large scores": 3,
+    },
+    reuse_layer: {
+        "a group per head": 6,
+        "heads share groups": 6,
+    },
+    decode: {
+        "a group per head": 3,
+        "heads share groups": 2,
+        "its cache": 3,
+    },
+    roles: {
+        "spans": 3,
+        "refused": 3,
+    },
+    cache_bytes: {
+        "full layers": 2,
+        "Shared Attention": 3,
+        "Cross-Layer Attention": 3,
+    },
+    decode_flops: {
+        "full layers": 4,
+        "Shared Attention": 4,
+        "Cross-Layer Attention": 4,
+    },
+    similarity: {
+        "one head": 3,
+        "more heads": 5,
+    },
+    best_source: {
+        "clear": 3,
+        "only by the cosine": 3,
+    },
+    mixture: {
+        "some of each": 4,
+        "less than nothing": 2,
+    },
+    refit: {
+        "many tokens": 8,
+        "few tokens": 4,
+    },
+    keep: {
+        "all different": 5,
+        "alike": 3,
+    },
+    bits_per_byte: {
+        "ASCII": 3,
+        "other letters": 3,
+    },
 }
 NAMES = [exercise.__name__ for exercise in EXERCISES]
 
 def cases(exercise):
     """Yield the cases of an exercise, one group after the other."""
     return exercise(np.random.default_rng(SEED))
-
-# ---- judging ----
-
-def judge(case, reply):
-    """What an answer did in a case, as child.call() says it → None if that is right, else why not. Raises
-    NotImplementedError if there is no answer yet."""
-    given = ", ".join(f"{name}={shown(value)}" for name, value in case.arguments.items())
-    expected = f"expected {shown(case.expected)}"
-    if "error" in reply:
-        kinds = reply.get("kinds", [])
-        if "NotImplementedError" in kinds:
-            raise NotImplementedError("not answered yet")
-        if case.expected is ValueError and "ValueError" in kinds:
-            return None
-        return f"{expected}, got {reply['error']}, for {given}"
-    got = reply.get("got")
-    if not is_right(got, case.expected):
-        return f"{expected}, got {shown(got)}, for {given}"
-    if case.after is not None and not cache_is(reply.get("after"), case.after):
-        name, _ = next(iter(case.arguments.items()))
-        return f"afterwards, {name} does not hold what it held and this token's v, once, for {given}"
-    return None
-
-def is_right(got, expected):
-    """Is an answer what was expected? Whole numbers are exact, others may be rounded as float32 rounds them."""
-    if expected is ValueError:
-        return False
-    if isinstance(expected, list) and isinstance(expected[0], str):
-        return got == expected
-    if isinstance(got, dict):
-        got = got.get("numbers")
-    expected = np.asarray(expected)
-    try:
-        numbers = np.asarray(got)
-    except ValueError:                                              # lists of different lengths
-        return False
-    if numbers.dtype.kind not in "biuf" or numbers.shape != expected.shape:
-        return False
-    if expected.dtype.kind == "i":
-        return np.array_equal(numbers, expected)
-    return np.allclose(numbers, expected, rtol=1e-4, atol=1e-5)
-
-def cache_is(after, expected):
-    """Is the first argument, as it was left, a list of these tensors?"""
-    values = after[0] if isinstance(after, list) and after else None
-    if not isinstance(values, list) or len(values) != len(expected):
-        return False
-    return all(is_right(got, value.numpy()) for got, value in zip(values, expected))
-
-# ---- values as text ----
-
-def shown(value):
-    """A value in a few words."""
-    if value is ValueError:
-        return "a ValueError"
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        value = {"shape": list(value.shape), "numbers": value.tolist()}
-    if isinstance(value, dict) and "numbers" in value:
-        numbers = np.asarray(value["numbers"], dtype=object).ravel().tolist()
-        return f"a tensor of shape {tuple(value['shape'])}: {shown(numbers)}"
-    if isinstance(value, dict):
-        return str(value.get("text"))[:80]
-    if isinstance(value, list):
-        parts = [shown(part) for part in value[:4]]
-        more = ["..."] if len(value) > 4 else []
-        return f"[{', '.join(parts + more)}]"
-    if isinstance(value, (float, np.floating)):
-        return f"{value:.5g}"
-    return repr(value)[:80]
-
-def pasted(exercise, number):
-    """→ a case, whole, as lines of Python to paste below an answer. Raises ValueError if no case has this
-    number."""
-    every = list(cases(exercise))
-    if not 1 <= number <= len(every):
-        raise ValueError(f"--case={number}: {exercise.__name__} has cases 1 to {len(every)}")
-    case = every[number - 1]
-    lines = [f"# {exercise.__name__}, case {number} ({case.group})", "import torch"]
-    lines += [f"{name} = {as_python(value)}" for name, value in case.arguments.items()]
-    expected = "ValueError" if case.expected is ValueError else as_python(case.expected)
-    lines.append(f"expected = {expected}")
-    lines.append(f"print({exercise.__name__}({', '.join(case.arguments)}))")
-    if case.after is not None:
-        lines.append("print(len(values), 'tokens in the cache')")
-    return "\n".join(lines)
-
-def as_python(value):
-    """A value as an expression of Python. Numbers of a tensor have the nine digits of float32."""
-    if isinstance(value, torch.Tensor):
-        return f"torch.tensor({as_python(value.numpy())})"
-    if isinstance(value, np.ndarray):
-        return repr(NINE_DIGITS(value).tolist())
-    if isinstance(value, list):
-        return f"[{', '.join(map(as_python, value))}]"
-    return repr(value.item() if isinstance(value, np.generic) else value)
-
-NINE_DIGITS = np.vectorize(lambda number: float(f"{number:.9g}"), otypes=[float])

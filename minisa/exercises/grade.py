@@ -39,9 +39,12 @@ class Pupil:
         self.file, self.quiet = str(Path(file).resolve()), quiet
         self.process = None
         self.broken = ""                # why no answer of this file can run
+        if not Path(file).is_file():
+            self.broken = f"{Path(file).name} is no file"
 
     def __enter__(self):
-        self.start()
+        if not self.broken:
+            self.start()
         return self
 
     def __exit__(self, *_):
@@ -170,9 +173,9 @@ class Result:
         return next((group.wrong for group in self.groups if group.wrong), None)
 
 def grade(exercise, ask):
-    """Put all cases of an exercise to an answer → a Result. A group has its points if all its cases are right;
-    after an answer that hangs or ends Python, the groups to come have none."""
-    from minisa.exercises import check
+    """Put all cases of an exercise to an answer → a Result. A group has its points if all its cases are
+    right; after an answer that hangs or ends Python, the groups to come have none."""
+    from minisa.exercises import check, judge
     groups = {name: Group(name, of, of) for name, of in check.EXERCISES[exercise].items()}
 
     def fail(group, why):
@@ -184,7 +187,7 @@ def grade(exercise, ask):
         if group.wrong:
             continue
         try:
-            why = check.judge(case, ask(case.values))
+            why = judge.judge(case, ask(case.values))
         except (Ended, NotImplementedError) as error:
             rest = list(groups.values())
             for later in rest[rest.index(group):]:
@@ -215,5 +218,5 @@ def exercise_named(name):
     return getattr(check, name)
 
 def pasted(exercise, number):
-    from minisa.exercises import check
-    return check.pasted(exercise, number)
+    from minisa.exercises import judge
+    return judge.pasted(exercise, number)

@@ -3,8 +3,8 @@
     python -m minisa.exercises handout                      out/full and out/weights-1-3, in handout.zip
     python -m minisa.exercises handout out/a out/b --out=models.zip
 
-In it: the models, their maps and bills (.png, .csv and .json in out/), the pictures of assets/, the sheet, the
-notebook, and the file for answers. Unpacked into a checkout of minisa, all is in its place.
+In it: the models, their maps and bills (.png, .csv and .json in out/), the pictures of assets/, the sheet,
+the notebook, and the file for answers. Unpacked into a checkout of minisa, all is in its place.
 """
 
 import io
@@ -60,8 +60,8 @@ def packed(files, read_me):
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.exercises handout [MODEL ...] [--out=FILE]")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="folders of runs or models (default out/full "
-                        "and out/weights-1-3)")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="folders of runs or models (default "
+                        "out/full and out/weights-1-3)")
     parser.flag("out", default="handout.zip", help="zip file to write")
     args = parser.parse_intermixed_args()
     models = args.models or ["out/full", "out/weights-1-3"]

@@ -1,6 +1,6 @@
 """Your answers in a real model: it generates text, and its reuse layers are yours.
 
-    python -m minisa.exercises play --answers=mine.py                       out/weights-1-3, or out/full sharing
+    python -m minisa.exercises play --answers=mine.py                      out/weights-1-3, or out/full
     python -m minisa.exercises play out/full --share=1-3 --answers=mine.py
     python -m minisa.exercises play smollm2 --answers=mine.py --prompt="Once upon a time"
 
@@ -25,7 +25,7 @@ from minisa.model import PREFILL_CHUNK, KVCache, SharedAttention
 ROLES = {"Attention": "full", "Anchor": "anchor", "SharedAttention": "reuse"}       # by their classes
 
 def read_flags():
-    parser = Parser(__doc__, usage="python -m minisa.exercises play [MODEL] --answers=FILE [--FLAG=VALUE ...]")
+    parser = Parser(__doc__, usage="python -m minisa.exercises play [MODEL] [--FLAG=VALUE ...]")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a run's folder, or smollm2 (default "
                         "out/weights-1-3, or out/full if that is not there)")
     parser.flag("answers", default="mine.py", help="Python file with your answers")

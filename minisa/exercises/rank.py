@@ -3,9 +3,10 @@
     python -m minisa.exercises rank FOLDER                  each folder in it is an entry: a run of train.py
     python -m minisa.exercises rank FOLDER --retrain        and train the first three again
 
-An entry keeps at most 1,000 bytes per token in its cache (float32), and took at most 2e13 FLOPs to train: 3 ×
-those of a token that sees block_size keys × steps × batch_size × block_size. It was trained from random weights
-on the plays. The loss, the bytes and a token's FLOPs are measured here; steps and sizes stand in the entry's
+An entry keeps at most 1,000 bytes per token in its cache (float32), and took at most 2e13 FLOPs to train:
+3 × those of a token that sees block_size keys × steps × batch_size × block_size. It was trained from random
+weights on the plays. The loss,
+the bytes and a token's FLOPs are measured here; steps and sizes stand in the entry's
 train.safetensors, and whether they are true --retrain shows.
 """
 

@@ -12,7 +12,8 @@ def show(result):
     if not partly:
         return
     for group in result.groups:
-        print(f"{'':<14}{group.points:>4} of {group.of:>2}   {group.wrong or f'{group.name}: right'}", flush=True)
+        said = group.wrong or f"{group.name}: right"
+        print(f"{'':<14}{group.points:>4} of {group.of:>2}   {said}", flush=True)
 
 def totals(results):
     return sum(result.points for result in results), sum(result.of for result in results)
@@ -27,8 +28,14 @@ def first_wrong(results):
 
 def as_dict(results):
     got, of = totals(results)
-    exercises = [{"exercise": result.name, "points": result.points, "of": result.of, "wrong": result.wrong,
-                  "groups": [vars(group) for group in result.groups]} for result in results]
+    exercises = []
+    for result in results:
+        exercises.append({
+            "exercise": result.name,
+            "points": result.points,
+            "of": result.of,
+            "wrong": result.wrong,
+            "groups": [vars(group) for group in result.groups]})
     return {"points": got, "of": of, "exercises": exercises}
 
 def as_json(results):
@@ -43,12 +50,15 @@ def gradescope(results):
     tests = []
     for result in results:
         for group in result.groups:
-            tests.append({"name": f"{result.name}: {group.name}", "score": group.points, "max_score": group.of,
-                          "output": group.wrong or "right"})
+            tests.append({
+                "name": f"{result.name}: {group.name}",
+                "score": group.points,
+                "max_score": group.of,
+                "output": group.wrong or "right"})
     return json.dumps({"tests": tests}, indent=1).encode()
 
 def as_csv(graded):
-    """→ the bytes of a table with a row per file: points of each exercise, in all, and what is wrong first."""
+    """→ the bytes of a table with a row per file: points of each exercise and in all, and what is wrong."""
     first = next(iter(graded.values()))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

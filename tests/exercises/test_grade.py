@@ -1,4 +1,4 @@
-"""Grading in a process of its own: what hangs, ends, prints or cheats costs its own points; and the command."""
+"""Grading in a process of its own: what hangs, ends, prints or cheats costs its own points. The command."""
 
 import csv
 import json
@@ -54,9 +54,11 @@ def test_what_ends_hangs_crashes_or_prints_costs_only_its_own_points(tmp_path, m
     assert results.pop("bits_per_byte").points == 6
     assert {result.points for result in results.values()} == {0}
     said = {"attention_row": "it ended Python", "reuse_layer": "more than 1 seconds", "decode": "SystemExit",
-            "roles": "EOFError", "cache_bytes": "must not start or stop programs (os.fork) in line 7 of mine.py",
+            "roles": "EOFError",
+            "cache_bytes": "must not start or stop programs (os.fork) in line 7 of mine.py",
             "decode_flops": "wrote into the grader's pipe", "similarity": "got None",
-            "best_source": "(os.kill)", "mixture": "ZeroDivisionError: division by zero in line 16 of mine.py: "
+            "best_source": "(os.kill)",
+            "mixture": "ZeroDivisionError: division by zero in line 16 of mine.py: "
             "return 1 / y", "refit": "RecursionError", "keep": "not answered yet"}
     for name, why in said.items():
         assert why in results[name].wrong, name
@@ -65,9 +67,9 @@ def test_what_ends_hangs_crashes_or_prints_costs_only_its_own_points(tmp_path, m
 @pytest.mark.parametrize("text, why", [
     ("def attention_row(:", "SyntaxError: invalid syntax in line 1 of mine.py: def attention_row(:"),
     ("import time\ntime.sleep(1000)", "took more than 1 seconds"),
-    ("import os\nos._exit(0)", "it ended Python"), ("raise SystemExit(0)", "SystemExit"),
-    ("x = 1\n1 / 0", "ZeroDivisionError: division by zero in line 2 of mine.py: 1 / 0"),
-    ("x = '\0'", "does not run"), ("import none_such", "No module named 'none_such'")], ids=range(7))
+    ("import os\nos._exit(0)", "it ended Python"),
+    ("x = 1\nimport none_such", "No module named 'none_such' in line 2 of mine.py: import none_such")],
+    ids=["syntax", "hangs", "exits", "import"])
 def test_a_file_that_cannot_be_imported_has_no_points_and_says_why_once(text, why, tmp_path, monkeypatch):
     monkeypatch.setattr(grade, "SECONDS", 1)
     results = graded(tmp_path, text, only="mixture")
@@ -114,10 +116,11 @@ CHEATS = {
 }
 
 def test_no_cheat_has_points(tmp_path):
-    names = [name for name in check.NAMES]
+    names = check.NAMES
     for start in range(0, len(CHEATS), len(names)):
         bodies = list(CHEATS.values())[start:start + len(names)]
-        text = "".join(f"def {name}(P=None, w=None, *more):\n        {body}\n" for name, body in zip(names, bodies))
+        text = "".join(f"def {name}(P=None, w=None, *more):\n        {body}\n"
+                       for name, body in zip(names, bodies))
         for name, result in graded(tmp_path, text).items():
             assert result.points == 0, (name, result)
     assert not (ROOT / "minisa/exercises/none.py").exists()
@@ -151,7 +154,8 @@ def test_one_exercise_is_graded_alone_and_its_cases_are_printed(run, tmp_path):
     tests = json.loads((tmp_path / "r/results.json").read_text())["tests"]
     assert tests[0] == {"name": "keep: all different", "score": 5, "max_score": 5, "output": "right"}
     status, out, _ = run(main, "--only=keep", "--case=2")
-    assert status == 0 and out.startswith("# keep, case 2 (all different)\n") and "print(keep(received, budget))" in out
+    assert status == 0 and out.startswith("# keep, case 2 (all different)\n")
+    assert "print(keep(received, budget))" in out
 
 def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(run, tmp_path):
     folder = tmp_path / "answers"
@@ -171,9 +175,11 @@ def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(run, 
 
 def test_the_template_answers_nothing_and_wrong_flags_are_refused(run, tmp_path):
     status, out, _ = run(main)
-    assert status == 0 and out.count("not answered yet") == 12 and out.split()[-4:] == ["all", "0", "of", "100"]
+    assert status == 0 and out.count("not answered yet") == 12 and out.split()[-4:] == ["all", "0", "of",
+                                                                                        "100"]
     for flags, why in {("--answers=none.py",): "no such file", ("--only=none",): "is none of attention_row",
                        ("--case=1",): "goes with --only", ("--csv=a.csv",): "goes with --all",
-                       ("--only=keep", "--case=99"): "has cases 1 to", (f"--all={tmp_path}",): "no folder"}.items():
+                       ("--only=keep", "--case=99"): "has cases 1 to",
+                       (f"--all={tmp_path}",): "holds no .py files"}.items():
         status, _, err = run(main, *flags)
         assert status == 2 and why in err and err.count("\n") == 1

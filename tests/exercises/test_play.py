@@ -52,9 +52,11 @@ def test_right_answers_write_the_text_of_minisa_past_the_context_too(name, share
 def test_answers_that_fail_are_named_with_their_line(runs, run, tmp_path):
     text, file = RIGHT.read_text(), tmp_path / "mine.py"
     for old, new, why in (
-        ("    values.append(v)", "    values.add(v)", "decode: AttributeError: 'list' object has no attribute 'add' "
+        ("    values.append(v)", "    values.add(v)",
+         "decode: AttributeError: 'list' object has no attribute 'add' "
          "in line 21 of mine.py: values.add(v)"),
-        ("    values.append(v)", "    values = [*values, v]", "decode left 6 tokens in the cache, expected 7"),
+        ("    values.append(v)", "    values = [*values, v]",
+         "decode left 6 tokens in the cache, expected 7"),
         ("dim=1) @ W_out.T", "dim=1)[:1]", "reuse_layer gave (1, 16), expected (6, 16)"),
         ('["reuse"]', '["anchor"]', "expected ['anchor', 'reuse', 'reuse']"),
         ("    found = [", "    raise SystemExit\n    found = [", "roles: SystemExit"),
@@ -70,7 +72,8 @@ def test_answers_that_fail_are_named_with_their_line(runs, run, tmp_path):
     assert status == 0 and "decode_flops is not answered yet" in out
 
 def test_what_cannot_be_played_is_refused(runs, run):
-    for flags, why in {(runs / "none",): "no such model", (runs / "full", "--share=5-9"): "layers of this model",
+    for flags, why in {(runs / "none",): "no such model", (runs / "full",
+                                                           "--share=5-9"): "layers of this model",
                        (runs / "full", "--answers=none.py"): "no such file"}.items():
         status, _, err = run(play.main, f"--answers={RIGHT}", *flags)
         assert status == 2 and why in err and err.count("\n") == 1
@@ -122,8 +125,10 @@ def test_entries_are_ranked_by_their_loss_and_each_that_is_not_says_why(entries,
     C, M, V, T = 16, 32, load(entries / "full")[0].config.vocab_size, 16
     token = 3 * (2 * C * (C + 8 + 8 + C) + 4 * C * T + 6 * C * M) + 2 * C * V
     assert rows["full"]["training_flops"] == str(3 * token * 12 * 4 * T)
-    for name, why in {"damaged": "damaged", "fine-tuned": "--init_from", "swapped": "not the one", "odd": "many",
-                      "other-text": "another text", "state-only": "model.safetensors", "notes.txt": "no folder",
+    for name, why in {"damaged": "damaged", "fine-tuned": "--init_from", "swapped": "not the one",
+                      "odd": "many",
+                      "other-text": "another text", "state-only": "model.safetensors",
+                      "notes.txt": "no folder",
                       "empty": "holds no train.safetensors"}.items():
         assert why in rows[name]["problem"] and f"disqualified: {name}: " in out
 
@@ -163,7 +168,8 @@ def test_the_handout_opens_and_its_models_are_as_they_were(runs, run, tmp_path):
         archive.extractall(tmp_path / "unpacked")
     assert status == 0 and "wrote a.zip" in out
     for name in ("HANDOUT.txt", "out/bill.csv", "assets/axes.png", "assets/smollm2/attention.png",
-                 "minisa/exercises/README.md", "minisa/exercises/lesson.ipynb", "minisa/exercises/answers.py"):
+                 "minisa/exercises/README.md", "minisa/exercises/lesson.ipynb",
+                 "minisa/exercises/answers.py"):
         assert name in names
     assert json.loads((tmp_path / "unpacked/minisa/exercises/lesson.ipynb").read_text())
     here, there = (load(folder)[0] for folder in (runs / "full", tmp_path / "unpacked/out/full"))
@@ -174,7 +180,8 @@ def test_the_handout_is_written_whole_or_not_at_all(runs, run, tmp_path):
     assert status == 2 and "train it with python train.py" in err
     shutil.copytree(runs / "full", tmp_path / "full")
     (tmp_path / "full/model.safetensors").write_bytes(b"x")
-    for flags, why in {(tmp_path / "full",): "damaged", (runs / "full", "--out=a.txt"): "must end in .zip"}.items():
+    for flags, why in {(tmp_path / "full",): "damaged", (runs / "full",
+                                                         "--out=a.txt"): "must end in .zip"}.items():
         status, _, err = run(handout.main, *flags)
         assert status == 2 and why in err and err.count("\n") == 1
     assert not list(tmp_path.glob("*.zip*"))
