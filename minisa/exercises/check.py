@@ -5,6 +5,7 @@ puts the arguments to an answer, and judge.py compares. A case belongs to a grou
 together; no group is right for an answer that is always the same.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -391,5 +392,9 @@ EXERCISES = {
 NAMES = [exercise.__name__ for exercise in EXERCISES]
 
 def cases(exercise):
-    """Yield the cases of an exercise, one group after the other."""
-    return exercise(np.random.default_rng(SEED))
+    """→ the cases of an exercise, one group after the other."""
+    return cases_of(exercise, SEED)
+
+@cache
+def cases_of(exercise, seed):
+    return tuple(exercise(np.random.default_rng(seed)))

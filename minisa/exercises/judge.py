@@ -75,7 +75,7 @@ def shown(value):
 def pasted(exercise, number):
     """→ a case, whole, as lines of Python to paste below an answer. Raises ValueError if no case has this
     number."""
-    every = list(check.cases(exercise))
+    every = check.cases(exercise)
     if not 1 <= number <= len(every):
         raise ValueError(f"--case={number}: {exercise.__name__} has cases 1 to {len(every)}")
     case = every[number - 1]
