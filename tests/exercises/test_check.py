@@ -20,6 +20,8 @@ from minisa.exercises import check, grade, judge
 from minisa.lab.similarity import layer_similarity
 from minisa.model import GPT, GPTConfig, KVCache, SharedAttention, Step, split_heads
 
+SEEDS = int(os.environ.get("MINISA_SEEDS", 2))         # MINISA_SEEDS=60 takes minutes
+
 def step(cache=None):
     return Step(None, None, False, cache)
 
@@ -118,8 +120,8 @@ def full(name, answer):
 @pytest.fixture
 def seeds(monkeypatch):
     """Yield, with each of some seeds set."""
-    def each(n=int(os.environ.get("MINISA_SEEDS", 2))):
-        for seed in range(n):
+    def each():
+        for seed in range(SEEDS):
             monkeypatch.setattr(check, "SEED", seed)
             yield seed
     return each
