@@ -367,7 +367,7 @@ MORE = {
                 lambda P, w: mixture(P, w.relu()), lambda P, w: mixture(P, w).sum(0),
                 lambda P, w: mixture(P, w) + P, lambda P, w: mixture(P, torch.diag(w.diagonal())),
                 lambda P, w: mixture(P, w) / mixture(P, w).sum(-1, keepdim=True),
-                 lambda P, w: mixture(P, w.flip(1))],
+                lambda P, w: mixture(P, w.flip(1))],
     "refit": [lambda Z, Y, W, r: refit(Z, Y, W, 2 * r), lambda Z, Y, W, r: refit(Z, Y, W, r**0.5),
               lambda Z, Y, W, r: refit(Z, Y, W, 1e-6), lambda Z, Y, W, r: refit(Z, Y, -W, r),
               lambda Z, Y, W, r: refit(Z, Y, W, r / len(Z)), lambda Z, Y, W, r: refit(Z, Y, W, r) - W,
