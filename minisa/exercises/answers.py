@@ -2,11 +2,15 @@
 
     cp minisa/exercises/answers.py mine.py
     python -m minisa.exercises --answers=mine.py
+    python -m minisa.exercises --answers=mine.py --only=decode              one exercise
+    python -m minisa.exercises --only=decode --case=3                       a case, whole, to paste and debug
+    python -m minisa.exercises play --answers=mine.py                       your code generates text
 
 README.md describes each exercise. Names of shapes: T tokens, H query heads, G key/value heads, D numbers per
 head, C = H·D.
 
-Use torch or plain Python. Code imported from minisa's model or axes does not count as an answer.
+Use torch, or plain Python. minisa itself cannot be imported while answers are graded. Tensors are float32.
+What you print goes to the terminal, and is not part of the result.
 """
 
 # ---- lab 1: from the paper to the model ----

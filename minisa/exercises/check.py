@@ -1,22 +1,27 @@
-"""How answers are graded: by test cases, against a plain formulation in numpy and float64.
+"""The cases of the exercises, made from SEED: change it, and all are new.
 
-All cases follow from SEED: change it to get new ones. Each answer runs in a process of its own, so one that
-is wrong, hangs or crashes costs only its own points.
+What is expected is computed by a plain formulation in numpy and float64, or counted on a real model. grade.py
+puts the arguments to an answer, and judge.py compares. A case belongs to a group, which earns points
+together; no group is right for an answer that is always the same.
 """
 
-import contextlib
-import importlib.util
-import multiprocessing
-import os
-import sys
-import traceback
-from pathlib import Path
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 SEED = 0
-SECONDS = 20                    # of one exercise
+
+class Case(NamedTuple):
+    group: str
+    arguments: dict             # by their names, in order
+    expected: object            # a list, an array, a number, or ValueError
+    after: list | None = None   # what the first argument must be after the call, if that matters
+
+    @property
+    def values(self):
+        return list(self.arguments.values())
 
 # ---- parts of cases ----
 
@@ -59,29 +64,33 @@ def tensor(array):
 def tensors(**arrays):
     return {name: tensor(array) for name, array in arrays.items()}
 
-# ---- the cases: each function yields arguments by their names, and what is expected ----
+# ---- the exercises: each function yields its cases ----
 
 def attention_row(rng):
-    for T, D, t in ((1, 4, 0), (6, 4, 3), (6, 8, 5)):
+    for T, D, t in ((1, 4, 0), (6, 4, 3), (6, 8, 5), (7, 16, 4)):
         q = rng.normal(size=(T, D))
         k = rng.normal(size=(T, D))
-        yield attention_case(q, k, t)
-    for added in (1000, -1000):                     # exp(1000) overflows float64, exp(-1000) is 0
-        q, k = rng.integers(-2, 3, size=(2, 5, 4)).astype(float)
+        yield attention_case("small scores", q, k, t)
+    above = [1000] * 6                              # exp(1000) overflows float64,
+    below = [-1000] * 6                             # exp(-1000) is 0
+    apart = [-1500, 1500, 1500, -1500, -1500, 0]    # what is subtracted must be the largest,
+    later = [-1000, -1000, -1000, -1000, 0, 3000]   # and of those that t may see
+    for added in (above, below, apart, later):
+        q, k = rng.integers(-2, 3, size=(2, 6, 4)).astype(float)
         q[:, 0] = 50
-        k[:, 0] = added / 25                        # D = 4, so this adds 50 · added / 25 / 2 to every score
-        yield attention_case(q, k, 3)               # small integers: the scores are exact, in float32 too
+        k[:, 0] = np.array(added) / 25              # D = 4, so this is added to the scores
+        yield attention_case("large scores", q, k, 3)       # small integers: exact in float32 too
 
-def attention_case(q, k, t):
+def attention_case(group, q, k, t):
     T, D = q.shape
     scores = k[:t + 1] @ q[t] / np.sqrt(D)
     expected = np.zeros(T)
     expected[:t + 1] = softmax(scores)
     arguments = {"q": q.tolist(), "k": k.tolist(), "t": t}
-    return arguments, expected.tolist()
+    return Case(group, arguments, expected.tolist())
 
 def reuse_layer(rng):
-    shapes = (2, 2, 4, 5), (4, 2, 3, 6), (4, 1, 2, 4)
+    shapes = (2, 2, 4, 5), (3, 3, 2, 4), (4, 2, 3, 6), (4, 1, 2, 4), (6, 2, 2, 3)
     for H, G, D, T in shapes:
         P = random_weights(rng, H, T)
         x = rng.normal(size=(T, H * D))
@@ -90,26 +99,24 @@ def reuse_layer(rng):
         v = (x @ W_v.T).reshape(T, G, D).transpose(1, 0, 2)         # (G, T, D)
         heads = weighted_sums(P, v).transpose(1, 0, 2)              # (T, H, D)
         y = heads.reshape(T, H * D) @ W_out.T
-        yield tensors(P=P, x=x, W_v=W_v, W_out=W_out), y
+        group = "a group per head" if G == H else "heads share groups"
+        yield Case(group, tensors(P=P, x=x, W_v=W_v, W_out=W_out), y)
 
 def decode(rng):
-    for H, G, D, S in ((2, 2, 4, 1), (4, 2, 3, 5)):
-        P = random_weights(rng, H, S)[:, -1:]                       # (H, 1, S)
-        v = rng.normal(size=(S, G, D))
-        y = weighted_sums(P, v.transpose(1, 0, 2))                  # (H, 1, D)
-        earlier = [tensor(values) for values in v[:-1]]
-        yield {"values": earlier, **tensors(P=P[:, 0], v=v[-1])}, y[:, 0]
+    shapes = (2, 2, 4, 1), (3, 3, 2, 5), (4, 2, 3, 1), (4, 2, 3, 5), (4, 1, 2, 4)
+    for H, G, D, S in shapes:
+        group = "a group per head" if G == H else "heads share groups"
+        yield decode_case(group, rng, H, G, D, S)
+    for S in range(1, 5):                                           # a cache that grows
+        case = decode_case("its cache", rng, 4, 2, 3, S)
+        yield case._replace(after=[*case.arguments["values"], case.arguments["v"]])
 
-def grows(answer, rng):
-    """decode() token by token → whether the cache grows by each token's values, and by nothing else."""
-    values = []
-    added = tensor(rng.normal(size=(4, 2, 3)))
-    for S, v in enumerate(added, start=1):
-        P = random_weights(rng, 2, S)[:, -1]
-        answer(values, tensor(P), v)
-        if len(values) != S:
-            return False
-    return all(map(torch.equal, values, added))
+def decode_case(group, rng, H, G, D, S):
+    P = random_weights(rng, H, S)[:, -1:]                           # (H, 1, S)
+    v = rng.normal(size=(S, G, D))
+    y = weighted_sums(P, v.transpose(1, 0, 2))                      # (H, 1, D)
+    earlier = [tensor(values) for values in v[:-1]]
+    return Case(group, {"values": earlier, **tensors(P=P[:, 0], v=v[-1])}, y[:, 0])
 
 def roles(rng):
     n, m = rng.integers(2, 6, size=2).tolist()
@@ -117,9 +124,11 @@ def roles(rng):
     late = [1] * 9 + [n, m]                                         # in layers of two digits
     for lengths in ([1] * n, [1, n], [n, m], mixed, late):
         share, expected = spans_of(lengths)
-        yield {"share": share, "n_layer": len(expected)}, expected
+        yield Case("spans", {"share": share, "n_layer": len(expected)}, expected)
+    share, expected = spans_of([1, m, n])
+    yield Case("refused", {"share": share, "n_layer": len(expected)}, expected)
     for share, n_layer in malformed(*rng.integers(1, 9, size=2).tolist()):
-        yield {"share": share, "n_layer": n_layer}, ValueError
+        yield Case("refused", {"share": share, "n_layer": n_layer}, ValueError)
 
 def malformed(a, length):
     """Yield --share as it is not written, and a number of layers."""
@@ -136,61 +145,75 @@ def malformed(a, length):
         f"{span}-{c}",
         f"{span},",
         f",{span}",
+        f"{span},,{c}-{d}",
         f"{span} ",
+        f"{span}, {c}-{d}",
         f"{span}\n",
         f"0{span}",
         f"+{span}",
         f"{a}-0{b}",
         f"{a}--{b}",
+        f"{a}-+{b}",
+        f"-{span}",
     ):
         yield share, n_layer
+    yield f"{a}-{b}_0", 200                 # int() takes this
+    yield f"{a}-\N{ARABIC-INDIC DIGIT NINE}", 200
 
 def cache_bytes(rng):
     from minisa.model import GPT, GPTConfig, KVCache
-    for kind, G, lengths in (
-        ("weights", 4, [1, 1]),
-        ("weights", 2, [2, 2]),
-        ("weights", 1, [1, 4]),
-        ("kv", 4, [1, 3]),
-        ("kv", 2, [1, 2, 3]),
+    for group, kind, H, G, lengths in (
+        ("full layers", "weights", 4, 4, [1, 1]),
+        ("full layers", "kv", 6, 2, [1, 1, 1]),
+        ("Shared Attention", "weights", 4, 2, [2, 2]),
+        ("Shared Attention", "weights", 6, 1, [1, 4]),
+        ("Cross-Layer Attention", "kv", 4, 4, [1, 3]),
+        ("Cross-Layer Attention", "kv", 6, 2, [1, 2, 3]),
     ):
         share, layers = spans_of(rng.permutation(lengths))
-        shape = {"n_head": 4, "n_kv_head": G, "n_embd": 8 * int(rng.integers(2, 9))}
+        shape = {"n_head": H, "n_kv_head": G, "n_embd": 2 * H * int(rng.integers(2, 9))}
         config = GPTConfig(n_layer=len(layers), share=share, share_kind=kind, **shape)
         for dtype in (torch.float32, torch.bfloat16):
             tokens = int(rng.integers(1, 1000))
             cache = KVCache(GPT(config).to(dtype), 1, tokens)
             size = {"tokens": tokens, "bytes_per_number": dtype.itemsize}
-            yield {"roles": layers, "kind": kind, **shape, **size}, cache.nbytes
+            yield Case(group, {"roles": layers, "kind": kind, **shape, **size}, cache.nbytes)
 
 def decode_flops(rng):
-    for G in (4, 2):
+    shapes, cases = [(4, 4, 32), (4, 2, 48), (6, 2, 48)], []
+    for H, G, C in shapes:
         M = 32 * int(rng.integers(2, 6))
-        shape = {"n_head": 4, "n_kv_head": G, "n_embd": 32, "n_hidden": M}
+        shape = {"n_head": H, "n_kv_head": G, "n_embd": C, "n_hidden": M}
         keys = int(rng.integers(2, 60))
-        full = counted_flops(shape, keys) // 2
+        full, _ = layers_flops(shape, keys)
         for kind in ("weights", "kv"):
-            both = counted_flops(shape, keys, share="0-1", share_kind=kind)
-            expected = {"full": full, "anchor": full, "reuse": both - full}
+            anchor, reuse = layers_flops(shape, keys, share="0-1", share_kind=kind)
+            expected = {"full": full, "anchor": anchor, "reuse": reuse}
             for role, flops in expected.items():
-                yield {"role": role, "kind": kind, **shape, "keys": keys}, flops
+                group = KINDS[kind] if role == "reuse" else "full layers"
+                arguments = {"role": role, "kind": kind, **shape, "keys": keys}
+                cases.append(Case(group, arguments, flops))
+    for group in EXERCISES[decode_flops]:
+        yield from (case for case in cases if case.group == group)
 
-def counted_flops(shape, keys, **sharing):
-    """FLOPs of the two layers of a model, counted while it decodes a token."""
-    from minisa.cost import measure
+KINDS = {"weights": "Shared Attention", "kv": "Cross-Layer Attention"}
+
+def layers_flops(shape, keys, **sharing):
+    """FLOPs of each of the two layers of a model for one token. (tests/core/test_cost.py counts the same; to
+    count it here would take a second.)"""
+    from minisa.cost import layer_flops
     from minisa.model import GPT, GPTConfig
-    config = GPTConfig(n_layer=2, vocab_size=8, **shape, **sharing)
-    head = 2 * config.n_embd * config.vocab_size
-    measured = measure(GPT(config), keys)
-    return measured.decode_flops - head
+    model = GPT(GPTConfig(n_layer=2, vocab_size=8, **shape, **sharing))
+    return [layer_flops(block, 1, keys) for block in model.blocks]
 
 def similarity(rng):
-    for H, T in ((1, 4), (3, 6)):
-        P = random_weights(rng, H, T)
-        Q = random_weights(rng, H, T)
-        cosines = (unit_rows(P) * unit_rows(Q)).sum(axis=-1)        # (H, T)
-        yield tensors(P=P, Q=Q), cosines.mean()
-        yield tensors(P=P, Q=P), 1.0
+    for group, shapes in {"one head": [(1, 4), (1, 7)], "more heads": [(3, 6), (4, 5)]}.items():
+        for H, T in shapes:
+            P = random_weights(rng, H, T)
+            Q = random_weights(rng, H, T)
+            cosines = (unit_rows(P) * unit_rows(Q)).sum(axis=-1)    # (H, T)
+            yield Case(group, tensors(P=P, Q=Q), cosines.mean())
+        yield Case(group, tensors(P=P, Q=P), 1.0)
 
 def unit_rows(P):
     return P / np.linalg.norm(P, axis=-1, keepdims=True)
@@ -198,25 +221,30 @@ def unit_rows(P):
 def best_source(rng):
     for H in (2, 5):
         anchor = random_weights(rng, H, 6)
-        shuffled = anchor[rng.permutation(H)]
+        order = rng.permutation(H)
+        shuffled = anchor[order]
         P = 0.7 * shuffled + 0.3 * random_weights(rng, H, 6)
-        yield tensors(P=P, anchor=anchor), best_cosine(P, anchor)
-    for measure in (products, closeness, row_cosines):              # other, wrong measures of similarity
+        yield Case("clear", tensors(P=P, anchor=anchor), best_cosine(P, anchor))
+    for measure in MEASURES:
         yield disagreeing_case(rng, measure)
 
 def disagreeing_case(rng, measure):
-    """A case in which the heads that are best by a measure are not the right ones."""
+    """A case in which the heads that are best by a measure are not the right ones, and those stand out."""
     while True:
         P = random_weights(rng, 3, 6)
         anchor = random_weights(rng, 3, 6)
+        cosines = products(P, anchor) / np.linalg.norm(anchor, axis=(1, 2))
+        _, second, first = np.sort(cosines, axis=1).T
         expected = best_cosine(P, anchor)
         others = measure(P, anchor).argmax(axis=1)
-        if np.any(others != expected):
-            return tensors(P=P, anchor=anchor), expected
+        if np.any(others != expected) and np.all(first - second > 0.01):
+            return Case("only by the cosine", tensors(P=P, anchor=anchor), expected)
 
 def best_cosine(P, anchor):
     norms = np.linalg.norm(anchor, axis=(1, 2))                     # a head's own norm changes no order
-    return (products(P, anchor) / norms).argmax(axis=1)
+    return (products(P, anchor) / norms).argmax(axis=1).tolist()
+
+# what "most similar" does not mean: measures (H, H) of the heads of P and of the anchor
 
 def products(P, anchor):
     return np.einsum("hts,gts->hg", P, anchor)
@@ -224,21 +252,47 @@ def products(P, anchor):
 def closeness(P, anchor):
     return -np.linalg.norm(P[:, None] - anchor, axis=(2, 3))
 
+def overlap(P, anchor):
+    return np.minimum(P[:, None], anchor).sum(axis=(2, 3))
+
 def row_cosines(P, anchor):
     return products(unit_rows(P), unit_rows(anchor))
 
+def column_cosines(P, anchor):
+    return row_cosines(P.transpose(0, 2, 1), anchor.transpose(0, 2, 1))
+
+def last_rows(P, anchor):
+    return row_cosines(P[:, -1:], anchor[:, -1:])
+
+def turned(P, anchor):
+    """The other way around: the head of P that is most similar to one of the anchor."""
+    return np.array(best_cosine(anchor, P))[:, None] == np.arange(len(P))
+
+def each_once(P, anchor):
+    """No head of the anchor serves twice."""
+    cosines = row_cosines(P.reshape(len(P), 1, -1), anchor.reshape(len(P), 1, -1))
+    taken = np.zeros_like(cosines)
+    for h in range(len(P)):
+        taken[h, cosines[h].argmax()] = 1
+        cosines[:, cosines[h].argmax()] = -1
+    return taken
+
+MEASURES = products, closeness, overlap, row_cosines, column_cosines, last_rows, turned, each_once
+
 def mixture(rng):
-    for H in (2, 4):
-        P = random_weights(rng, H, 5)
-        w = rng.uniform(0, 2, size=(H, H))                          # its rows do not sum to 1
-        mixed = np.zeros_like(P)
-        for h in range(H):
-            for g in range(H):
-                mixed[h] += w[h, g] * P[g]
-        yield tensors(P=P, w=w), mixed
+    for group, least in {"some of each": 0, "less than nothing": -1}.items():
+        for H in (2, 4):
+            P = random_weights(rng, H, 5)
+            w = rng.uniform(least, 2, size=(H, H))                  # its rows do not sum to 1
+            w[0, 0] = 1.5 * least + 0.5                             # 0.5 or -1
+            mixed = np.zeros_like(P)
+            for h in range(H):
+                for g in range(H):
+                    mixed[h] += w[h, g] * P[g]
+            yield Case(group, tensors(P=P, w=w), mixed)
 
 def refit(rng):
-    shapes = (40, 3, 2, 0.5), (30, 4, 3, 5.0), (2, 4, 3, 1.0)
+    shapes = (40, 3, 2, 0.5), (30, 4, 3, 5.0), (2, 4, 3, 1.0), (1, 3, 2, 0.25)
     for N, n, C, ridge in shapes:
         Z = rng.normal(size=(N, n))
         Y = rng.normal(size=(N, C))
@@ -247,17 +301,20 @@ def refit(rng):
         rows = np.concatenate((Z, root * np.eye(n)))                # the ridge as n more tokens
         wanted = np.concatenate((Y, root * W.T))
         fitted, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
-        yield {**tensors(Z=Z, Y=Y, W=W), "ridge": ridge}, fitted.T
+        group = "many tokens" if N > n else "few tokens"
+        yield Case(group, {**tensors(Z=Z, Y=Y, W=W), "ridge": ridge}, fitted.T)
 
 def keep(rng):
-    for budget in (2, 4, 5, 9):
-        distinct = rng.random(12).round(3)
-        falling = np.sort(distinct)[::-1]                           # the last tokens received least
-        tied = rng.integers(3, size=12) / 2
-        equal = np.full(12, distinct[0])
-        for weights in (distinct, falling, tied, equal, distinct[:budget]):
-            received = weights.tolist()
-            yield {"received": received, "budget": budget}, kept(received, budget)
+    for group in ("all different", "alike"):
+        for budget in (2, 3, 4, 5, 9):
+            distinct = rng.permutation(12) / 100 + round(rng.random(), 3)
+            falling = np.sort(distinct)[::-1]                       # the last tokens received least
+            tied = rng.integers(3, size=12) / 2
+            equal = np.full(12, distinct[0])
+            different = distinct, falling, distinct[:budget]
+            for weights in different if group == "all different" else (tied, equal):
+                received = weights.tolist()
+                yield Case(group, {"received": received, "budget": budget}, kept(received, budget))
 
 def kept(received, budget):
     recent = budget // 2
@@ -267,136 +324,77 @@ def kept(received, budget):
     return [*sorted(heavy), *range(first, len(received))]
 
 def bits_per_byte(rng):
-    for letters in ("To be, or not", "caffè: 日本", "é"):
-        length = rng.integers(3, 20)
-        text = "".join(rng.choice(list(letters), size=length))
-        nats = rng.uniform(0.5, 4)
-        tokens = int(rng.integers(2, 20))
-        bits = nats * tokens / np.log(2)
-        arguments = {"nats_per_token": nats, "tokens": tokens, "text": text}
-        yield arguments, bits / len(text.encode())
+    groups = {"ASCII": ["To be, or not", "abc\n"], "other letters": ["caffè: 日本", "é", "𝕊a"]}
+    for group, alphabets in groups.items():
+        for letters in alphabets:
+            length = rng.integers(3, 20)
+            text = letters[-1] + "".join(rng.choice(list(letters), size=length))
+            nats = rng.uniform(0.5, 4)
+            tokens = int(rng.integers(2, 20))
+            bits = nats * tokens / np.log(2)
+            arguments = {"nats_per_token": nats, "tokens": tokens, "text": text}
+            yield Case(group, arguments, bits / len(text.encode()))
 
-POINTS = {
-    attention_row: 8,
-    reuse_layer: 12,
-    decode: 8,
-    roles: 6,
-    cache_bytes: 8,
-    decode_flops: 12,
-    similarity: 8,
-    best_source: 6,
-    mixture: 6,
-    refit: 12,
-    keep: 8,
-    bits_per_byte: 6,
+# an exercise → its groups of cases, and the points of each
+EXERCISES = {
+    attention_row: {
+        "small scores": 5,
+        "large scores": 3,
+    },
+    reuse_layer: {
+        "a group per head": 6,
+        "heads share groups": 6,
+    },
+    decode: {
+        "a group per head": 3,
+        "heads share groups": 2,
+        "its cache": 3,
+    },
+    roles: {
+        "spans": 3,
+        "refused": 3,
+    },
+    cache_bytes: {
+        "full layers": 2,
+        "Shared Attention": 3,
+        "Cross-Layer Attention": 3,
+    },
+    decode_flops: {
+        "full layers": 4,
+        "Shared Attention": 4,
+        "Cross-Layer Attention": 4,
+    },
+    similarity: {
+        "one head": 3,
+        "more heads": 5,
+    },
+    best_source: {
+        "clear": 3,
+        "only by the cosine": 3,
+    },
+    mixture: {
+        "some of each": 4,
+        "less than nothing": 2,
+    },
+    refit: {
+        "many tokens": 8,
+        "few tokens": 4,
+    },
+    keep: {
+        "all different": 5,
+        "alike": 3,
+    },
+    bits_per_byte: {
+        "ASCII": 3,
+        "other letters": 3,
+    },
 }
+NAMES = [exercise.__name__ for exercise in EXERCISES]
 
-# ---- grading ----
+def cases(exercise):
+    """→ the cases of an exercise, one group after the other."""
+    return cases_of(exercise, SEED)
 
-def is_right(got, expected):
-    """Is an answer what was expected? Numbers may be rounded as float32 rounds them."""
-    if expected is ValueError:
-        return False
-    if isinstance(expected, list) and isinstance(expected[0], str):
-        return got == expected
-    expected = np.asarray(expected, dtype=np.float64)
-    try:
-        numbers = got.tolist() if isinstance(got, torch.Tensor) else got
-        with torch.no_grad():
-            numbers = np.asarray(numbers, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return numbers.shape == expected.shape and np.allclose(numbers, expected, rtol=1e-4, atol=1e-5)
-
-def shown(value):
-    """A value in a few words."""
-    if value is ValueError:
-        return "a ValueError"
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        numbers = np.asarray(value.tolist()).ravel()
-        return f"{tuple(value.shape)} {shown(numbers.tolist())}"
-    if isinstance(value, (list, tuple)):
-        parts = [shown(part) for part in value[:4]]
-        more = ["..."] if len(value) > 4 else []
-        return f"[{', '.join(parts + more)}]"
-    if isinstance(value, (float, np.floating)):
-        return f"{value:.5g}"
-    return repr(value)[:80]
-
-def line_of(error):
-    """The line of the answer in which an error was raised, as text."""
-    _, *frames = traceback.extract_tb(error.__traceback__)          # the first is attempt()
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    if not own:
-        return ""
-    return f" in line {own[-1].lineno}: {own[-1].line}"
-
-def attempt(answer, arguments, expected):
-    """Try one case → None if the answer is right, else what was expected, what came, and for what."""
-    given = [f"{name}={shown(value)}" for name, value in arguments.items()]
-    try:
-        got = answer(*arguments.values())
-        right = is_right(got, expected)
-        came = shown(got)
-    except Exception as error:
-        if isinstance(error, NotImplementedError):
-            raise
-        right = expected is ValueError and isinstance(error, ValueError)
-        came = f"{type(error).__name__}: {error}"[:120] + line_of(error)
-    if right:
-        return None
-    return f"expected {shown(expected)}, got {came}, for {', '.join(given)}"
-
-def grade(cases, answer):
-    """Try an answer on all cases of an exercise → None if all are right, else what is wrong with the first
-    that is not."""
-    try:
-        for number, case in enumerate(cases(np.random.default_rng(SEED)), start=1):
-            wrong = attempt(answer, *case)
-            if wrong:
-                return f"case {number}: {wrong}"
-    except NotImplementedError:
-        return "not answered yet"
-    if cases is decode and not grows(answer, np.random.default_rng(SEED)):
-        return "after some steps, the cache does not hold each token's values once"
-    return None
-
-def read_answers(file):
-    """Run a file of answers → its functions, as a module."""
-    spec = importlib.util.spec_from_file_location("answers", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-def in_process(file, cases, pipe):
-    """What the child does: grade one exercise of a file, and send the result."""
-    os.dup2(2, 1)                                           # what answers print is not part of the result
-    torch.set_num_threads(1)
-    try:
-        answer = getattr(read_answers(file), cases.__name__)
-        result = grade(cases, answer)
-    except BaseException as error:                          # also SystemExit
-        result = f"{Path(file).name} does not run: {type(error).__name__}: {error}"[:200]
-    pipe.send(result)
-
-def wrong_with(file, cases, context):
-    """Grade one exercise in a process of its own → None if it is right, else what is wrong."""
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=in_process, args=(str(file), cases, sender), daemon=True)
-    child.start()
-    sender.close()
-    wrong = f"took more than {SECONDS} seconds"
-    if receiver.poll(SECONDS):
-        wrong = "it ended Python"
-        with contextlib.suppress(EOFError):
-            wrong = receiver.recv()
-    child.kill()
-    child.join()
-    return wrong
-
-def grade_file(file):
-    """Yield (exercise, points got, points there are, what is wrong or None) of a file of answers."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    for cases, points in POINTS.items():
-        wrong = wrong_with(file, cases, context)
-        yield cases.__name__, 0 if wrong else points, points, wrong
+@cache
+def cases_of(exercise, seed):
+    return tuple(exercise(np.random.default_rng(seed)))

@@ -1,0 +1,178 @@
+"""What runs a file of answers: a program of its own, which grade.py starts and never imports into itself.
+
+    python child.py FILE FOLDER ...         FOLDER: what an answer must not read
+
+It reads a call a line from its standard input, {"call": name, "arguments": [...]}, and writes what the answer
+did, a line of JSON each. It knows the arguments of one case, and nothing of what is expected: no frame, no
+module and no object here holds it. Only JSON travels back, so nothing that an answer returns runs in the
+grader.
+
+An answer must not import minisa, read its files, or start programs: hold() refuses that, by Python's audit
+hooks. It holds honest students, and most others. It does not hold somebody who reaches for ctypes or the
+memory of this process, reads a copy of minisa in a place of another name, or lets a friend write the file: a
+grader on the same machine cannot. Grade strangers' files in a container, and read what looks odd.
+"""
+
+import json
+import linecache
+import numbers
+import os
+import sys
+import traceback
+import types
+from pathlib import Path
+
+LARGEST = 100_000           # numbers of an answer, or letters of its JSON × 10
+HIDDEN = "minisa", "tests", "train", "sample"       # modules
+PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn",
+            "os.startfile", "os.kill", "os.killpg", "pty.spawn")
+
+# ---- what answers must not do ----
+
+class Hider:
+    """A finder of modules, the first to be asked, that refuses those of minisa."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ImportError(f"importing {name} does not count as an answer")
+
+def hold(file, folders):
+    """From now on, refuse what answers must not do. file: theirs, which may lie in one of the folders."""
+    own = os.path.realpath(file)
+    hidden = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+
+    def refuse(event, args):
+        if event in PROGRAMS:
+            raise RuntimeError(f"an answer must not start or stop programs ({event})")
+        if event == "open" and isinstance(args[0], (str, bytes)):
+            path = os.path.realpath(os.fsdecode(args[0]))
+            if path.startswith(hidden) and path != own:
+                raise ImportError(f"reading {os.path.basename(path)} does not count as an answer")
+
+    sys.meta_path.insert(0, Hider)
+    sys.addaudithook(refuse)
+
+# ---- running answers ----
+
+def read_answers(file):
+    """Run a file of answers → its functions, as a module."""
+    module = sys.modules["answers"] = types.ModuleType("answers")
+    module.__file__ = str(file)
+    exec(compile(Path(file).read_bytes(), str(file), "exec"), vars(module))
+    return module
+
+def line_of(error, file):
+    """The last line of a file that an error came through, in words; "" if there is none."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f" in line {error.lineno} of {Path(file).name}: {(error.text or '').strip()}"
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [number for frame, number in frames if frame.f_code.co_filename == str(file)]
+    if not lines:
+        return ""
+    text = linecache.getline(str(file), lines[-1]).strip()
+    return f" in line {lines[-1]} of {Path(file).name}: {text}"
+
+def describe(error, file):
+    """An error of an answer, in one line."""
+    if isinstance(error, SyntaxError):
+        said = error.msg
+    else:
+        said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:160]}{line_of(error, file)}".replace(": in line", " in line")
+
+def call(answer, arguments, file=""):
+    """→ what an answer does with its arguments: {"got", "after"}, where `after` is what it left of them, or
+    {"error", "kinds"}, where `kinds` names the error's classes."""
+    given = [unpacked(argument) for argument in arguments]
+    try:
+        got = answer(*given)
+        return {"got": packed(got), "after": [packed(argument) for argument in given]}
+    except (Exception, SystemExit) as error:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        return {"error": describe(error, file), "kinds": kinds}
+
+# ---- values as JSON ----
+
+def unpacked(value):
+    """An argument as it came, with its tensors."""
+    import torch
+    if isinstance(value, dict):
+        return torch.tensor(value["numbers"], dtype=torch.float32).view(value["shape"])
+    if isinstance(value, list):
+        return [unpacked(part) for part in value]
+    return value
+
+def packed(value):
+    """Whatever an answer returns, as JSON can hold it: numbers, texts and lists as they are, a tensor or an
+    array as {"shape", "numbers"}, anything else as {"text"}."""
+    try:
+        if hasattr(value, "tolist") and hasattr(value, "shape") and value.shape:
+            size = 1
+            for n in value.shape:
+                size *= n
+            if size > LARGEST:
+                return {"text": f"{type(value).__name__} of shape {tuple(value.shape)}"}
+            plain = {"shape": list(value.shape), "numbers": value.tolist()}
+        elif isinstance(value, dict):
+            return {"text": repr(value)[:200]}
+        else:
+            plain = value
+        text = json.dumps(plain, default=plain_part)
+        if len(text) > 10 * LARGEST:
+            return {"text": f"{type(value).__name__}, too large to show"}
+        return json.loads(text)
+    except Exception:
+        return {"text": shown_safely(value)}
+
+def plain_part(value):
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError
+
+def shown_safely(value):
+    try:
+        return repr(value)[:200]
+    except Exception:
+        return f"a {type(value).__name__}"
+
+# ---- the program ----
+
+def serve(file, folders, calls, send):
+    import torch
+    torch.set_num_threads(1)
+    send({"started": True})
+    hold(file, folders)
+    try:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
+        module = read_answers(file)
+    except (Exception, SystemExit) as error:
+        send({"error": describe(error, file)})
+        return
+    send({"loaded": True})
+    for line in calls:
+        asked = json.loads(line)
+        try:
+            answer = getattr(module, asked["call"])
+        except AttributeError:
+            send({"error": f"there is no function {asked['call']}", "kinds": ["NotImplementedError"]})
+            continue
+        send(call(answer, asked["arguments"], file))
+
+def main():
+    calls = os.fdopen(os.dup(0), "rb")
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)        # input() of an answer ends at once,
+    os.dup2(2, 1)                                       # and what it prints is no result
+
+    def send(result):
+        results.write(json.dumps(result).encode() + b"\n")
+        results.flush()
+
+    file, *folders = sys.argv[1:]
+    serve(file, folders, calls, send)
+
+if __name__ == "__main__":
+    main()

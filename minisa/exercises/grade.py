@@ -1,0 +1,222 @@
+"""Grading: the cases of check.py, put to answers that run in a program of their own (child.py).
+
+What is expected stays here. The child gets the arguments of one case after the other, and what it sends back
+is judged here. It imports torch once for a whole file, in the same way on all systems, and is started anew
+only when an answer hung or ended it; so that costs its own points and no others.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisa.exercises import child
+
+SECONDS = 20                    # that an exercise may take, or the file to be imported
+START = 120                     # that Python and torch may take to start
+LONGEST = 2**24                 # bytes of a result
+
+class Ended(Exception):
+    """There will be no answer. Its text says why."""
+
+# ---- the process ----
+
+def hidden_folders():
+    """What answers must not read: minisa, and its tests."""
+    package = Path(__file__).resolve().parents[1]
+    return [str(package), str(package.parent / "tests")]
+
+class Pupil:
+    """A file of answers, in a process of its own while a `with` lasts."""
+
+    def __init__(self, file, quiet=False):
+        self.file, self.quiet = str(Path(file).resolve()), quiet
+        self.process = None
+        self.broken = ""                # why no answer of this file can run
+        if not Path(file).is_file():
+            self.broken = f"{Path(file).name} is no file"
+
+    def __enter__(self):
+        if not self.broken:
+            self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def start(self):
+        script = Path(child.__file__).resolve()
+        words = [sys.executable, "-P", str(script), self.file, *hidden_folders()]
+        errors = subprocess.DEVNULL if self.quiet else None
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                        env=environment)
+        self.results, self.ready = queue.Queue(), False
+        threading.Thread(target=self.listen, args=(self.process, self.results), daemon=True).start()
+
+    @staticmethod
+    def listen(process, results):
+        """Put each line that a process writes into a queue, and None when there will be no more."""
+        with contextlib.suppress(OSError, ValueError):
+            while line := process.stdout.readline(LONGEST):
+                results.put(line)
+        results.put(None)
+
+    def stop(self):
+        process, self.process = self.process, None
+        if process:
+            process.kill()
+            process.wait()
+            for pipe in process.stdin, process.stdout:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def receive(self, deadline):
+        """→ the next result. Raises Ended, after which the process is no more."""
+        try:
+            line = self.results.get(timeout=max(0, deadline - time.monotonic()))
+            if line is not None:
+                result = json.loads(line)
+                if isinstance(result, dict):
+                    return result
+            why = "it ended Python"
+        except queue.Empty:
+            why = f"took more than {SECONDS} seconds"
+        except (ValueError, RecursionError):
+            why = "it wrote into the grader's pipe"
+        self.stop()
+        raise Ended(why)
+
+    def load(self):
+        """Have the file imported. Raises Ended, now and at every later call, if that fails."""
+        if self.broken:
+            raise Ended(self.broken)
+        if not self.process:
+            self.start()
+        if self.ready:
+            return
+        name = Path(self.file).name
+        try:
+            self.receive(time.monotonic() + START)
+            result = self.receive(time.monotonic() + SECONDS)
+            if "error" in result:
+                self.broken = f"{name} does not run: {result['error']}"
+        except Ended as why:
+            self.broken = f"{name} does not run: {why}"
+        if self.broken:
+            raise Ended(self.broken)
+        self.ready = True
+
+    def exercise(self, name):
+        """→ ask(arguments) → what the answer to this exercise does, for SECONDS in all. Raises Ended."""
+        self.load()
+        deadline = time.monotonic() + SECONDS
+
+        def ask(arguments):
+            line = json.dumps({"call": name, "arguments": [as_sent(value) for value in arguments]})
+            try:
+                self.process.stdin.write(line.encode() + b"\n")
+                self.process.stdin.flush()
+            except OSError:
+                pass                                        # it is gone: receive() says so
+            return self.receive(deadline)
+        return ask
+
+def as_sent(value):
+    """An argument, as child.unpacked() reads it."""
+    if hasattr(value, "tolist"):
+        return {"shape": list(value.shape), "numbers": value.tolist()}
+    if isinstance(value, list):
+        return [as_sent(part) for part in value]
+    return value
+
+def here(answer):
+    """→ ask(arguments) of a function in this process, for tests."""
+    def ask(arguments):
+        result = child.call(answer, [as_sent(value) for value in arguments])
+        return json.loads(json.dumps(result))
+    return ask
+
+# ---- points ----
+
+@dataclass
+class Group:
+    """Cases of an exercise that earn points together."""
+    name: str
+    points: int
+    of: int
+    wrong: str | None = None
+
+@dataclass
+class Result:
+    """What an exercise earned."""
+    name: str
+    groups: list
+
+    @property
+    def points(self):
+        return sum(group.points for group in self.groups)
+
+    @property
+    def of(self):
+        return sum(group.of for group in self.groups)
+
+    @property
+    def wrong(self):
+        """The first thing that is wrong, or None."""
+        return next((group.wrong for group in self.groups if group.wrong), None)
+
+def grade(exercise, ask):
+    """Put all cases of an exercise to an answer → a Result. A group has its points if all its cases are
+    right; after an answer that hangs or ends Python, the groups to come have none."""
+    from minisa.exercises import check, judge
+    groups = {name: Group(name, of, of) for name, of in check.EXERCISES[exercise].items()}
+
+    def fail(group, why):
+        if not group.wrong:
+            group.points, group.wrong = 0, why
+
+    for number, case in enumerate(check.cases(exercise), start=1):
+        group = groups[case.group]
+        if group.wrong:
+            continue
+        try:
+            why = judge.judge(case, ask(case.values))
+        except (Ended, NotImplementedError) as error:
+            rest = list(groups.values())
+            for later in rest[rest.index(group):]:
+                fail(later, str(error))
+            break
+        if why:
+            fail(group, f"case {number} ({group.name}): {why}")
+    return Result(exercise.__name__, list(groups.values()))
+
+def grade_file(file, only=None, quiet=False):
+    """Yield the Result of each exercise of a file of answers, or of `only` one."""
+    with Pupil(file, quiet) as pupil:                       # torch is imported there while it is here
+        from minisa.exercises import check
+        for exercise, groups in check.EXERCISES.items():
+            if only not in (None, exercise.__name__):
+                continue
+            try:
+                yield grade(exercise, pupil.exercise(exercise.__name__))
+            except Ended as why:
+                nothing = [Group(name, 0, of, str(why)) for name, of in groups.items()]
+                yield Result(exercise.__name__, nothing)
+
+def exercise_named(name):
+    """→ an exercise of check.py. Raises ValueError if there is none of this name."""
+    from minisa.exercises import check
+    if name not in check.NAMES:
+        raise ValueError(f"--only={name}: is none of {', '.join(check.NAMES)}")
+    return getattr(check, name)
+
+def pasted(exercise, number):
+    from minisa.exercises import judge
+    return judge.pasted(exercise, number)

@@ -1,0 +1,69 @@
+"""Results of grading as text, as JSON, as CSV, and as the JSON that Gradescope reads."""
+
+import csv
+import io
+import json
+
+def show(result):
+    """Print what an exercise earned: a line, and one for each group that is wrong, if another is right."""
+    partly = 0 < result.points < result.of
+    said = "partly right" if partly else result.wrong or "right"
+    print(f"{result.name:<14}{result.points:>4} of {result.of:>2}   {said}", flush=True)
+    if not partly:
+        return
+    for group in result.groups:
+        said = group.wrong or f"{group.name}: right"
+        print(f"{'':<14}{group.points:>4} of {group.of:>2}   {said}", flush=True)
+
+def totals(results):
+    return sum(result.points for result in results), sum(result.of for result in results)
+
+def in_all(results):
+    got, of = totals(results)
+    return f"{'in all':<14}{got:>4} of {of:>2}"
+
+def first_wrong(results):
+    """The first thing that is wrong in a file, or None."""
+    return next((f"{result.name}: {result.wrong}" for result in results if result.wrong), None)
+
+def as_dict(results):
+    got, of = totals(results)
+    exercises = []
+    for result in results:
+        exercises.append({
+            "exercise": result.name,
+            "points": result.points,
+            "of": result.of,
+            "wrong": result.wrong,
+            "groups": [vars(group) for group in result.groups]})
+    return {"points": got, "of": of, "exercises": exercises}
+
+def as_json(results):
+    return json.dumps(as_dict(results), indent=1)
+
+def all_as_json(graded):
+    """graded: {file: its Results}."""
+    return json.dumps({file: as_dict(results) for file, results in graded.items()}, indent=1)
+
+def gradescope(results):
+    """→ the bytes of the results.json of an autograder: a test for each group of cases."""
+    tests = []
+    for result in results:
+        for group in result.groups:
+            tests.append({
+                "name": f"{result.name}: {group.name}",
+                "score": group.points,
+                "max_score": group.of,
+                "output": group.wrong or "right"})
+    return json.dumps({"tests": tests}, indent=1).encode()
+
+def as_csv(graded):
+    """→ the bytes of a table with a row per file: points of each exercise and in all, and what is wrong."""
+    first = next(iter(graded.values()))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", *(result.name for result in first), "total", "of", "wrong"])
+    for file, results in graded.items():
+        points = [result.points for result in results]
+        writer.writerow([file, *points, *totals(results), first_wrong(results) or ""])
+    return text.getvalue().encode(errors="backslashreplace")
