@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted(ROOT.glob("minisa/*/README.md"))]
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted(ROOT.glob("minisa/*/README.md")),
+         *sorted(ROOT.glob("minisa/exercises/teacher/*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 
 def length(name):
