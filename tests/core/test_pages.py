@@ -10,7 +10,8 @@ from minisa.kit.tokenizer import BYTES, Tokenizer
 from minisa.model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted(ROOT.glob("minisa/*/README.md"))]
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted(ROOT.glob("minisa/*/README.md")),
+         *sorted(ROOT.glob("minisa/exercises/teacher/*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 
 def length(name):
