@@ -137,7 +137,7 @@ def as_sent(value):
     return value
 
 def here(answer):
-    """→ ask(arguments) of a function in this process, for tests."""
+    """→ ask(arguments) of a function in this process, for tests and notebooks."""
     def ask(arguments):
         result = child.call(answer, [as_sent(value) for value in arguments])
         return json.loads(json.dumps(result))
