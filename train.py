@@ -30,7 +30,7 @@ from minisa.kit.run import (
     Run,
     clock,
     read_state,
-    refuse_taken,
+    refuse_former,
     restore_optimizer,
     set_aside,
 )
@@ -116,9 +116,6 @@ PRESETS = {
 }
 EVAL_TOKENS = 20_000        # of an evaluation on the way; the last one reads all
 SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]
-NOT_SAVED = {"device", "compile", "resume", "overwrite"}
-FREE = NOT_SAVED | {        # what may be another when a run is continued
-    "out_dir", "text", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
 FIXED_BY_MODEL = {*SHAPE, "tokenizer", "vocab_size"} - {"share", "share_kind", "dropout", "block_size"}
 
 # ---- data and model ----
@@ -257,6 +254,10 @@ def train(settings, run, forward, autocast):
 
 # ---- the whole run: its settings, what it continues, and its parts in order ----
 
+NOT_SAVED = {"device", "compile", "resume", "overwrite"}
+FREE = NOT_SAVED | {        # what may be another when a run is continued
+    "out_dir", "text", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
+
 def settle(given, device, saved):
     """Merge defaults, preset, the settings of a saved run, and what was given. → Settings"""
     preset = given.get("preset") or saved.get("preset") or ("cpu" if device.type == "cpu" else "gpu")
@@ -291,7 +292,7 @@ def continue_run(parser, given, folder):
     saved = read_state(folder)
     try:
         settings = vars(parser.parse_args(saved.settings))
-        if saved.progress.step > settings["max_iters"]:
+        if not 0 <= saved.progress.step <= settings["max_iters"]:
             raise ValueError(f"step {saved.progress.step}")
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder}/{STATE}: damaged ({error}); start a new run") from None
@@ -333,7 +334,7 @@ def main():
         settings.dtype = settings.dtype or machine.choose_dtype(device, settings.init_from)
         rows_of(settings, processes)                        # or refused, before work
         if not saved:
-            processes.first_then_all(lambda: refuse_taken(folder, settings.overwrite))
+            processes.first_then_all(lambda: refuse_former(folder, settings.overwrite))
         model, data = make_model(settings, given, saved, processes)
         optimizer = make_optimizer(settings, model)
         if saved:

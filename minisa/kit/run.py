@@ -152,7 +152,7 @@ def restore_optimizer(optimizer, moments, file):
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-def refuse_taken(folder, overwrite):
+def refuse_former(folder, overwrite):
     """Raises ValueError if something is in the way of a new run and may not be set aside."""
     folder = Path(folder)
     refuse_unwritable(folder / STATE)

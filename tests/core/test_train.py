@@ -373,6 +373,7 @@ HARMS = {
     "an optimizer of another shape": change_saved(wrong_optimizer),
     "a tensor too few": change_saved(lambda _, tensors: tensors.pop("optimizer.1.step")),
     "a step past the end": change_saved(lambda state, _: state["progress"].update(step=99)),
+    "a step before the first": change_saved(lambda state, _: state["progress"].update(step=-1)),
     "no log": change_saved(lambda state, _: state["progress"].update(log=None)),
     "a setting out of range": setting("--log_interval=0"),
     "a setting of another type": setting("--batch_size=x"),
