@@ -35,6 +35,18 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 END = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
 HELP = f"/reset starts over, /undo takes the last turn back, /bill shows what the cache costs, {END} ends"
 MB = 2**20
+LONGEST = 2**16         # characters of a line
+MOST = 2**20            # tokens of a conversation
+
+def read_line():
+    """→ a line of the input, "" at its end, and "\n" in place of one that is too long."""
+    line = rest = sys.stdin.readline(LONGEST)
+    while rest and not rest.endswith("\n"):             # skip the rest of such a line
+        rest = sys.stdin.readline(LONGEST)
+    if len(line) == LONGEST:
+        print(f"longer than {LONGEST:,} characters: say it in parts", file=sys.stderr)
+        return "\n"
+    return line
 
 def special(tokenizer):
     """The ids of <|im_start|> and <|im_end|>. Raises ValueError if the tokenizer has none."""
@@ -69,7 +81,7 @@ class Chat:
             saved = json.loads(data)
             parts, tokens = saved["parts"], [*chain(*saved["parts"])]
             known = all(type(i) is int and 0 <= i < self.tokenizer.vocab_size for i in tokens)
-            if tokens and known and saved["tokenizer"] == self.identity:
+            if 0 < len(tokens) <= MOST and known and saved["tokenizer"] == self.identity:
                 self.parts = parts
                 print(f"continuing a conversation of {len(parts) - 1} turns, {len(tokens):,} tokens")
                 return
@@ -106,7 +118,7 @@ class Chat:
         print(HELP)
         while True:
             print("\n> " if sys.stdin.isatty() else "", end="", flush=True)
-            line = sys.stdin.readline()
+            line = read_line()
             if not line:
                 break
             text = line.strip()
@@ -139,9 +151,10 @@ class Chat:
     def turn(self, text):
         """Send a message; print the answer as it is generated, and the time it took."""
         message, made, began = self.message("user", text), [], time.perf_counter()
-        if len(message) > self.store.size:
-            print(f"{len(message):,} tokens do not fit into the window of {self.store.size:,}: say it in "
-                  "parts", file=sys.stderr)
+        so_far = sum(map(len, self.parts))
+        if len(message) > self.store.size or so_far + len(message) > MOST:
+            print(f"{len(message):,} tokens do not fit into the window of {self.store.size:,}, or the "
+                  f"conversation of at most {MOST:,}: say it in parts, or /reset", file=sys.stderr)
             return
         self.parts.append([*message, self.start, *self.tokenizer.encode("assistant\n")])
         tokens = [*chain(*self.parts)]

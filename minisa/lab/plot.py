@@ -111,6 +111,8 @@ LOSS = "loss over full attention, %"
 def dot_plot(names, panels, spread, file):
     """A row for each name, a panel for each of panels: {title: a value for each name}. The first one is LOSS,
     with the standard deviations `spread`, if known; the others are costs."""
+    if len(names) > 100:
+        raise ValueError("it has more rows than can be drawn")
     places = range(len(names))
     width = 5 + 4 * len(panels)                                                 # inches
     height = 1.6 + 0.45 * len(names)

@@ -232,10 +232,19 @@ def test_two_chats_do_not_share_a_folder(talk, tmp_path):
         status, _, err = talk(["Hello"], "--store=s")
     assert status == 2 and "s: another program is writing there" in err and one_line(err)
 
-def test_a_line_that_does_not_fit_costs_that_line_only(talk):
-    status, out, err = talk(["a" * 10**6, "Hello"])
-    assert status == 0 and "1,000,008 tokens do not fit into the window of 1,000" in err and one_line(err)
+@pytest.mark.parametrize("line, why", [("a" * 10**6, "longer than 65,536"),
+                                       ("a" * 2**16, "longer than 65,536"),
+                                       ("a" * 2000, "do not fit into the window of 1,000")],
+                         ids=["1 MB", "64 kB", "2 kB"])
+def test_a_line_that_does_not_fit_costs_that_line_only(talk, line, why):
+    status, out, err = talk([line, "Hello"])
+    assert status == 0 and why in err and one_line(err)
     assert answers(out) == answers(talk(["Hello"])[1])
+
+def test_a_conversation_has_an_end(talk, monkeypatch):
+    monkeypatch.setattr(chat, "MOST", 150)
+    status, out, err = talk(["Hello", "Why? " * 20])
+    assert status == 0 and "conversation of at most 150" in err and one_line(err) and len(answers(out)) == 1
 
 def test_bytes_that_are_not_utf_8_are_read_as_they_are(talk, tmp_path):
     status, _, err = talk(["\udce9"], "--store=s")
