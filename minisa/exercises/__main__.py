@@ -19,6 +19,7 @@ from pathlib import Path
 from minisa.exercises import grade, report
 from minisa.kit.cli import Parser, command, count, table
 from minisa.kit.files import write_file
+from minisa.kit.results import write_table
 
 COMMANDS = "play", "rank", "handout"
 TEMPLATE = Path(__file__).parent / "answers.py"
@@ -74,7 +75,7 @@ def grade_all(args):
     if args.json:
         print(report.all_as_json(graded))
     if args.csv:
-        write_file(args.csv, report.as_csv(graded), named=True)
+        write_table(args.csv, report.rows_of(graded))
     return [result for results in graded.values() for result in results]
 
 def main():

@@ -40,7 +40,7 @@ class Pupil:
         self.process = None
         self.broken = ""                # why no answer of this file can run
         if not Path(file).is_file():
-            self.broken = f"{Path(file).name} is no file"
+            self.broken = f"{Path(file).name} is not a file"
 
     def __enter__(self):
         if not self.broken:

@@ -5,26 +5,22 @@
 
 An entry keeps at most 1,000 bytes per token in its cache (float32), and took at most 2e13 FLOPs to train:
 3 × those of a token that sees block_size keys × steps × batch_size × block_size. It was trained from random
-weights on the plays. The loss,
-the bytes and a token's FLOPs are measured here; steps and sizes stand in the entry's
-train.safetensors, and whether they are true --retrain shows.
+weights on the plays. The loss, the bytes and a token's FLOPs are measured here; steps and sizes are read from
+the entry's train.safetensors, and --retrain shows whether they are true.
 """
 
-import csv
-import io
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minisa.cost import measure
 from minisa.kit.checkpoint import UNKNOWN, load
 from minisa.kit.cli import Parser, command, table
 from minisa.kit.data import data_of
-from minisa.kit.files import write_file
-from minisa.kit.results import print_table
+from minisa.kit.results import print_table, write_results
 from minisa.kit.run import read_state
 
 CACHE_BYTES = 1000              # per token, at most
@@ -57,7 +53,7 @@ def settings_of(flags):
     for flag in flags:
         match = re.fullmatch(r"--(\w+)=(.*)", flag, re.DOTALL)
         if not match:
-            raise ValueError(f"its settings hold {flag[:40]!r}, which is no setting")
+            raise ValueError(f"its settings hold {flag[:40]!r}, which is not a setting")
         settings[match[1]] = match[2]
     return settings
 
@@ -75,7 +71,7 @@ def refuse(folder, model, saved, settings, text):
 def examine(entry, folder, text):
     """Fill in an Entry from its folder. Raises FAILURES if there is none, or it breaks a rule."""
     if not folder.is_dir():
-        raise ValueError("is no folder; an entry is the folder of a run")
+        raise ValueError("is not a folder; an entry is the folder of a run")
     if not (folder / "train.safetensors").is_file():
         raise ValueError("holds no train.safetensors; an entry is the whole folder of a run of train.py")
     model, tokenizer, _ = load(folder)
@@ -172,14 +168,10 @@ def show(entries):
         if entry.problem:
             print(f"disqualified: {entry.name}: {entry.problem}")
 
-def as_csv(entries):
-    text = io.StringIO()
-    columns = ["place", *(field.name for field in fields(Entry))]
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for place, entry in enumerate(entries, start=1):
-        writer.writerow({"place": "" if entry.problem else place, **asdict(entry)})
-    return text.getvalue().encode(errors="backslashreplace")
+def rows_of(entries):
+    """→ rows of the ranking, as dicts."""
+    places = enumerate(entries, start=1)
+    return [{"place": "" if entry.problem else place, **asdict(entry)} for place, entry in places]
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.exercises rank FOLDER [--FLAG=VALUE ...]")
@@ -190,7 +182,7 @@ def main():
     args = parser.parse_intermixed_args()
     folder = Path(args.folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is no folder; name the one that holds the entries")
+        raise ValueError(f"{folder}: is not a folder; name the one that holds the entries")
     if args.retrain and not TRAIN.is_file():
         raise ValueError("--retrain: needs train.py, so run it in a checkout of minisa")
     entries = ranked(folder, args.text)
@@ -200,7 +192,7 @@ def main():
         entries = retrain_first(entries, folder, args.text)
     show(entries)
     if args.csv:
-        write_file(args.csv, as_csv(entries), named=True)
+        write_results(args.csv, rows_of(entries))
 
 if __name__ == "__main__":
     command(main)

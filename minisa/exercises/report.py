@@ -1,7 +1,5 @@
 """Results of grading as text, as JSON, as CSV, and as the JSON that Gradescope reads."""
 
-import csv
-import io
 import json
 
 def show(result):
@@ -57,13 +55,12 @@ def gradescope(results):
                 "output": group.wrong or "right"})
     return json.dumps({"tests": tests}, indent=1).encode()
 
-def as_csv(graded):
-    """→ the bytes of a table with a row per file: points of each exercise and in all, and what is wrong."""
-    first = next(iter(graded.values()))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", *(result.name for result in first), "total", "of", "wrong"])
+def rows_of(graded):
+    """→ a row, a dict, for each file: points of each exercise and in all, and what is wrong."""
+    rows = []
     for file, results in graded.items():
-        points = [result.points for result in results]
-        writer.writerow([file, *points, *totals(results), first_wrong(results) or ""])
-    return text.getvalue().encode(errors="backslashreplace")
+        total, of = totals(results)
+        points = {result.name: result.points for result in results}
+        wrong = first_wrong(results) or ""
+        rows.append({"file": file, **points, "total": total, "of": of, "wrong": wrong})
+    return rows

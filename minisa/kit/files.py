@@ -1,9 +1,7 @@
 """Files: read with a check, written whole or not at all; downloads, and where they are kept."""
 
-import csv
 import hashlib
 import importlib.util
-import io
 import math
 import os
 import secrets
@@ -203,11 +201,6 @@ def refuse_taken(folder, flag):
     """Raises ValueError unless a folder that a flag names is new, or empty."""
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ValueError(f"--{flag}={folder}: is there already; delete it, or name another")
-
-def write_csv(file, columns, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    write_file(file, text.getvalue().encode(errors="backslashreplace"), named=True)
 
 # ---- downloads ----
 

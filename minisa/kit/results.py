@@ -36,10 +36,14 @@ def processor():
 def write_results(file, rows):
     """Write rows, dicts of the same keys, as CSV: a column per fact, and those of provenance()."""
     known = provenance()
-    rows = [{**known, **row} for row in rows]       # a row's own values take precedence
-    columns = [*dict.fromkeys(name for row in rows for name in row if name not in known), *known]
+    own = dict.fromkeys(name for row in rows for name in row if name not in known)
+    rows = [{**own, **known, **row} for row in rows]    # a row's own values take precedence
+    write_table(file, rows)
+
+def write_table(file, rows):
+    """Write rows, dicts of the same keys, as CSV."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(file, text.getvalue().encode(errors="backslashreplace"), named=True)

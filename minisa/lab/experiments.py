@@ -157,7 +157,7 @@ def run_trainings(name, measure, jobs):
             try:
                 for n, future in enumerate(as_completed(futures), start=1):
                     row, curve = future.result()
-                    if name == "preset" and row["mode"] not in AXES:
+                    if curve and name == "preset" and row["mode"] not in AXES:
                         add_rows("learning", curve)
                     add_rows(name, [row])
                     minutes = (time.perf_counter() - begun) / n * (len(left) - n) / 60

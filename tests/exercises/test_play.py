@@ -128,7 +128,7 @@ def test_entries_are_ranked_by_their_loss_and_each_that_is_not_says_why(entries,
     for name, why in {"damaged": "damaged", "fine-tuned": "--init_from", "swapped": "not the one",
                       "odd": "many",
                       "other-text": "another text", "state-only": "model.safetensors",
-                      "notes.txt": "no folder",
+                      "notes.txt": "not a folder",
                       "empty": "holds no train.safetensors"}.items():
         assert why in rows[name]["problem"] and f"disqualified: {name}: " in out
 
@@ -152,7 +152,7 @@ def test_the_first_are_trained_again_and_compared(runs, run, text, tmp_path):
     assert "trained again, it reaches" in rows["shared"]["problem"]
 
 def test_a_folder_that_holds_no_entries_is_refused(run, tmp_path):
-    for folder, why in {tmp_path: "holds no entries", tmp_path / "none": "is no folder"}.items():
+    for folder, why in {tmp_path: "holds no entries", tmp_path / "none": "is not a folder"}.items():
         status, _, err = run(rank.main, folder)
         assert status == 2 and why in err and err.count("\n") == 1
 

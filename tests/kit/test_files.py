@@ -106,7 +106,7 @@ def test_more_memory_than_there_is_is_refused():
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device without space")
 def test_a_device_that_takes_nothing_is_named():
     with pytest.raises(OSError, match="^/dev/full: could not be written"):
-        files.write_csv("/dev/full", ["a"], [[1]])
+        files.write_file("/dev/full", b"a\n1\n", named=True)
 
 # ---- downloads ----
 
