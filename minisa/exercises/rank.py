@@ -125,7 +125,7 @@ def retrain(entry, folder, text):
     with tempfile.TemporaryDirectory() as temporary:
         words = [f"--{name}={value}" for name, value in settings.items() if name not in OURS]
         words += [f"--text={text}"] if text else []
-        words += [f"--out_dir={temporary}/run", "--device=cpu"]
+        words += [f"--out_dir={temporary}/run", f"--data_dir={temporary}/data", "--device=cpu"]
         print(f"training {entry.name} again", file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, str(TRAIN), *words], stdout=2, stderr=subprocess.PIPE,
                               text=True)
