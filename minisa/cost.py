@@ -7,7 +7,7 @@ that sees S keys, a layer spends
     MLP 6·C·M
 
 and the model 2·C·V once, for the logits. Cached per token and layer, with b bytes per number: G·D·b
-for k and G·D·b for v. What a layer does not make falls away: q, k and scores in a reuse layer of
+for k and G·D·b for v. What a layer does not make drops out: q, k and scores in a reuse layer of
 Shared Attention, k and v in one of Cross-Layer Attention.
 
 A decode step also reads: each weight matrix once, and for each sequence S keys and S values in a

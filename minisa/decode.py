@@ -23,7 +23,7 @@ import numpy as np
 # ---- attention of the newest token ----
 
 def rotate(heads, turn):
-    """RoPE: heads (n, D) → (n, D). Each pair of neighbours is one complex number, and turn (D/2,)
+    """RoPE: heads (n, D) → (n, D). Each pair of neighbors is one complex number, and turn (D/2,)
     holds the numbers of length 1 by which the pairs of this position are multiplied."""
     return (heads.view(np.complex64) * turn).view(np.float32)
 

@@ -66,7 +66,7 @@ def check(config):
     must(config.n_embd % (2 * H) == 0, "n_embd", f"must be a multiple of 2 · {H} (n_head)")
     must(H % config.n_kv_head == 0, "n_kv_head", f"must divide {H} (n_head)")
     must(0 <= config.dropout < 1, "dropout", "must be at least 0 and below 1")
-    sharing_kind(config.share_kind)                   # raises if there is no such kind
+    sharing_kind(config.share_kind)             # raises if there is no such kind
     layers = [layer for span in config.spans for layer in span]
     written = ",".join(f"{a}-{b}" for a, b in config.spans)
     rising = layers == sorted(set(layers))
@@ -109,8 +109,9 @@ class Step:
     def attention_weights(self, q, k):
         """q (B, H, T, D), k (B, G, S, D) → P (B, H, T, S)."""
         B, H, T, D = q.shape
-        q = (q * D**-0.5).reshape(B, k.size(1), -1, D)          # (B, G, H/G·T, D): all rows that
-        scores = (q @ k.transpose(2, 3)).view(B, H, T, -1)      # share a k, below each other
+        # the rows of all heads that share a k, one below the other: (B, G, H/G·T, D)
+        q = (q * D**-0.5).reshape(B, k.size(1), -1, D)
+        scores = (q @ k.transpose(2, 3)).view(B, H, T, -1)
         if self.mask is not None:
             scores = scores + self.mask.type_as(scores)
         return scores.softmax(-1).type_as(q)
@@ -206,7 +207,7 @@ class SharedAttention(Attention):
 
     def heads(self, x, step, P):
         v = split_heads(self.qkv(x), self.G)                    # qkv is v only here: (B, G, T, D)
-        v = step.remember("v", self.layer, v)                    # (B, G, S, D)
+        v = step.remember("v", self.layer, v)                   # (B, G, S, D)
         return step.weighted_sum(P, v), P                       # P goes on up as it came
 
 class KVAnchor(Attention):
@@ -404,7 +405,7 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """idx (B, T) int64 → logits (B, T, V), and the loss in nats per token if targets (B, T) are
-        given. With a cache, idx goes on from it. ValueError if T > block_size, or its size."""
+        given. With a cache, idx continues it. ValueError if T > block_size, or its size."""
         logits = self.head(self.hidden(idx, cache))
         if targets is None:
             return logits, None

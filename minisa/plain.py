@@ -1,4 +1,4 @@
-"""Shared Attention on one page: a whole GPT, for one sequence, one head at a time, without a cache.
+"""Shared Attention, plainly: a whole GPT, for one sequence, one head at a time, without a cache.
 
 Slow and plain: read it first. decode.py and model.py compute the same, fast; the tests compare
 them.

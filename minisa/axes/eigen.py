@@ -20,7 +20,7 @@ subspace that minimizes E|M^½ (k − Fᵀ E k)|² is
 A head sums z_t = Σ_s P_ts v_s for the query of token t over keys s; its part W_h of W_out makes
 W_h z_t of it; y_t is the sum of that over the heads, which the layer adds to the stream x_t. To
 first order, an error δk_s of a key changes W_h z_t by Σ_s W_h (v_s − z_t) P_ts q_tsᵀ δk_s / √D,
-where q_ts is q_t rotated by t − s. Hence, as the stream is normalised wherever it is read,
+where q_ts is q_t rotated by t − s. Hence, as the stream is normalized wherever it is read,
 
     weights   w_ts = u_t P_ts² |W_h (v_s − z_t)|²    u_t = 1 / |x_t + y_t|²
     keys      S = Σ_ts w_ts k_s k_sᵀ    M = Σ_ts w_ts q_ts q_tsᵀ / (D Σ_ts w_ts), from samples of s
@@ -79,7 +79,7 @@ class Narrow:
         k = split_heads(k.contiguous(), self.G)
         v = step.remember("v", self.layer, split_heads(v, self.G))
         if self.restores_keys:
-            k = step.remember("k", self.layer, k) @ self.restore         # (B, G, S, D)
+            k = step.remember("k", self.layer, k) @ self.restore        # (B, G, S, D)
             k = rotate(k, self.rope_of_keys(step))
         else:
             k = step.remember("k", self.layer, rotate(k, step.rope))

@@ -36,7 +36,7 @@ def in_numpy_by(recombine):
 
     def attention(now, layer, x, below):
         P, keys, values = below                                 # P (G, H/G, S)
-        heads = recombine(layer, P.reshape(-1, P.shape[-1]))     # (H, S)
+        heads = recombine(layer, P.reshape(-1, P.shape[-1]))    # (H, S)
         y, _ = shared_attention(now, layer, x, (heads.reshape(P.shape), keys, values))
         return y, below
     return attention

@@ -7,8 +7,8 @@ With q̃ and k̃ of R numbers per head, where a head is D wide, and S_a the scor
 reuse layer attends with
 
     softmax(S_a + C), where C = q̃ k̃ᵀ / √R
-    = P_a · exp(C), normalised over each row
-    = P_a · softmax(C), normalised over each row
+    = P_a · exp(C), normalized over each row
+    = P_a · softmax(C), normalized over each row
 
 so the anchor need only hand up P_a, as in plain Shared Attention. The layer also caches k̃, G·R
 numbers per token. q̃ starts at zero, which is plain sharing, and train.py learns it.
@@ -33,7 +33,7 @@ class Corrected(SharedAttention):
         v = split_heads(v, self.G)                              # (B, G, T, D)
         every = 2 * step.rope.size(1) // q.size(3)
         rope = step.rope[:, ::every]                            # R/2 of the D/2 angles
-        k = step.remember("k", self.layer, rotate(k, rope))      # (B, G, S, R)
+        k = step.remember("k", self.layer, rotate(k, rope))     # (B, G, S, R)
         v = step.remember("v", self.layer, v)
         correction = step.attention_weights(rotate(q, rope), k)
         product = P.float() * correction                        # (B, H, T, S); 0 where P is

@@ -100,10 +100,12 @@ def put_in(model, yours):
     if roles != expected:
         raise ValueError(f"roles({config.share!r}, {config.n_layer}) gave {str(roles)[:200]}, "
                          f"expected {expected}")
-    for block, role in zip(model.blocks, roles):
+    for layer, (block, role) in enumerate(zip(model.blocks, roles)):
         if role == "reuse":
-            block.attn.__class__ = YourLayer
-            block.attn.yours = yours
+            mine = YourLayer(config, layer)
+            mine.load_state_dict(block.attn.state_dict())
+            mine.yours = yours
+            block.attn = mine.eval()
     return roles
 
 def open_model(args):

@@ -49,7 +49,7 @@ def count_words(text):
         words.append((word.encode().decode("latin-1"), n))
     return words
 
-def neighbours(ids):
+def neighbors(ids):
     """A string → its pairs of neighbors, strings of two characters."""
     return map("".join, zip(ids, ids[1:]))
 
@@ -65,7 +65,7 @@ def learn(text, vocab_size):
     words = count_words(text)
     pairs, where = Counter(), defaultdict(set)              # how often a pair occurs, and where
     for w, (ids, n) in enumerate(words):
-        for pair in neighbours(ids):
+        for pair in neighbors(ids):
             pairs[pair] += n
             where[pair].add(w)
     tokens, known = list(BYTES), set(BYTES)
@@ -79,10 +79,10 @@ def learn(text, vocab_size):
             continue
         for w in where.pop(best):
             ids, n = words[w]
-            for pair in neighbours(ids):
+            for pair in neighbors(ids):
                 pairs[pair] -= n
             ids = ids.replace(best, new)
-            for pair in neighbours(ids):
+            for pair in neighbors(ids):
                 pairs[pair] += n
                 where[pair].add(w)
             words[w] = ids, n
