@@ -21,11 +21,22 @@ from minisa import cost
 from minisa.axes import squeeze
 from minisa.decode import handles
 from minisa.kit.checkpoint import changes, load, reconfigure
-from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count, prompt, table
+from minisa.kit.cli import (
+    Parser,
+    add_device,
+    add_dtype,
+    amount,
+    at_least,
+    command,
+    count,
+    kind,
+    prompt,
+    table,
+)
 from minisa.kit.data import data_of
 from minisa.kit.results import print_table, write_results
 from minisa.kit.timing import share_of_limit
-from minisa.model import KVCache, sharing_kind
+from minisa.model import KVCache
 
 def read_flags():
     parser = Parser(__doc__, usage="python sample.py [MODEL ...] [--FLAG=VALUE ...]")
@@ -33,7 +44,7 @@ def read_flags():
                         "or smollm2, which is downloaded once (default every run in out/)")
     flag = parser.flag
     flag("share", str, "", "spans to share in models trained without: each is billed both ways, zero-shot")
-    flag("share_kind", sharing_kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
+    flag("share_kind", kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
          "Attention) or the NAME of a kind in minisa/axes")
     flag("prompt", prompt, "\n", "text to continue; - is standard input, FILE:NAME the text of a file")
     flag("num_samples", count, 1, "texts per model")

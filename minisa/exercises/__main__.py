@@ -42,6 +42,8 @@ def read_flags():
         raise ValueError("--case: goes with --only=NAME, which exercise it is of; add that")
     if args.csv and not args.all:
         raise ValueError("--csv: goes with --all=FOLDER; add that, or take --json")
+    if Path(args.results).is_dir() and args.results and not args.all:
+        raise ValueError(f"--results={args.results}: is a folder; name a file in it")
     return args
 
 def grade_one(args):

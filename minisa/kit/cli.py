@@ -98,6 +98,14 @@ def device(name):
         why = f"{name} is not on this machine, or cannot compute ({why}); take another, such as cpu"
         raise argparse.ArgumentTypeError(why) from None
 
+def kind(name):
+    """A type for a flag: what a span shares, a kind of minisa/model.py or of an axis."""
+    from minisa.model import sharing_kind
+    try:
+        return sharing_kind(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--share_kind=")) from None
+
 def add_device(parser):
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
 
@@ -189,5 +197,7 @@ def command(main):
         sys.exit(0)
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         message = explain(error)
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    folder, program = os.path.split(sys.argv[0])
+    program = os.path.basename(folder) if program == "__main__.py" else program
+    print(f"{program}: error: {message}", file=sys.stderr)
     sys.exit(2)

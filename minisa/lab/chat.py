@@ -27,9 +27,8 @@ import torch
 from minisa.axes.store import Damaged, Store
 from minisa.cost import predict
 from minisa.kit.checkpoint import load
-from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count
+from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count, kind
 from minisa.kit.files import lock, read_file, write_file
-from minisa.model import sharing_kind
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 END = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
@@ -218,7 +217,7 @@ def read_flags():
     add_device(parser)
     add_dtype(parser)
     flag("share", str, "", "spans to share in a model trained without, zero-shot", "as trained")
-    flag("share_kind", sharing_kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
+    flag("share_kind", kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
          "Attention) or the NAME of a kind in minisa/axes")
     return parser.parse_args()
 

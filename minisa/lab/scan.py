@@ -26,12 +26,11 @@ from torch.nn import functional as F
 from minisa.axes.common import calibration, walk
 from minisa.axes.heads import head_products, refit, share
 from minisa.cost import predict
-from minisa.kit.cli import at_least, command, count
+from minisa.kit.cli import at_least, command, count, kind
 from minisa.kit.files import read_file
 from minisa.kit.results import print_table, write_results
 from minisa.lab import plot
 from minisa.lab.similarity import open_data, parser
-from minisa.model import sharing_kind
 
 FULL = (-1, -1)             # the "span" of full attention in a .csv file
 
@@ -206,7 +205,7 @@ def report(rows, file):
 
 def read_args():
     flags = parser(__doc__, "scan")
-    flags.flag("share_kind", sharing_kind, "weights", "what spans share: weights (Shared Attention), kv "
+    flags.flag("share_kind", kind, "weights", "what spans share: weights (Shared Attention), kv "
                "(Cross-Layer Attention) or the NAME of a kind in minisa/axes")
     flags.flag("heads", default="same", choices=["same", "match", "mix"],
                help="whose weights a head of a reuse layer reuses: those of the anchor's same head, of the "

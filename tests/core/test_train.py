@@ -197,7 +197,7 @@ WRONG = {
     "--share=0-9": "--share=0-9: the layers of this model are 0 to 2",
     "--share=0-1,1-2": "--share=0-1,1-2: write rising spans",
     "--share=x": "--share=x: write rising spans",
-    "--share_kind=both": "--share_kind: invalid sharing_kind value: 'both'",
+    "--share_kind=both": "--share_kind: both: must be weights or kv",
     "--dropout=1": "--dropout=1.0: must be",
     "--dropout=-1": "-1 is not a number from 0.0 up",
     "--learning_rate=nan": "nan is not a number",
