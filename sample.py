@@ -20,7 +20,7 @@ import torch
 from minisa import cost
 from minisa.axes import squeeze
 from minisa.decode import handles
-from minisa.kit.checkpoint import changes, load, reconfigure
+from minisa.kit.checkpoint import changes, kind, load, reconfigure
 from minisa.kit.cli import (
     Parser,
     add_device,
@@ -29,7 +29,6 @@ from minisa.kit.cli import (
     at_least,
     command,
     count,
-    kind,
     prompt,
     table,
 )

@@ -27,7 +27,6 @@ import torch.nn as nn
 from minisa.axes.common import anchors, fill, parser, rebuilt, resize, rewrite, run_main, walk
 from minisa.decode import shared_attention
 from minisa.kit import checkpoint
-from minisa.kit.cli import kind
 from minisa.model import SharedAttention, merge_heads
 
 # ---- layers ----
@@ -207,7 +206,7 @@ def main():
     flags = parser(__doc__, "heads")
     flags.flag("share", str, "", "spans of layers that will share, as 1-3 or 1-3,5-7",
                shown="the model's own spans")
-    flags.flag("share_kind", kind, "weights", "what they share: weights (Shared "
+    flags.flag("share_kind", checkpoint.kind, "weights", "what they share: weights (Shared "
                "Attention); or, with --heads=same, kv (Cross-Layer Attention) or the NAME of a "
                "kind in minisa/axes")
     flags.flag("heads", str, "same", "what a head of a reuse layer reuses: the anchor's head of "

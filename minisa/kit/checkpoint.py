@@ -18,6 +18,7 @@ What changes while a model is trained (its step, its loss) is in the head of mod
 sha256 of config.json and the tensors. So renaming one file is enough to save a model again.
 """
 
+import argparse
 import hashlib
 import importlib
 import importlib.util
@@ -33,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from minisa.kit import llama, pretrained
 from minisa.kit.files import check, read_file, reading, refuse_too_much, write_file, write_folder
 from minisa.kit.tokenizer import Tokenizer, from_json, to_json
-from minisa.model import GPT, GPTConfig
+from minisa.model import GPT, GPTConfig, sharing_kind
 
 INFO = {"step": int | None, "val_loss": float | None, "val_bpb": float | None, "data": str | None,
         "data_digest": str | None, "seconds": float | None}
@@ -62,6 +63,13 @@ def change(model, by, **settings):
     importlib.import_module(name).rebuild(model, **settings)
     model.changes = [*changes(model), {"by": by, "settings": settings}]
     return model
+
+def kind(name):
+    """A type for a flag: what a span shares, a kind of minisa/model.py or of an axis."""
+    try:
+        return sharing_kind(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--share_kind=")) from None
 
 def changes(model):
     return getattr(model, "changes", [])

@@ -98,14 +98,6 @@ def device(name):
         why = f"{name} is not on this machine, or cannot compute ({why}); take another, such as cpu"
         raise argparse.ArgumentTypeError(why) from None
 
-def kind(name):
-    """A type for a flag: what a span shares, a kind of minisa/model.py or of an axis."""
-    from minisa.model import sharing_kind
-    try:
-        return sharing_kind(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--share_kind=")) from None
-
 def add_device(parser):
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
 

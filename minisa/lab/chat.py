@@ -26,8 +26,8 @@ import torch
 
 from minisa.axes.store import Damaged, Store
 from minisa.cost import predict
-from minisa.kit.checkpoint import load
-from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count, kind
+from minisa.kit.checkpoint import kind, load
+from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count
 from minisa.kit.files import lock, read_file, write_file
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
