@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from minisa.axes.common import calibration, walk
 from minisa.axes.heads import head_products, refit, share
 from minisa.cost import predict
-from minisa.kit.cli import at_least, command, count, kind
+from minisa.kit.checkpoint import kind
+from minisa.kit.cli import at_least, command, count
 from minisa.kit.files import read_file
 from minisa.kit.results import print_table, write_results
 from minisa.lab import plot
