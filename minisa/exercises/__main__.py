@@ -21,7 +21,7 @@ from minisa.kit.cli import Parser, command, count, table
 from minisa.kit.files import write_file
 from minisa.kit.results import write_table
 
-COMMANDS = "play", "rank", "handout"
+COMMANDS = "play", "rank", "handout", "solutions"
 TEMPLATE = Path(__file__).parent / "answers.py"
 
 def read_flags():

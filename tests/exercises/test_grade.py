@@ -13,7 +13,6 @@ from minisa.exercises import check, grade
 from minisa.exercises.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-RIGHT = Path(__file__).with_name("right.py")
 
 ODD = """
 import os, sys, time
@@ -42,9 +41,9 @@ def graded(tmp_path, text, **more):
     file.write_text(text)
     return {result.name: result for result in grade.grade_file(file, quiet=True, **more)}
 
-def test_a_right_file_has_all_points_and_is_imported_once(tmp_path):
+def test_a_right_file_has_all_points_and_is_imported_once(right, tmp_path):
     mark = f"open({str(tmp_path / 'imported')!r}, 'a').write('x')\n"
-    results = graded(tmp_path, mark + RIGHT.read_text())
+    results = graded(tmp_path, mark + right.read_text())
     assert sum(result.points for result in results.values()) == 100
     assert list(results) == check.NAMES and (tmp_path / "imported").read_text() == "x"
 
@@ -93,8 +92,7 @@ CHEATS = {
         assert any(name.startswith("minisa") for name in sys.modules)""",
     "minisa's model": "from minisa.model import GPT",
     "an axis": "import importlib; importlib.import_module('minisa.axes.heads')",
-    "the tests' answers": f"import sys; sys.path.insert(0, {str(RIGHT.parent)!r}); import right\n"
-                          "        return right.mixture(P, w)",
+    "the reference solutions": "from minisa.exercises import solutions; return solutions.mixture(P, w)",
     "the file of the cases": f"return exec(open({str(ROOT / 'minisa/exercises/check.py')!r}).read())",
     "a link to it": f"""
         import os, tempfile
@@ -127,10 +125,10 @@ def test_no_cheat_has_points(tmp_path):
 
 def test_cheats_are_told_that_they_do_not_count(tmp_path):
     text = ("def mixture(P, w):\n    from minisa.axes import heads\n"
-            f"def keep(r, b):\n    open({str(RIGHT)!r})\n")
+            f"def keep(r, b):\n    open({str(ROOT / 'minisa/exercises/solutions.py')!r})\n")
     results = graded(tmp_path, text)
     assert "importing minisa does not count as an answer in line 2 of mine.py" in results["mixture"].wrong
-    assert "reading right.py does not count as an answer in line 4" in results["keep"].wrong
+    assert "reading solutions.py does not count as an answer in line 4" in results["keep"].wrong
 
 # ---- the command ----
 
@@ -138,16 +136,16 @@ def command(*flags):
     words = [sys.executable, "-m", "minisa.exercises", *flags]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
-def test_the_last_line_says_how_many_of_a_hundred_and_nothing_else_is_printed(tmp_path):
+def test_the_last_line_says_how_many_of_a_hundred_and_nothing_else_is_printed(right, tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("print('noise')\n" + RIGHT.read_text().replace("math.log(2) / ", ""))
+    file.write_text("print('noise')\n" + right.read_text().replace("/ math.log(2) / len", "/ len"))
     done = command(f"--answers={file}", "--strict")
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and len(lines) == 13 and lines[-1].split() == ["in", "all", "94", "of", "100"]
     assert "noise" in done.stderr
 
-def test_one_exercise_is_graded_alone_and_its_cases_are_printed(run, tmp_path):
-    status, out, _ = run(main, f"--answers={RIGHT}", "--only=keep", "--json", "--results=r/results.json")
+def test_one_exercise_is_graded_alone_and_its_cases_are_printed(right, run, tmp_path):
+    status, out, _ = run(main, f"--answers={right}", "--only=keep", "--json", "--results=r/results.json")
     found = json.loads(out)
     assert status == 0 and (found["points"], found["of"]) == (8, 8)
     assert [entry["exercise"] for entry in found["exercises"]] == ["keep"]
@@ -157,10 +155,10 @@ def test_one_exercise_is_graded_alone_and_its_cases_are_printed(run, tmp_path):
     assert status == 0 and out.startswith("# keep, case 2 (all different)\n")
     assert "print(keep(received, budget))" in out
 
-def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(run, tmp_path):
+def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(right, run, tmp_path):
     folder = tmp_path / "answers"
     (folder / "folder.py").mkdir(parents=True)
-    (folder / "ada.py").write_bytes(RIGHT.read_bytes())
+    (folder / "ada.py").write_bytes(right.read_bytes())
     (folder / "bob.py").write_text("def keep(:")
     (folder / "notes.txt").write_text("no answers")
     os.symlink(folder / "none", folder / "gone.py")

@@ -15,7 +15,6 @@ from minisa.exercises import handout, play, rank
 from minisa.kit.checkpoint import load
 from minisa.kit.cli import command
 
-RIGHT = Path(__file__).with_name("right.py")
 TINY = ("--n_layer=3 --n_head=4 --n_kv_head=2 --n_embd=16 --n_hidden=32 --block_size=16 --batch_size=4 "
         "--vocab_size=300 --max_iters=12 --warmup_iters=2 --eval_interval=12 --eval_tokens=500 "
         "--device=cpu").split()
@@ -38,9 +37,9 @@ def runs(tmp_path_factory, text):
 
 @pytest.mark.parametrize("name, share", [("full", "1-2"), ("shared", "")])
 @pytest.mark.parametrize("prompt", ["ROMEO:", "R", "Two households, both alike in dignity, in fair Verona"])
-def test_right_answers_write_the_text_of_minisa_past_the_context_too(name, share, prompt, runs, run):
+def test_right_answers_write_the_text_of_minisa_past_the_context_too(name, share, prompt, right, runs, run):
     share_flag = [f"--share={share}"] if share else []
-    status, out, _ = run(play.main, runs / name, f"--answers={RIGHT}", *share_flag, f"--prompt={prompt}",
+    status, out, _ = run(play.main, runs / name, f"--answers={right}", *share_flag, f"--prompt={prompt}",
                          "--max_new_tokens=40", "--temperature=0")
     model, tokenizer, _ = load(runs / name, share=share or None)
     ids = tokenizer.encode(prompt)[-16:]
@@ -49,33 +48,35 @@ def test_right_answers_write_the_text_of_minisa_past_the_context_too(name, share
     rows = [line.split() for line in out.splitlines()[-2:]]
     assert all(row[-1] == row[-2] for row in rows) and rows[0][:4] == ["cache", "of", "16", "tokens,"]
 
-def test_answers_that_fail_are_named_with_their_line(runs, run, tmp_path):
-    text, file = RIGHT.read_text(), tmp_path / "mine.py"
+def test_answers_that_fail_are_named_with_their_line(right, runs, run, tmp_path):
+    text, file = right.read_text(), tmp_path / "mine.py"
+    appends = 1 + text.splitlines().index("    values.append(v)")
     for old, new, why in (
         ("    values.append(v)", "    values.add(v)",
          "decode: AttributeError: 'list' object has no attribute 'add' "
-         "in line 21 of mine.py: values.add(v)"),
+         f"in line {appends} of mine.py: values.add(v)"),
         ("    values.append(v)", "    values = [*values, v]",
          "decode left 6 tokens in the cache, expected 7"),
-        ("dim=1) @ W_out.T", "dim=1)[:1]", "reuse_layer gave (1, 16), expected (6, 16)"),
+        ("return y @ W_out.T", "return y[:1]", "reuse_layer gave (1, 16), expected (6, 16)"),
         ('["reuse"]', '["anchor"]', "expected ['anchor', 'reuse', 'reuse']"),
         ("    found = [", "    raise SystemExit\n    found = [", "roles: SystemExit"),
         ("    found = [", "    raise NotImplementedError\n    found = [", "roles is not answered yet"),
-        ("def roles", "def rolls", "has no function roles"), ("import math", "import math(", "SyntaxError"),
+        ("def roles", "def rolls", "has no function roles"),
+        ("import math\n", "import math(\n", "SyntaxError"),
     ):
         assert old in text
         file.write_text(text.replace(old, new))
         status, _, err = run(play.main, runs / "shared", f"--answers={file}", "--prompt=ROMEO:")
         assert status == 2 and why in err.splitlines()[-1], err
-    file.write_text(text.replace("    C, kv =", "    raise NotImplementedError\n    C, kv ="))
+    file.write_text(text.replace("    matrix =", "    raise NotImplementedError\n    matrix ="))
     status, out, _ = run(play.main, runs / "shared", f"--answers={file}", "--max_new_tokens=3")
     assert status == 0 and "decode_flops is not answered yet" in out
 
-def test_what_cannot_be_played_is_refused(runs, run):
+def test_what_cannot_be_played_is_refused(right, runs, run):
     for flags, why in {(runs / "none",): "no such model", (runs / "full",
                                                            "--share=5-9"): "layers of this model",
                        (runs / "full", "--answers=none.py"): "no such file"}.items():
-        status, _, err = run(play.main, f"--answers={RIGHT}", *flags)
+        status, _, err = run(play.main, f"--answers={right}", *flags)
         assert status == 2 and why in err and err.count("\n") == 1
 
 # ---- rank ----
