@@ -3,11 +3,12 @@
     python -m minisa.exercises solutions                    in solutions.py
     python -m minisa.exercises solutions --out=FILE
 
-The file holds functions of minisa, word for word, and below them the answers that stand here. An answer only
-leads from an exercise to the code that minisa runs, so nothing here goes stale, and nothing leaks that a reader
-of minisa does not see anyway. Where that code is a line of a longer function, the line stands here.
+The file holds functions of minisa, word for word, and below them the answers that stand here. An answer
+only leads from an exercise to the code that minisa runs, so nothing here goes stale, and nothing leaks that a
+reader of minisa does not see anyway. Where that code is a line of a longer function, the line stands here.
 
-Students can run this, as they can read minisa: delete this file from the copy that they get. Nothing needs it.
+Students can run this, as they can read minisa. You may delete this file from the copy that they get: only the
+tests of the course need it.
 """
 
 import inspect

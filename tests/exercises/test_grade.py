@@ -146,11 +146,9 @@ def test_the_last_line_says_how_many_of_a_hundred_and_nothing_else_is_printed(ri
 
 def test_one_exercise_is_graded_alone_and_its_cases_are_printed(right, run, tmp_path):
     status, out, _ = run(main, f"--answers={right}", "--only=keep", "--json", "--results=r/results.json")
-    found = json.loads(out)
-    assert status == 0 and (found["points"], found["of"]) == (8, 8)
-    assert [entry["exercise"] for entry in found["exercises"]] == ["keep"]
+    assert status == 0 and out == (tmp_path / "r/results.json").read_text() + "\n"
     tests = json.loads((tmp_path / "r/results.json").read_text())["tests"]
-    assert tests[0] == {"name": "keep: all different", "score": 5, "max_score": 5, "output": "right"}
+    assert len(tests) == 2 and tests[0] == {"name": "keep: all different", "score": 5, "max_score": 5, "output": "right"}
     status, out, _ = run(main, "--only=keep", "--case=2")
     assert status == 0 and out.startswith("# keep, case 2 (all different)\n")
     assert "print(keep(received, budget))" in out
