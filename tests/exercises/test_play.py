@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,7 +98,7 @@ def entries(runs, tmp_path, text):
     folder = tmp_path / "entries"
     for name in "full", "shared":
         shutil.copytree(runs / name, folder / name)
-    for name in "damaged", "fine-tuned", "swapped", "odd", "other-text", "state-only":
+    for name in "damaged", "fine-tuned", "swapped", "odd", "other-text", "state-only", "less-than-nothing", "huge":
         shutil.copytree(runs / "shared", folder / name)
     tensors = folder / "damaged/model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-40])
@@ -105,9 +107,13 @@ def entries(runs, tmp_path, text):
     (folder / "state-only/model.safetensors").unlink()
     edited(folder / "fine-tuned", init_from="smollm2")
     edited(folder / "other-text", text="mine.txt")
-    edited(folder / "odd", batch_size="many")
+    edited(folder / "odd", batch_size="many\x1b[31m")
+    edited(folder / "less-than-nothing", batch_size="-5")
+    edited(folder / "huge", batch_size="9" * 400)
     (folder / "notes.txt").write_text("hello")
     (folder / "empty").mkdir()
+    (folder / "two\nlines").mkdir()
+    os.symlink("loop", folder / "loop")
     return folder
 
 def table(file):
@@ -116,7 +122,7 @@ def table(file):
 def test_entries_are_ranked_by_their_loss_and_each_that_is_not_says_why(entries, run, text):
     status, out, _ = run(rank.main, entries, f"--text={text}", "--csv=ranking.csv")
     rows = table("ranking.csv")
-    assert status == 0 and len(rows) == 10
+    assert status == 0 and len(rows) == 14
     good = [row for row in rows.values() if row["place"]]
     assert {row["name"] for row in good} == {"full", "shared"}
     assert [row["place"] for row in good] == ["1", "2"] and good[0]["val_bpb"] <= good[1]["val_bpb"]
@@ -127,11 +133,12 @@ def test_entries_are_ranked_by_their_loss_and_each_that_is_not_says_why(entries,
     token = 3 * (2 * C * (C + 8 + 8 + C) + 4 * C * T + 6 * C * M) + 2 * C * V
     assert rows["full"]["training_flops"] == str(3 * token * 12 * 4 * T)
     for name, why in {"damaged": "damaged", "fine-tuned": "--init_from", "swapped": "not the one",
-                      "odd": "many",
-                      "other-text": "another text", "state-only": "model.safetensors",
+                      "odd": "batch_size=many?[31m", "less-than-nothing": "not a number above 0",
+                      "huge": "not a number above 0", "loop": "not a folder", "other-text": "another text", "state-only": "model.safetensors",
                       "notes.txt": "not a folder",
                       "empty": "holds no train.safetensors"}.items():
         assert why in rows[name]["problem"] and f"disqualified: {name}: " in out
+    assert "disqualified: two?lines: " in out
 
 def test_what_keeps_or_trained_too_much_is_disqualified(entries, run, text, monkeypatch):
     monkeypatch.setattr(rank, "CACHE_BYTES", 150)
@@ -141,8 +148,17 @@ def test_what_keeps_or_trained_too_much_is_disqualified(entries, run, text, monk
     assert rows["full"]["problem"] == "keeps 192 bytes per token; at most 150"
     assert "FLOPs to train; at most 2e+13" in rows["shared"]["problem"] and not rows["shared"]["place"]
 
-@pytest.mark.slow
-def test_the_first_are_trained_again_and_compared(runs, run, text, tmp_path):
+def in_this_process(words, **more):
+    """What subprocess.run() does with train.py, without importing torch once more."""
+    program, script, *flags = words
+    assert program == sys.executable and Path(script).samefile(train.__file__)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as stop:
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        command(train.main)
+    return SimpleNamespace(returncode=stop.value.code or 0, stderr="")
+
+def test_the_first_are_trained_again_and_compared(runs, run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank, "subprocess", SimpleNamespace(run=in_this_process, PIPE=-1))
     for name in "full", "shared":
         shutil.copytree(runs / name, tmp_path / "entries" / name)
     edited(tmp_path / "entries/shared", learning_rate=0.0)
