@@ -77,7 +77,7 @@ def examine(entry, folder, text):
     saved = read_state(folder)
     settings = settings_of(saved.settings)
     batch_size = settings.get("batch_size", "")
-    if not re.fullmatch("[1-9][0-9]{0,8}", batch_size):
+    if not re.fullmatch("[1-9][0-9]{0,9}", batch_size):
         raise ValueError(f"its settings hold --batch_size={batch_size[:40]}, which is not a number above 0")
     config = model.config
     entry.share, entry.n_kv_head, entry.steps = config.share, config.n_kv_head, saved.progress.step

@@ -98,7 +98,8 @@ def entries(runs, tmp_path, text):
     folder = tmp_path / "entries"
     for name in "full", "shared":
         shutil.copytree(runs / name, folder / name)
-    for name in "damaged", "fine-tuned", "swapped", "odd", "other-text", "state-only", "less-than-nothing", "huge":
+    for name in ("damaged", "fine-tuned", "swapped", "odd", "other-text", "state-only", "less-than-nothing",
+                 "huge"):
         shutil.copytree(runs / "shared", folder / name)
     tensors = folder / "damaged/model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-40])
@@ -132,11 +133,19 @@ def test_entries_are_ranked_by_their_loss_and_each_that_is_not_says_why(entries,
     C, M, V, T = 16, 32, load(entries / "full")[0].config.vocab_size, 16
     token = 3 * (2 * C * (C + 8 + 8 + C) + 4 * C * T + 6 * C * M) + 2 * C * V
     assert rows["full"]["training_flops"] == str(3 * token * 12 * 4 * T)
-    for name, why in {"damaged": "damaged", "fine-tuned": "--init_from", "swapped": "not the one",
-                      "odd": "batch_size=many?[31m", "less-than-nothing": "not a number above 0",
-                      "huge": "not a number above 0", "loop": "not a folder", "other-text": "another text", "state-only": "model.safetensors",
-                      "notes.txt": "not a folder",
-                      "empty": "holds no train.safetensors"}.items():
+    for name, why in {
+        "damaged": "damaged",
+        "fine-tuned": "--init_from",
+        "swapped": "not the one",
+        "odd": "batch_size=many?[31m",
+        "less-than-nothing": "not a number above 0",
+        "huge": "not a number above 0",
+        "loop": "not a folder",
+        "other-text": "another text",
+        "state-only": "model.safetensors",
+        "notes.txt": "not a folder",
+        "empty": "holds no train.safetensors",
+    }.items():
         assert why in rows[name]["problem"] and f"disqualified: {name}: " in out
     assert "disqualified: two?lines: " in out
 
