@@ -81,7 +81,7 @@ def test_what_ends_hangs_crashes_or_prints_costs_only_its_own_points(light, tmp_
     ("import os\nos._exit(0)", "it ended Python"),
     ("x = 1\nimport none_such", "No module named 'none_such' in line 2 of mine.py: import none_such")],
     ids=["syntax", "hangs", "exits", "import"])
-def test_a_file_that_cannot_be_imported_has_no_points_and_says_why_once(text, why, light, tmp_path, monkeypatch):
+def test_a_file_that_does_not_run_has_no_points_and_says_why_once(text, why, light, tmp_path, monkeypatch):
     monkeypatch.setattr(grade, "SECONDS", 1)
     results = graded(tmp_path, text, only="mixture")
     assert results["mixture"].points == 0 and why in results["mixture"].wrong
@@ -160,7 +160,8 @@ def test_one_exercise_is_graded_alone_and_its_cases_are_printed(right, run, tmp_
     status, out, _ = run(main, f"--answers={right}", "--only=keep", "--json", "--results=r/results.json")
     assert status == 0 and out == (tmp_path / "r/results.json").read_text() + "\n"
     tests = json.loads((tmp_path / "r/results.json").read_text())["tests"]
-    assert len(tests) == 2 and tests[0] == {"name": "keep: all different", "score": 5, "max_score": 5, "output": "right"}
+    assert len(tests) == 2
+    assert tests[0] == {"name": "keep: all different", "score": 5, "max_score": 5, "output": "right"}
     status, out, _ = run(main, "--only=keep", "--case=2")
     assert status == 0 and out.startswith("# keep, case 2 (all different)\n")
     assert "print(keep(received, budget))" in out
