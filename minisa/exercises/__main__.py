@@ -10,7 +10,7 @@
 `python -m minisa.exercises COMMAND --help` lists the flags of the last four.
 
 Answers run in a program of their own, which holds no expected value and refuses to import minisa; child.py
-says what that holds and what it cannot. Grade strangers' files in a container.
+says what that stops and what it cannot. Grade strangers' files in a container.
 """
 
 import importlib

@@ -7,10 +7,10 @@ did, a line of JSON each. It knows the arguments of one case, and nothing of wha
 module and no object here holds it. Only JSON travels back, so nothing that an answer returns runs in the
 grader.
 
-An answer must not import minisa, read its files, or start programs: hold() refuses that, by Python's audit
-hooks. It holds honest students, and most others. It does not hold somebody who reaches for ctypes or the
-memory of this process, reads a copy of minisa in a place of another name, or lets a friend write the file: a
-grader on the same machine cannot. Grade strangers' files in a container, and read what looks odd.
+An answer must not import minisa, read its files, or start programs: forbid() refuses that, by Python's audit
+hooks. That stops most people. It does not stop somebody who uses ctypes, looks into the memory of this process,
+reads a copy of minisa under another name, or has a friend write the file: no grader on the same machine can.
+Grade strangers' files in a container, and read what looks odd.
 """
 
 import json
@@ -37,7 +37,7 @@ class Hider:
         if name.partition(".")[0] in HIDDEN:
             raise ImportError(f"importing {name} does not count as an answer")
 
-def hold(file, folders):
+def forbid(file, folders):
     """From now on, refuse what answers must not do. file: theirs, which may lie in one of the folders."""
     own = os.path.realpath(file)
     hidden = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
@@ -144,7 +144,7 @@ def serve(file, folders, calls, send):
     import torch
     torch.set_num_threads(1)
     send({"started": True})
-    hold(file, folders)
+    forbid(file, folders)
     try:
         sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
         module = read_answers(file)

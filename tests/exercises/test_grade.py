@@ -182,6 +182,18 @@ def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(right
     tests = json.loads((tmp_path / "results/ada.json").read_text())["tests"]
     assert sum(test["score"] for test in tests) == sum(test["max_score"] for test in tests) == 100
 
+def test_the_reference_solutions_are_written_whole_and_word_for_word(run, tmp_path):
+    status, out, _ = run(main, "solutions", "--out=reference.py")
+    text = (tmp_path / "reference.py").read_text(encoding="utf-8")
+    assert status == 0 and out.startswith("wrote reference.py") and "import minisa" not in text
+    for file, start in {"plain": "def shared_attention(", "cost": "def layer_flops(",
+                        "axes/heads": "def ridge_regression("}.items():
+        source = (ROOT / f"minisa/{file}.py").read_text(encoding="utf-8")
+        function = source[source.index(start):].partition("\n\n")[0]
+        assert function in text
+    status, _, err = run(main, "solutions", f"--out={tmp_path}")
+    assert status == 2 and "could not be written" in err and err.count("\n") == 1
+
 def test_the_template_answers_nothing_and_wrong_flags_are_refused(light, run, tmp_path):
     status, out, _ = run(main)
     assert status == 0 and out.count("not answered yet") == 12 and out.split()[-4:] == ["all", "0", "of",
