@@ -8,13 +8,15 @@ module and no object here holds it. Only JSON travels back, so nothing that an a
 grader.
 
 An answer must not import minisa, read its files, or start programs: forbid() refuses that, by Python's audit
-hooks. That stops most people. It does not stop somebody who uses ctypes, looks into the memory of this process,
-reads a copy of minisa under another name, or has a friend write the file: no grader on the same machine can.
-Grade strangers' files in a container, and read what looks odd.
+hooks. That stops most people. It does not stop somebody who uses ctypes, looks into the memory of this
+process, reads a copy of minisa under another name, or has a friend write the file: no grader on the same
+machine can. Grade strangers' files in a container, and read what looks odd.
 """
 
+import contextlib
 import json
 import linecache
+import math
 import numbers
 import os
 import sys
@@ -105,25 +107,21 @@ def unpacked(value):
 
 def packed(value):
     """Whatever an answer returns, as JSON can hold it: numbers, texts and lists as they are, a tensor or an
-    array as {"shape", "numbers"}, anything else as {"text"}."""
-    try:
-        if hasattr(value, "tolist") and hasattr(value, "shape") and value.shape:
-            size = 1
-            for n in value.shape:
-                size *= n
-            if size > LARGEST:
-                return {"text": f"{type(value).__name__} of shape {tuple(value.shape)}"}
+    array as {"shape", "numbers"}, anything else, or too much of it, as {"text"}."""
+    with contextlib.suppress(Exception):
+        plain = value
+        if isinstance(value, dict):
+            raise TypeError                         # only a tensor may look like {"shape", "numbers"}
+        if hasattr(value, "tolist") and value.shape:
+            if math.prod(value.shape) > LARGEST:
+                raise MemoryError
             plain = {"shape": list(value.shape), "numbers": value.tolist()}
-        elif isinstance(value, dict):
-            return {"text": repr(value)[:200]}
-        else:
-            plain = value
         text = json.dumps(plain, default=plain_part)
-        if len(text) > 10 * LARGEST:
-            return {"text": f"{type(value).__name__}, too large to show"}
-        return json.loads(text)
-    except Exception:
-        return {"text": shown_safely(value)}
+        if len(text) <= 10 * LARGEST:
+            return json.loads(text)
+    with contextlib.suppress(Exception):
+        return {"text": repr(value)[:200]}
+    return {"text": f"a {type(value).__name__}"}
 
 def plain_part(value):
     if hasattr(value, "tolist"):
@@ -131,12 +129,6 @@ def plain_part(value):
     if isinstance(value, numbers.Real):
         return float(value)
     raise TypeError
-
-def shown_safely(value):
-    try:
-        return repr(value)[:200]
-    except Exception:
-        return f"a {type(value).__name__}"
 
 # ---- the program ----
 

@@ -47,16 +47,11 @@ class Entry:
 # ---- one entry ----
 
 def settings_of(flags):
-    """The settings of a run, as train.py stored them → {name: text}. Raises ValueError if they are odd."""
-    settings = {}
-    for flag in flags:
-        match = re.fullmatch(r"--(\w+)=(.*)", flag, re.DOTALL)
-        if not match:
-            raise ValueError(f"its settings hold {flag[:40]!r}, which is not a setting")
-        settings[match[1]] = match[2]
-    return settings
+    """The settings of a run, as train.py stored them → {name: text}."""
+    parts = [flag.removeprefix("--").partition("=") for flag in flags]
+    return {name: value for name, _, value in parts}
 
-def refuse(folder, model, saved, settings, text):
+def refuse(model, info, saved, settings, text):
     """Raises ValueError, in words, if an entry breaks a rule that needs no measuring."""
     if settings.get("init_from"):
         raise ValueError("started from another model (--init_from), whose training is not counted")
@@ -64,7 +59,7 @@ def refuse(folder, model, saved, settings, text):
         raise ValueError("was trained on another text than the plays (--text)")
     if saved.model.config != model.config:
         raise ValueError("its model is not the one that its train.safetensors was training")
-    if (load(folder)[2]["step"] or 0) > saved.progress.step:
+    if (info["step"] or 0) > saved.progress.step:
         raise ValueError("its model is of a later step than its train.safetensors")
 
 def examine(entry, folder, text):
@@ -73,7 +68,7 @@ def examine(entry, folder, text):
         raise ValueError("is not a folder; an entry is the folder of a run")
     if not (folder / "train.safetensors").is_file():
         raise ValueError("holds no train.safetensors; an entry is the whole folder of a run of train.py")
-    model, tokenizer, _ = load(folder)
+    model, tokenizer, info = load(folder)
     saved = read_state(folder)
     settings = settings_of(saved.settings)
     batch_size = settings.get("batch_size", "")
@@ -86,7 +81,7 @@ def examine(entry, folder, text):
     entry.cache_bytes_per_token = cost.cache_bytes_per_token
     tokens = entry.steps * int(batch_size) * config.block_size
     entry.training_flops = 3 * cost.decode_flops * tokens
-    refuse(folder, model, saved, settings, text)
+    refuse(model, info, saved, settings, text)
     if entry.cache_bytes_per_token > CACHE_BYTES:
         raise ValueError(f"keeps {entry.cache_bytes_per_token:,} bytes per token; at most {CACHE_BYTES:,}")
     if entry.training_flops > TRAINING_FLOPS:
