@@ -18,7 +18,7 @@ CODE = ["".join(cell["source"]) for cell in LESSON["cells"] if cell["cell_type"]
 TEMPLATE = (ROOT / "minisa/exercises/answers.py").read_text(encoding="utf-8")
 
 class Here:
-    """What stands in for subprocess.Popen: it runs a command in this process, where torch is already there."""
+    """What stands in for subprocess.Popen: it runs a command in this process, where torch is loaded."""
 
     def __init__(self, words, **more):
         _, *sys.argv = words
