@@ -30,7 +30,7 @@ from minisa.exercises.solutions import (
 )
 from minisa.model import GPT, GPTConfig, KVCache, SharedAttention, Step, split_heads
 
-SEEDS = int(os.environ.get("MINISA_SEEDS", 2))         # MINISA_SEEDS=60 takes minutes
+SEEDS = int(os.environ.get("MINISA_SEEDS", 2))         # MINISA_SEEDS=60 takes a minute
 
 # ---- right answers, by model.py ----
 

@@ -193,6 +193,7 @@ def test_the_handout_opens_and_its_models_are_as_they_were(runs, run, tmp_path):
         assert archive.testzip() is None and all(name.isascii() and "\\" not in name for name in names)
         archive.extractall(tmp_path / "unpacked")
     assert status == 0 and "wrote a.zip" in out
+    assert not any("solutions" in name for name in names)
     for name in ("HANDOUT.txt", "out/bill.csv", "assets/axes.png", "assets/smollm2/attention.png",
                  "minisa/exercises/README.md", "minisa/exercises/lesson.ipynb",
                  "minisa/exercises/answers.py"):
