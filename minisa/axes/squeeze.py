@@ -14,15 +14,16 @@ token's large numbers) are such outliers that the cosines alone would give them 
 
 The layers of a span attend alike, so they keep the same tokens. They are one unit, with the mean of
 their cosines, the sum of what their attention weights give each token, and one budget. A layer in
-no span is a unit too. Unlike H2O, all heads of a layer keep the same tokens. Unlike StreamingLLM,
-keys keep their original positions. The prompt is read whole, then squeezed, so memory use peaks
-just before.
+no span is a unit too. Unlike in H2O and SnapKV, all heads of a layer keep the same tokens. Unlike
+in StreamingLLM, keys keep their original positions. The prompt is read whole, then squeezed, so
+memory use peaks just before.
 """
 
 import argparse
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -35,33 +36,63 @@ from minisa.model import PREFILL_CHUNK, KVCache
 
 class Policy:
     """A rule that says which tokens stay. Each subclass is one: its name in lower case is its value
-    of --squeeze_policy, its docstring the help."""
-    needs_weights = False           # does score() look at `received`?
+    of --squeeze_policy, its docstring the help. It sees one unit of layers at a time."""
+    watches_prompt = False          # must receive() see the attention weights of the prompt?
+    watches_new = False             # and those of every new token?
 
-    def score(self, where, received, length, budget):
-        """Of the tokens at positions where (B, S), after `length` tokens: how much each should stay
-        (B, S). received (B, S): the attention weight given to each so far."""
+    def receive(self, received, P, after):
+        """What each token has received so far (B, S), 0 at first → the same, once T queries have
+        attended with P (B, H, T, S). after (T,): how many tokens of the prompt follow each query;
+        below 0 for a new token."""
+        return received + P.sum((1, 2), dtype=torch.float32)
+
+    def finish(self, received):
+        """What each token received of the whole prompt (B, T) → what to remember of that."""
+        return received
+
+    def score(self, tokens):
+        """A Kept → how much each of its tokens should stay (B, S)."""
 
 class Window(Policy):
     """the last"""
 
-    def score(self, where, received, length, budget):
-        return where
+    def score(self, tokens):
+        return tokens.where
 
 class Sinks(Policy):
     """the first 4 and the last"""          # StreamingLLM, arXiv:2309.17453: whatever the first
     SINKS = 4                               # tokens are, much weight falls on them
 
-    def score(self, where, received, length, budget):
-        return where.masked_fill(where < self.SINKS, torch.iinfo(where.dtype).max)
+    def score(self, tokens):
+        most = torch.iinfo(tokens.where.dtype).max
+        return tokens.where.masked_fill(tokens.where < self.SINKS, most)
 
 class Heavy(Policy):
     """half of them the last, half those with most attention weight so far"""
-    needs_weights = True                    # H2O, arXiv:2306.14048: summed over queries and heads
+    watches_prompt = watches_new = True     # H2O, arXiv:2306.14048: summed over queries and heads
 
-    def score(self, where, received, length, budget):
-        newest = where >= length - budget // 2
-        return received.masked_fill(newest, torch.inf)
+    def score(self, tokens):
+        newest = tokens.where >= tokens.length - tokens.room // 2
+        return tokens.received.masked_fill(newest, torch.inf)
+
+class Snap(Policy):
+    """all new ones, the last 32 of the prompt, and those that these 32 attend to most"""
+    watches_prompt = True                   # SnapKV, arXiv:2404.14469
+    OBSERVERS = 32                          # a prompt often ends with the question
+    POOLED = 7                              # a token stays with its neighbors, not in scraps
+
+    def receive(self, received, P, after):
+        by_observers = P[:, :, after < self.OBSERVERS]
+        return super().receive(received, by_observers, after)
+
+    def finish(self, received):
+        received[:, -self.OBSERVERS:] = 0.0         # pooled are those before them
+        return F.max_pool1d(received, self.POOLED, stride=1, padding=self.POOLED // 2)
+
+    def score(self, tokens):
+        last = tokens.where >= tokens.prompt - self.OBSERVERS
+        above_all = 1e6 + tokens.where              # of the last ones, the oldest goes first
+        return torch.where(last, above_all, tokens.received)
 
 POLICIES = {kind.__name__.lower(): kind() for kind in Policy.__subclasses__()}
 
@@ -128,31 +159,44 @@ class Floats:
 
 class Kept:
     """The tokens that the layers of a unit keep, in places of which the first `count` are taken.
+    This is what a Policy sees:
 
-    received (B, T): the attention weight given to each token of a prompt. room: the unit's budget.
+        where (B, S)        the position of each token
+        received (B, S)     what the policy's receive() made of the weights that it received
+        prompt, length      how many tokens the prompt has, and how many were read in all
+        room                how many tokens may stay
     """
 
     def __init__(self, policy, received, room):
         (B, T), device = received.shape, received.device
-        where = torch.arange(T, device=device).expand(B, T)
-        scores = policy.score(where, received, T, room)
-        self.policy, self.room, self.count = policy, room, min(room, T)
-        best = scores.topk(self.count).indices.sort().values            # (B, count)
+        self.policy, self.room = policy, room
+        self.prompt = self.length = T
+        self.where = torch.arange(T, device=device).expand(B, T)
+        self.received = received
+        self.count = min(room, T)
+        rising = policy.score(self).argsort(stable=True)        # of two alike, the older goes first
+        best = rising[:, T - self.count:].sort().values         # (B, count)
         free = 0, room - self.count
-        self.where = F.pad(best, free)                                  # (B, room): their positions
-        self.received = F.pad(received.gather(1, best), free)           # (B, room)
+        self.where = F.pad(best, free)
+        self.received = F.pad(received.gather(1, best), free)
         self.sequences = torch.arange(B, device=device)
 
-    def admit(self, positions, length):
+    def admit(self, positions):
         """Give the token at positions (1,) a free place, or that of a token which then goes."""
         if self.count < self.room:
-            self.places = torch.full_like(self.sequences, self.count)   # (B,)
+            self.places = torch.full_like(self.sequences, self.count)       # (B,)
             self.count += 1
         else:
-            scores = self.policy.score(self.where, self.received, length, self.room)
-            self.places = scores.argmin(1)
+            self.places = self.policy.score(self).argmin(1)
         self.where[self.sequences, self.places] = positions
         self.received[self.sequences, self.places] = 0.0
+        self.after = self.prompt - 1 - positions
+        self.length += 1
+
+    def receive(self, P):
+        """P (B, H, 1, S): what the token just admitted attends with in one of the layers."""
+        received = self.received[:, :self.count]
+        received.copy_(self.policy.receive(received, P.detach(), self.after))
 
 class SqueezedCache:
     """What a GPT takes in place of a KVCache: each unit has a budget of tokens of its own. See
@@ -167,7 +211,7 @@ class SqueezedCache:
     @property
     def watch(self):
         policy = self.units[0].policy
-        return self.receive if policy.needs_weights else None   # None: P need not be formed
+        return self.receive if policy.watches_new else None     # None: P need not be formed
 
     @property
     def tensors(self):
@@ -189,7 +233,7 @@ class SqueezedCache:
 
     def advance(self, positions):
         for kept in self.units:
-            kept.admit(positions, self.length)
+            kept.admit(positions)
         self.length += 1
         self.receiving = iter(self.kept)                        # the layers whose P is yet to come
 
@@ -205,9 +249,8 @@ class SqueezedCache:
         return kept.where[:, None, :kept.count]
 
     def receive(self, P):
-        """P (B, H, 1, S), of one layer after the other: what each token received of it."""
-        kept = next(self.receiving)
-        kept.received[:, :kept.count] += P.detach().sum((1, 2), dtype=torch.float32)
+        """P (B, H, 1, S), of one layer after the other."""
+        next(self.receiving).receive(P)
 
 # ---- to read a prompt ----
 
@@ -216,37 +259,49 @@ class Reading:
     """What read() saw of a prompt (B, T)."""
     cache: KVCache                  # which has read it
     cosines: list                   # cosine_l of each layer
-    received: dict                  # unit → the attention weight (B, T) that each token received
+    received: dict                  # Policy → unit → what each token received (B, T)
+
+    def receive(self, of_layers, after, P):
+        """P (B, H, T, S) is of a layer of the next unit. after (T,): see Policy."""
+        unit = next(of_layers)
+        for policy, received in self.received.items():
+            if policy.watches_prompt:
+                so_far = received[unit][:, :P.size(3)]
+                so_far.copy_(policy.receive(so_far, P, after))
 
 @torch.no_grad()
 def read(model, idx, ways=(), room=0):
     """Read a prompt idx (B, T) once for several ways to keep it. → a Reading, whose cache has room
-    for so many more tokens. `received` stays 0 if none of the ways needs it."""
-    (B, T), seen = idx.shape, []
+    for so many more tokens."""
+    (B, T), groups = idx.shape, units(model.config)
     cache = KVCache(model, B, max(T + room, 1))
     cosines = [0.0] * len(model.blocks)
-    received = {unit: torch.zeros(B, T, device=idx.device) for unit in units(model.config)}
-    watch = seen.append if any(way.needs_weights for way in ways) else None
-    for chunk in idx.split(PREFILL_CHUNK, dim=1) if T else ():
-        (x, step), shared = model.start(chunk, cache, watch), None
-        for unit in received:
-            for layer in unit:                                  # as Block.forward(), and look
-                block = model.blocks[layer]
-                y, shared = block.attn(block.norm(x), step, shared)
-                after = x + y
-                cosine = F.cosine_similarity(x.float(), after.float(), dim=2)   # (B, chunk)
-                cosines[layer] += cosine.sum().item() / idx.numel()
-                x = after + block.mlp(block.norm(after))
-                if watch:
-                    P = seen.pop()                              # (B, H, chunk, S)
-                    received[unit][:, :P.size(3)] += P.sum((1, 2), dtype=torch.float32)
-    return Reading(cache, cosines, received)
+    received = {policy: {unit: torch.zeros(B, T, device=idx.device) for unit in groups}
+                for policy in {way.keeps for way in ways} - {None}}
+    watching = any(policy.watches_prompt for policy in received)
+    reading = Reading(cache, cosines, received)
+    of_layers = [unit for unit in groups for _ in unit]
+    after = T - 1 - torch.arange(T, device=idx.device)
+    for start in range(0, T, PREFILL_CHUNK):
+        here = slice(start, start + PREFILL_CHUNK)
+        watch = partial(reading.receive, iter(of_layers), after[here]) if watching else None
+        (x, step), shared = model.start(idx[:, here], cache, watch), None
+        for layer, block in enumerate(model.blocks):            # as Block.forward(), and look
+            y, shared = block.attn(block.norm(x), step, shared)
+            turned = x + y
+            cosine = F.cosine_similarity(x.float(), turned.float(), dim=2)      # (B, chunk)
+            cosines[layer] += cosine.sum().item() / idx.numel()
+            x = turned + block.mlp(block.norm(turned))
+    for policy, by_unit in received.items():
+        for unit, each in by_unit.items() if T else ():
+            by_unit[unit] = policy.finish(each)
+    return reading
 
 # ---- ways to keep a cache: what programs ask of each ----
 
 class Whole:
     """The usual way: the cache keeps all tokens."""
-    needs_weights = False
+    keeps = None                    # the Policy that says which tokens, if not all
     facts = {"policy": "", "budget": "", "cut": ""}     # columns of a table of results
 
     def name(self, model):
@@ -284,8 +339,8 @@ class Squeezing(Whole):
     storage: type = Floats
 
     @property
-    def needs_weights(self):
-        return POLICIES[self.policy].needs_weights
+    def keeps(self):
+        return POLICIES[self.policy]
 
     @property
     def facts(self):
@@ -297,12 +352,12 @@ class Squeezing(Whole):
 
     @torch.no_grad()
     def of(self, reading):
-        whole, received = reading.cache, reading.received
+        whole, received = reading.cache, reading.received[self.keeps]
         small = SqueezedCache(whole.length)
         sizes = [k.size(3) + v.size(3) for k, v in zip(whole.k, whole.v)]
         rooms = budgets(list(received), reading.cosines, sizes, self.budget, self.cut)
         for unit, room in zip(received, rooms):
-            kept = Kept(POLICIES[self.policy], received[unit], room)
+            kept = Kept(self.keeps, received[unit], room)
             best = kept.where[:, None, :kept.count, None]       # (B, 1, n, 1)
             small.units.append(kept)
             for layer in unit:

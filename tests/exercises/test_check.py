@@ -101,7 +101,8 @@ def refit(Z, Y, W, ridge):
 def keep(received, budget):
     T = len(received)
     got = torch.tensor([received]).double() + 1e-9 * torch.arange(T)    # of two alike, the later
-    scores = squeeze.POLICIES["heavy"].score(torch.arange(T)[None], got, T, budget)
+    tokens = SimpleNamespace(where=torch.arange(T)[None], received=got, length=T, room=budget)
+    scores = squeeze.POLICIES["heavy"].score(tokens)
     best = scores.topk(budget).indices
     return sorted(best[0].tolist())
 
