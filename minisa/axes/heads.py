@@ -24,7 +24,16 @@ where y_t is the output of the same layer in the original model. This costs noth
 import torch
 import torch.nn as nn
 
-from minisa.axes.common import anchors, fill, parser, rebuilt, resize, rewrite, run_main, walk
+from minisa.axes.common import (
+    anchors,
+    fill,
+    parser,
+    rebuilt,
+    replace_reuse_layers,
+    rewrite,
+    run_main,
+    walk,
+)
 from minisa.decode import shared_attention
 from minisa.kit import checkpoint
 from minisa.model import SharedAttention, merge_heads
@@ -81,23 +90,6 @@ class Mixed(Recombined):
         return self.H**2, 2 * self.H**2 * S * T
 
     in_numpy = in_numpy_by(recombine)
-
-def replace_reuse_layers(model, kind, flag, **widths):
-    """Put layers of another kind in the place of all reuse layers of plain Shared Attention, as
-    wide as those but for the Widths given. Raises ValueError, naming the flag, if there are none,
-    or they were changed before."""
-    config = model.config
-    if not config.spans or config.share_kind != "weights":
-        raise ValueError(f"--{flag}: is about layers that share attention weights; "
-                         "give --share, and --share_kind=weights")
-    for layer in anchors(config):
-        block, old = model.blocks[layer], model.blocks[layer].attn
-        if type(old) is not SharedAttention:
-            changed = ", ".join(change["by"] for change in checkpoint.changes(model))
-            raise ValueError(f"--{flag}: the reuse layers of this model were changed already, by "
-                             f"{changed}; take the model that it came from")
-        block.attn = kind(config, layer)
-        resize(block.attn, old.widths._replace(**widths), old.out.in_features)
 
 def rebuild(model, heads):
     """Make all reuse layers Matched ("match") or Mixed ("mix"). Raises ValueError if `heads` is

@@ -16,8 +16,15 @@ numbers per token. q̃ starts at zero, which is plain sharing, and train.py lear
 
 import torch
 
-from minisa.axes.common import anchors, fill, parser, rebuilt, rewrite, run_main
-from minisa.axes.heads import replace_reuse_layers
+from minisa.axes.common import (
+    anchors,
+    fill,
+    parser,
+    rebuilt,
+    replace_reuse_layers,
+    rewrite,
+    run_main,
+)
 from minisa.kit import checkpoint
 from minisa.kit.cli import at_least, count
 from minisa.model import SharedAttention, rotate, split_heads

@@ -368,8 +368,8 @@ def test_snap_as_it_is_lets_new_tokens_go_last():
 
 @pytest.mark.parametrize("room", [8, 31, 32, 33])
 def test_snap_as_it_is_has_room_for_fewer_than_the_last_32(room):
-    cache = squeezed(make(block_size=100), torch.randint(50, (2, 60)), room, "snap", 1)
-    assert all(kept.where[0].tolist()[-min(room, 32):] == [*range(60 - min(room, 32), 60)] for kept in cache.units)
+    cache, n = squeezed(make(block_size=100), torch.randint(50, (2, 60)), room, "snap", 1), min(room, 32)
+    assert all(kept.where[0].tolist()[-n:] == [*range(60 - n, 60)] for kept in cache.units)
 
 # ---- loss ----
 
@@ -448,7 +448,8 @@ def test_several_policies_and_cuts_may_be_given():
     assert (args.squeeze, args.squeeze_policy, args.squeeze_cut) == (None, ["heavy"], [0.5])
 
 WRONG = {"--squeeze=7": "7 is not a number from 8 up",
-         "--squeeze_policy=oldest": f"must be one of {', '.join(POLICIES)}", "--squeeze_policy=snap,": " must be one",
+         "--squeeze_policy=oldest": f"must be one of {', '.join(POLICIES)}",
+         "--squeeze_policy=snap,": " must be one of",
          "--squeeze_policy=policy": "policy must be one of",
          "--squeeze_cut=0": "0 is not a number from 0.01 up", "--squeeze_cut=half": "invalid float value",
          "--squeeze_cut=0.5,2": "2 is more than 1", "--squeeze_cut=nan": "nan is not a number"}
