@@ -19,7 +19,6 @@ in StreamingLLM, keys keep their original positions. The prompt is read whole, t
 memory use peaks just before.
 """
 
-import argparse
 import itertools
 import math
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from minisa import cost
-from minisa.kit.cli import at_least, several
+from minisa.kit.cli import at_least, one_of, several
 from minisa.model import PREFILL_CHUNK, KVCache
 
 # ---- policies: which tokens stay ----
@@ -409,19 +408,13 @@ def bits_per_byte(model, data, context, eval_tokens, ways):
 
 # ---- flags ----
 
-def policy_name(name):
-    """A type for a flag."""
-    if name not in POLICIES:
-        raise argparse.ArgumentTypeError(f"{name} must be one of {', '.join(POLICIES)}")
-    return name
-
 def add_flags(parser):
     """Give a minisa.kit.cli.Parser the flags that ways_of() reads."""
     stay = ", ".join(f"{name} ({policy.__doc__})" for name, policy in POLICIES.items())
     parser.flag("squeeze", at_least(int, 8), None, "tokens that a layer's cache keeps on average, "
                 "at most --context; the loss is then that of the last quarter of --context, after "
                 "the rest", "all")
-    parser.flag("squeeze_policy", several(policy_name), "heavy", "with --squeeze: which tokens "
+    parser.flag("squeeze_policy", several(one_of(*POLICIES)), "heavy", "with --squeeze: which tokens "
                 f"stay: {stay}; or several, as sinks,heavy, a row each", "heavy")
     parser.flag("squeeze_cut", several(at_least(float, 0.01, 1)), "0.5", "with --squeeze: the "
                 "fraction of it that the layers which matter least keep, 1 for equal budgets; or "

@@ -15,11 +15,9 @@ at which this machine reads a large tensor, measured in the same rounds. What fi
 has no limit.
 """
 
-import argparse
 import statistics
 import sys
 import time
-from copy import copy
 from functools import partial
 from inspect import getdoc
 
@@ -28,7 +26,17 @@ import torch
 from minisa.cost import predict
 from minisa.decode import handles
 from minisa.kit.checkpoint import load, reconfigure
-from minisa.kit.cli import Parser, add_device, add_dtype, command, count, picture, table
+from minisa.kit.cli import (
+    Parser,
+    add_device,
+    add_dtype,
+    command,
+    count,
+    one_of,
+    picture,
+    several,
+    table,
+)
 from minisa.kit.machine import choose_dtype, keep_memory, number_format
 from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table, write_results
@@ -153,13 +161,10 @@ def decode_work(name, model, context, batch_size, where):
     return row_of(name, model, "decode", context, batch_size), partial(timed, step, where, LONG_ENOUGH)
 
 class OnTorch(GPT):
-    """A GPT that decode.py does not know, so that it decodes in torch on every machine."""
+    """A GPT of the same layers as another, which decodes in torch: decode.py does not know this class."""
 
-def on_torch(model):
-    """→ the same model, in the same memory, which decodes in torch."""
-    other = copy(model)
-    other.__class__ = OnTorch
-    return other
+    def __init__(self, model):
+        vars(self).update(vars(model))
 
 def token_times(model, T, n):
     """→ the times at which a prompt of T tokens was ready, and each of n tokens after it, in seconds."""
@@ -210,7 +215,7 @@ def shape_works(shape, args):
     context, works, models = fields["block_size"], [], []
     T = min(context, 2048)                                  # of the prompt
     for model in random_modes(where, **fields):
-        models += [model, on_torch(model)] if args.torch else [model]
+        models += [model, OnTorch(model)] if args.torch else [model]
         if training:
             dtype = args.dtype or choose_dtype(where, None)
             works.append(train_work(shape, GPT(model.config).to(where), training, dtype, where))
@@ -218,19 +223,11 @@ def shape_works(shape, args):
         works.append((row_of(shape, model, "prefill", T), prefill))
     return works + [decode_work(shape, model, context, 1, where) for model in models]
 
-def shapes(text):
-    """A type for a flag: names of SHAPES."""
-    names = text.split(",")
-    for name in names:
-        if name not in SHAPES:
-            raise argparse.ArgumentTypeError(f"'{name}' is not one of {', '.join(SHAPES)}")
-    return names
-
 def torch_flag(parser):
     parser.switch("torch", "also decode in torch (minisa/model.py), where numpy (minisa/decode.py) does it")
 
 def shape_flags(parser):
-    parser.flag("shapes", shapes, list(SHAPES), "which shapes to measure", shown=",".join(SHAPES))
+    parser.flag("shapes", several(one_of(*SHAPES)), list(SHAPES), "which shapes to measure", shown=",".join(SHAPES))
     add_dtype(parser, "to train in", None, "the faster one")
     torch_flag(parser)
 
@@ -257,7 +254,7 @@ def open_models(source, share, torch_too, where):
     if share:
         models += [reconfigure(full, share=share) for full in models]
     if torch_too:
-        models.append(on_torch(model))
+        models.append(OnTorch(model))
     return [(source, model) for model in models]
 
 def model_flags(parser):
