@@ -39,7 +39,10 @@ FULL = (-1, -1)             # the "span" of full attention in a .csv file
 @torch.inference_mode()
 def mean_loss(model, windows):
     """windows (N, T + 1) → mean cross-entropy of their last T tokens, in nats."""
-    losses = [model(window[None, :-1], window[None, 1:])[1].item() for window in windows]
+    losses = []
+    for window in windows.split(1):
+        _, loss = model(window[:, :-1], window[:, 1:])
+        losses.append(loss.item())
     return statistics.fmean(losses)
 
 def percent(loss, full):
@@ -111,10 +114,11 @@ def read_scan(file, origin, n_layer):
     known = {FULL, *itertools.combinations(range(n_layer), 2)}
     try:
         rows = load(file)
-        spans = [*rows[["anchor", "last"]].astype(int).itertuples(index=False, name=None)]
-        same = rows[[*origin]].eq(origin).all(axis=None)
-        finite = rows[["loss", "divergence"]].map(math.isfinite).all(axis=None)
-        valid = same and finite and known.issuperset(spans)
+        ends = rows[["anchor", "last"]].astype(int)
+        spans = [*ends.itertuples(index=False, name=None)]
+        same = rows[[*origin]] == [*origin.values()]
+        finite = rows[["loss", "divergence"]].abs() < math.inf
+        valid = same.all(axis=None) and finite.all(axis=None) and known.issuperset(spans)
     except (KeyError, ValueError):
         valid = False
     if not valid:
@@ -130,12 +134,13 @@ def continue_scan(rows, file, origin, model, sharing, windows, spans):
     if FULL not in rows:
         add(*FULL, mean_loss(model, windows), 0.0)
     left = [span for span in spans if span not in rows]
-    begun = time.perf_counter()
-    for n, (a, b, loss, divergence) in enumerate(scan(model, sharing, windows, left), start=1):
+    ahead, begun = len(left), time.perf_counter()
+    for a, b, loss, divergence in scan(model, sharing, windows, left):
         add(a, b, loss, divergence)
-        write_results(file, list(rows.values()))
-        ahead = len(left) - n
-        minutes = (time.perf_counter() - begun) / n * ahead / 60        # later spans take less
+        write_results(file, [*rows.values()])
+        ahead -= 1
+        seconds = (time.perf_counter() - begun) / (len(left) - ahead)   # of each; later spans take less
+        minutes = seconds * ahead / 60
         over = percent(loss, rows[FULL]["loss"])
         print(f"span {a}-{b}: loss {loss:.4f} ({over:+.2f} %), divergence {divergence:.4f}; "
               f"{ahead} spans left, at most {minutes:.0f} minutes", flush=True)
@@ -170,7 +175,8 @@ def summarize(percents, divergences, model, sharing, context):
 def measure_sets(sets, model, sharing, held_out, refit_on=None):
     """sets: those of best_sets(). → a row for each, measured on held_out (N, T + 1), and again after a refit
     on refit_on (N, T)."""
-    full, rows = mean_loss(model, held_out), []
+    full, context = mean_loss(model, held_out), held_out.size(1) - 1
+    rows = []
     for r, (_, spans) in sets.items():
         name = spans_text(spans)
         print(f"measuring {name}", file=sys.stderr, flush=True)
@@ -180,7 +186,7 @@ def measure_sets(sets, model, sharing, held_out, refit_on=None):
         if refit_on is not None:
             refit(shared, model, refit_on)
             row["percent_refitted"] = percent(mean_loss(shared, held_out), full)
-        row["cache_saved"], _ = saved(model, shared, held_out.size(1) - 1)
+        row["cache_saved"], _ = saved(model, shared, context)
         rows.append(row)
     return rows
 
@@ -188,7 +194,8 @@ def report(rows, file):
     """Print rows as a table, and write them."""
     table = [list(rows[0])]
     for row in rows:
-        table.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()])
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+        table.append(cells)
     print_table(table)
     write_results(file, rows)
 
@@ -229,8 +236,10 @@ def main():
 
     windows = data.windows("train", 2 * args.windows, T).to(args.device)
     if args.heads != "same":
-        sharing = partial(sharing, products=head_products(model, windows[::2, :-1]))
-    spans = [(a, b) for a in range(L) for b in range(a + 1, min(a + args.longest, L))]
+        products = head_products(model, windows[::2, :-1])
+        sharing = partial(sharing, products=products)
+    pairs = itertools.combinations(range(L), 2)
+    spans = [(a, b) for a, b in pairs if b - a < args.longest]
     continue_scan(rows, file, origin, model, sharing, windows[1::2], spans)
     full = rows.pop(FULL)["loss"]
     percents = {span: percent(row["loss"], full) for span, row in rows.items()}

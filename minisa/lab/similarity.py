@@ -45,31 +45,29 @@ def weight_variance(model, idx):
 def mean_over(windows, measure, model):
     """windows (N, T) → the mean of measure(model, window (1, T)), in the memory of one window."""
     print(f"reading the attention weights of {len(windows)} windows", file=sys.stderr, flush=True)
-    return torch.stack([measure(model, window[None]).cpu() for window in windows]).mean(0)
+    found = [measure(model, window).cpu() for window in windows.split(1)]
+    return torch.stack(found).mean(0)
 
 # ---- what the command does ----
 
 def pairs(similarity, **facts):
     """similarity (L, L) → a row for a CSV file for each pair of layers."""
-    rows = []
-    for layer, cosines in enumerate(similarity.tolist()):
-        for other, cosine in enumerate(cosines):
-            rows.append({**facts, "layer": layer, "other_layer": other, "cosine": cosine})
-    return rows
+    L = range(len(similarity))
+    return [{**facts, "layer": layer, "other_layer": other, "cosine": similarity[layer, other].item()}
+            for layer in L for other in L]
 
 def show_layers(model, windows, folder):
     """Print, write and draw the similarity of all layers, and the variance of each."""
     similarity = mean_over(windows, layer_similarity, model)
     variances = mean_over(windows, weight_variance, model).tolist()
     table = [["layer", "variance", "mean cosine with each layer, in hundredths"]]
-    rows = []
     for layer, variance in enumerate(variances):
         hundredths = (100 * similarity[layer]).tolist()
         cosines = "".join(f"{value:4.0f}" for value in hundredths)
         table.append([str(layer), f"{variance:.6f}", cosines])
-        rows.append({"layer": layer, "variance": variance})
     print_table(table, words=3)
     write_results(folder / "similarity.csv", pairs(similarity))
+    rows = [{"layer": layer, "variance": variance} for layer, variance in enumerate(variances)]
     write_results(folder / "variance.csv", rows)
     save(plot.similarity_maps({"similarity of layers": similarity}), folder / "similarity.png")
     plot.by_layer(variances, "variance of attention weights", folder / "variance.png")

@@ -449,7 +449,8 @@ def test_several_policies_and_cuts_may_be_given():
 
 WRONG = {"--squeeze=7": "7 is not a number from 8 up",
          "--squeeze_policy=oldest": f"invalid choice: 'oldest' .choose from {', '.join(POLICIES)}",
-         "--squeeze_policy=snap,": "invalid choice: ''", "--squeeze_policy=policy": "invalid choice: 'policy'",
+         "--squeeze_policy=snap,": "invalid choice: ''",
+         "--squeeze_policy=policy": "invalid choice: 'policy'",
          "--squeeze_cut=0": "0 is not a number from 0.01 up", "--squeeze_cut=half": "invalid float value",
          "--squeeze_cut=0.5,2": "2 is more than 1", "--squeeze_cut=nan": "nan is not a number"}
 
