@@ -164,12 +164,12 @@ def one_by_one(model, cache, idx):
 @policies
 @torch.no_grad()
 def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy):
-    model = MODELS[kind]()
-    cache = squeezed(model, IDX[:, :25], 12, policy, 0.5)
+    model, idx = MODELS[kind](), IDX[:, :32]
+    cache = squeezed(model, idx[:, :20], 10, policy, 0.5)
     rooms = [kept.where.size(1) for kept in cache.units]
-    got = one_by_one(model, cache, IDX[:, 25:])
-    for row, tokens in zip(got, IDX):
-        expected = Plain(model, 25, policy, rooms).logits(tokens)[25:]
+    got = one_by_one(model, cache, idx[:, 20:])
+    for row, tokens in zip(got, idx):
+        expected = Plain(model, 20, policy, rooms).logits(tokens)[20:]
         torch.testing.assert_close(row, expected, atol=2e-3, rtol=1e-3)
 
 @models
@@ -262,7 +262,7 @@ class Halves(Floats):
 def test_another_storage_combines_with_every_policy_and_model(kind, policy):
     model = MODELS[kind]()
     floats, halves = (squeezed(model, IDX[:, :25], 12, policy, 0.5, storage) for storage in (Floats, Halves))
-    expected, got = (one_by_one(model, cache, IDX[:, 25:]) for cache in (floats, halves))
+    expected, got = (one_by_one(model, cache, IDX[:, 25:32]) for cache in (floats, halves))
     torch.testing.assert_close(got, expected)
     assert halves.nbytes == floats.nbytes
 

@@ -159,10 +159,9 @@ DAMAGED = ["", "{", "[]", "\0\xff", '{"parts": [[1]]}', "[" * 10**5, *(
 
 @pytest.mark.parametrize("content", DAMAGED, ids=lambda content: content[:30])
 def test_a_damaged_history_is_left_behind_in_one_line(talk, tmp_path, content):
-    talk(["Hello"], "--store=s")
-    file = tmp_path / "s" / "chat.json"
-    tokenizer = json.loads(file.read_text())["tokenizer"]
-    file.write_bytes(content.replace("TOK", tokenizer).encode("latin-1"))
+    (tmp_path / "s").mkdir()
+    content = content.replace("TOK", TOKENIZER.identity)
+    (tmp_path / "s" / "chat.json").write_bytes(content.encode("latin-1"))
     status, out, err = talk(["Hello"], "--store=s")
     assert status == 0 and "cannot be continued" in err and one_line(err) and len(answers(out)) == 1
     assert (tmp_path / "s" / "chat.json.old").exists()
