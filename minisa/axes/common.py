@@ -51,7 +51,8 @@ def replace_reuse_layers(model, kind, flag, **widths):
             raise ValueError(f"--{flag}: the reuse layers of this model were changed already, by "
                              f"{changed}; take the model that it came from")
         block.attn = kind(config, layer)
-        resize(block.attn, old.widths._replace(**widths), old.out.in_features)
+        wanted = old.widths._replace(**widths)
+        resize(block.attn, wanted, old.out.in_features)
 
 def rebuilt(model, by, **settings):
     """→ a copy of a model on the meta device, rebuilt by minisa/axes/BY.py. Raises ValueError if
@@ -69,7 +70,8 @@ def fill(new, model, tensors):
 def calibration(model, data):
     """Twelve windows (12, T ≤ 512) of the training part of a minisa.kit.data.Data."""
     T = min(512, model.config.block_size)
-    return data.windows("train", 12, T)[:, :-1].to(model.embed.weight.device)
+    windows = data.windows("train", 12, T)
+    return windows[:, :-1].to(model.embed.weight.device)
 
 # ---- commands ----
 

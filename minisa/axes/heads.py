@@ -45,8 +45,9 @@ def in_numpy_by(recombine):
 
     def attention(now, layer, x, below):
         P, keys, values = below                                 # P (G, H/G, S)
-        heads = recombine(layer, P.reshape(-1, P.shape[-1]))    # (H, S)
-        y, _ = shared_attention(now, layer, x, (heads.reshape(P.shape), keys, values))
+        heads = P.reshape(-1, P.shape[-1])                      # (H, S)
+        recombined = recombine(layer, heads).reshape(P.shape)
+        y, _ = shared_attention(now, layer, x, (recombined, keys, values))
         return y, below
     return attention
 
@@ -116,9 +117,11 @@ def nearest_on_simplex(v):
     """v (R, H) → for each row the nearest w with w ≥ 0, Σ w = 1 (Duchi et al. 2008, figure 1)."""
     falling = v.sort(dim=1, descending=True).values
     # if only the k largest stay above 0, each of them must give up this much
-    excess = (falling.cumsum(1) - 1) / torch.arange(1, v.size(1) + 1)
+    counts = torch.arange(1, v.size(1) + 1)
+    excess = (falling.cumsum(1) - 1) / counts
     k = (falling > excess).sum(1, keepdim=True)
-    return (v - excess.gather(1, k - 1)).clamp(min=0)
+    of_k = excess.gather(1, k - 1)
+    return (v - of_k).clamp(min=0)
 
 def nearest_mixture(among, between, steps=1000):
     """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimizes w A wᵀ − 2 w·b,

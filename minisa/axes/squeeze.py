@@ -21,6 +21,7 @@ memory use peaks just before.
 
 import itertools
 import math
+import statistics
 from dataclasses import dataclass
 from functools import partial
 
@@ -99,10 +100,11 @@ POLICIES = {kind.__name__.lower(): kind() for kind in Policy.__subclasses__()}
 
 def units(config):
     """The layers that keep the same tokens: [(0,), (1, 2, 3), (4,)] with share="1-3"."""
-    spans = [tuple(range(a, b + 1)) for a, b in config.spans]
-    shared = {layer for span in spans for layer in span}
-    alone = [(layer,) for layer in range(config.n_layer) if layer not in shared]
-    return sorted(spans + alone)
+    groups = {layer: (layer,) for layer in range(config.n_layer)}
+    for a, b in config.spans:
+        for layer in range(a + 1, b + 1):
+            groups[a] += groups.pop(layer)
+    return list(groups.values())
 
 def third_group(values):
     """The least value of the highest of three groups of numbers on a line: of all ways to cut the
@@ -113,8 +115,9 @@ def third_group(values):
         groups = ordered.tensor_split(cuts)
         return sum((group - group.mean()).square().sum() for group in groups)
 
-    cuts = min(itertools.combinations(range(1, len(values)), 2), key=squares)
-    return ordered[cuts[1]]
+    pairs = itertools.combinations(range(1, len(values)), 2)
+    _, second = min(pairs, key=squares)
+    return ordered[second]
 
 def budgets(groups, cosines, sizes, budget, cut):
     """→ how many tokens each unit keeps, when all take the bytes of `budget` tokens in every layer.
@@ -122,12 +125,13 @@ def budgets(groups, cosines, sizes, budget, cut):
     groups: the units(). cosines, sizes: of each layer its cosine_l, and how many numbers it caches
     of a token. cut: 1 gives all the same, and so do cosines that are all the same.
     """
-    means = [sum(cosines[layer] for layer in unit) / len(unit) for unit in groups]
+    means = [statistics.fmean(cosines[layer] for layer in unit) for unit in groups]
+    size = torch.tensor([sum(sizes[layer] for layer in unit) for unit in groups])
     turns = 1 - torch.tensor(means, dtype=torch.float64)
     calm = -turns.clamp(min=1e-9).log()
-    if cut == 1 or len(groups) < 3 or calm.min() == calm.max():
+    alike = len(groups) < 3 or calm.min() == calm.max()
+    if cut == 1 or alike:
         return [budget] * len(groups)
-    size = torch.tensor([sum(sizes[layer] for layer in unit) for unit in groups])
     small = calm >= third_group(calm)
     low = max(1, int(cut * budget))
     freed = size[small].sum() * (budget - low)
@@ -194,8 +198,9 @@ class Kept:
 
     def receive(self, P):
         """P (B, H, 1, S): what the token just admitted attends with in one of the layers."""
-        received = self.received[:, :self.count]
-        received.copy_(self.policy.receive(received, P.detach(), self.after))
+        so_far = self.received[:, :self.count]
+        received = self.policy.receive(so_far, P.detach(), self.after)
+        so_far.copy_(received)
 
 class SqueezedCache:
     """What a GPT takes in place of a KVCache: each unit has a budget of tokens of its own. See
@@ -268,32 +273,38 @@ class Reading:
                 so_far = received[unit][:, :P.size(3)]
                 so_far.copy_(policy.receive(so_far, P, after))
 
+    def finish(self):
+        """After the last layer of the last token."""
+        for policy, received in self.received.items():
+            for unit in received if self.cache.length else ():
+                received[unit] = policy.finish(received[unit])
+
 @torch.no_grad()
 def read(model, idx, ways=(), room=0):
     """Read a prompt idx (B, T) once for several ways to keep it. → a Reading, whose cache has room
     for so many more tokens."""
-    (B, T), groups = idx.shape, units(model.config)
-    cache = KVCache(model, B, max(T + room, 1))
-    cosines = [0.0] * len(model.blocks)
-    received = {policy: {unit: torch.zeros(B, T, device=idx.device) for unit in groups}
-                for policy in {way.keeps for way in ways} - {None}}
-    watching = any(policy.watches_prompt for policy in received)
-    reading = Reading(cache, cosines, received)
+    (B, T), device = idx.shape, idx.device
+    groups = units(model.config)
     of_layers = [unit for unit in groups for _ in unit]
-    after = T - 1 - torch.arange(T, device=idx.device)
+    policies = {way.keeps for way in ways} - {None}
+    watching = any(policy.watches_prompt for policy in policies)
+    reading = Reading(
+        cache=KVCache(model, B, max(T + room, 1)),
+        cosines=[0.0] * len(model.blocks),
+        received={policy: {unit: torch.zeros(B, T, device=device) for unit in groups}
+                  for policy in policies})
+    after = torch.arange(T, device=device).flip(0)
     for start in range(0, T, PREFILL_CHUNK):
         here = slice(start, start + PREFILL_CHUNK)
         watch = partial(reading.receive, iter(of_layers), after[here]) if watching else None
-        (x, step), shared = model.start(idx[:, here], cache, watch), None
+        (x, step), shared = model.start(idx[:, here], reading.cache, watch), None
         for layer, block in enumerate(model.blocks):            # as Block.forward(), and look
             y, shared = block.attn(block.norm(x), step, shared)
             turned = x + y
             cosine = F.cosine_similarity(x.float(), turned.float(), dim=2)      # (B, chunk)
-            cosines[layer] += cosine.sum().item() / idx.numel()
+            reading.cosines[layer] += cosine.sum().item() / idx.numel()
             x = turned + block.mlp(block.norm(turned))
-    for policy, by_unit in received.items():
-        for unit, each in by_unit.items() if T else ():
-            by_unit[unit] = policy.finish(each)
+    reading.finish()
     return reading
 
 # ---- ways to keep a cache: what programs ask of each ----
@@ -322,7 +333,8 @@ class Whole:
         (n,)."""
         prompt = reading.cache.length
         for window in windows:
-            yield model.hidden(window[None, :-1])[0, prompt:], window[prompt + 1:]
+            x = model.hidden(window[None, :-1])
+            yield x[0, prompt:], window[prompt + 1:]
 
     def for_bill(self, model, data, context):
         """→ None, or a cache of another kind than KVCache, which has read context - 1 tokens of
@@ -353,8 +365,9 @@ class Squeezing(Whole):
     def of(self, reading):
         whole, received = reading.cache, reading.received[self.keeps]
         small = SqueezedCache(whole.length)
-        sizes = [k.size(3) + v.size(3) for k, v in zip(whole.k, whole.v)]
-        rooms = budgets(list(received), reading.cosines, sizes, self.budget, self.cut)
+        pairs = zip(whole.k, whole.v)
+        sizes = [k.size(3) + v.size(3) for k, v in pairs]
+        rooms = budgets([*received], reading.cosines, sizes, self.budget, self.cut)
         for unit, room in zip(received, rooms):
             kept = Kept(self.keeps, received[unit], room)
             best = kept.where[:, None, :kept.count, None]       # (B, 1, n, 1)
@@ -369,24 +382,31 @@ class Squeezing(Whole):
 
     def begin(self, model, ids):
         ids = ids[:, -model.config.block_size:]
-        return ids[:, -1:], self.of(read(model, ids[:, :-1], [self]))
+        reading = read(model, ids[:, :-1], [self])
+        return ids[:, -1:], self.of(reading)
 
     def continuations(self, model, windows, reading):
         cache = self.of(reading)
-        for t in range(cache.length, windows.size(1) - 1):
-            yield model.hidden(windows[:, t:t + 1], cache)[:, 0], windows[:, t + 1]
+        tokens = windows[:, cache.length:].split(1, dim=1)      # (N, 1) each
+        for token, following in itertools.pairwise(tokens):
+            x = model.hidden(token, cache)
+            yield x[:, 0], following[:, 0]
 
     def for_bill(self, model, data, context):
         context = min(context, model.config.block_size)
-        window = data().windows("val", 1, context).to(model.embed.weight.device)
-        return self.begin(model, window[:, :context])[1]
+        window = data().windows("val", 1, context)
+        ids = window[:, :context].to(model.embed.weight.device)
+        _, cache = self.begin(model, ids)
+        return cache
 
 @torch.inference_mode()
 def loss(model, way, windows, reading):
     """→ the mean cross-entropy in nats of what a way's continuations() should predict."""
-    losses = [F.cross_entropy(model.head(x).float(), target).item()
-              for x, target in way.continuations(model, windows, reading)]
-    return sum(losses) / len(losses)
+    losses = []
+    for x, following in way.continuations(model, windows, reading):
+        logits = model.head(x).float()
+        losses.append(F.cross_entropy(logits, following).item())
+    return statistics.fmean(losses)
 
 def bits_per_byte(model, data, context, eval_tokens, ways):
     """Yield the loss with each of some ways to keep the cache: on the last quarters of validation
@@ -414,9 +434,10 @@ def add_flags(parser):
     parser.flag("squeeze", at_least(int, 8), None, "tokens that a layer's cache keeps on average, "
                 "at most --context; the loss is then that of the last quarter of --context, after "
                 "the rest", "all")
-    parser.flag("squeeze_policy", several(one_of(*POLICIES)), "heavy", "with --squeeze: which tokens "
-                f"stay: {stay}; or several, as sinks,heavy, a row each", "heavy")
-    parser.flag("squeeze_cut", several(at_least(float, 0.01, 1)), "0.5", "with --squeeze: the "
+    policies, cuts = several(one_of(*POLICIES)), several(at_least(float, 0.01, 1))
+    parser.flag("squeeze_policy", policies, "heavy", "with --squeeze: which tokens stay: "
+                f"{stay}; or several, as sinks,heavy, a row each", "heavy")
+    parser.flag("squeeze_cut", cuts, "0.5", "with --squeeze: the "
                 "fraction of it that the layers which matter least keep, 1 for equal budgets; or "
                 "several, as 1,0.5, a row each", "0.5")
 

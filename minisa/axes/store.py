@@ -79,7 +79,8 @@ def raw(t):
 
 def root_name(model, size):
     """A hash of all that keys and values depend on but the tokens."""
-    settings = [asdict(model.config), changes(model), str(model.embed.weight.dtype), size, BLOCK]
+    dtype = str(model.embed.weight.dtype)
+    settings = [asdict(model.config), changes(model), dtype, size, BLOCK]
     h = hashlib.sha256(json.dumps(settings).encode())
     for name, t in sorted(model.state_dict().items()):
         h.update(name.encode())
@@ -161,8 +162,9 @@ class Disk:
     def delete(self, path, ours=False):
         """Delete a file, if it is `ours`: known to be a block, or it begins as one."""
         try:
+            name = bytes.fromhex(path.name[:2 * DIGEST])
             with open_file(path) as file:
-                ours = ours or file.read(DIGEST) == bytes.fromhex(path.name[:2 * DIGEST])
+                ours = ours or file.read(DIGEST) == name
             if ours:
                 path.unlink(missing_ok=True)
         except FileNotFoundError:                               # another process deleted it
@@ -174,8 +176,9 @@ class Disk:
         """As Store.use(). A file's time is when it was used last."""
         now = time.time()
         for i, name in enumerate(names):
+            modified = now - 1e-3 * i
             with suppress(OSError):                             # another process deleted it
-                os.utime(self.path(name), (now, now - 1e-3 * i))
+                os.utime(self.path(name), (now, modified))
         files = sorted(self.files(), key=lambda file: file[1].st_mtime)
         over = sum(status.st_size for _, status in files) - self.limit
         for path, status in files:
@@ -194,7 +197,8 @@ class Store:
     """
 
     def __init__(self, model, folder=None, memory=2**29, disk=2**32, size=None):
-        self.model, self.device, self.limit = model, model.embed.weight.device, memory
+        self.model, self.limit = model, memory
+        self.device = model.embed.weight.device
         self.size = model.config.block_size if size is None else size
         if self.size < BLOCK:
             raise ValueError(f"--context={self.size}: the store keeps blocks of {BLOCK} tokens; "
@@ -205,7 +209,8 @@ class Store:
         self.memory = OrderedDict()     # name → its block; only the background thread removes one
         block = layers(like, slice(None))
         self.disk = Disk(folder, disk, block) if folder else None
-        self.reader, self.background = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.reader = ThreadPoolExecutor(1)
+        self.background = ThreadPoolExecutor(1)
 
     def names(self, tokens):
         """The names of the complete blocks of a list of tokens."""
@@ -215,15 +220,13 @@ class Store:
             names.append(hashlib.sha256(names[-1] + text).digest())
         return names[1:]
 
-    def on_disk(self, name):
-        return self.disk is not None and self.disk.has(name)
-
     def load(self, tokens):
         """tokens: a history and a new turn → a StoredCache that holds the longest known beginning
         of it, at most all but the last token; cache.length says how many. A forward pass with it
         may raise Damaged: then load again."""
         names = self.names(tokens[:-1])
-        have = {name: self.memory.get(name) or self.on_disk(name) for name in names}
+        have = {name: self.memory.get(name) or bool(self.disk and self.disk.has(name))
+                for name in names}
         start, end = self.longest(list(have.values()))
         positions = torch.arange(start, end, device=self.device)
         cache = StoredCache(self.model, 1, self.size)
@@ -267,12 +270,13 @@ class Store:
         """Keep what a cache holds of its tokens, a list: in memory now, on disk a little later."""
         names = self.names(tokens[:cache.length])
         for i, name in enumerate(names):
-            kept = name in self.memory and (self.disk is None or self.on_disk(name))
-            overwritten = i * BLOCK < cache.length - self.size
-            if kept or overwritten:
+            start = i * BLOCK
+            overwritten = start < cache.length - self.size
+            on_disk = self.disk is None or self.disk.has(name)
+            if overwritten or (name in self.memory and on_disk):
                 continue
-            slots = torch.arange(i * BLOCK, (i + 1) * BLOCK, device=self.device) % self.size
-            block = layers(cache, slots)
+            positions = torch.arange(start, start + BLOCK, device=self.device)
+            block = layers(cache, positions % self.size)
             self.memory[name] = block
             if self.disk:
                 self.background.submit(self.disk.write, name, block)

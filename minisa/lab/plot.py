@@ -10,6 +10,8 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from minisa.kit.cli import Parser, command, picture
 from minisa.kit.picture import pyplot, save
 from minisa.lab.tables import ATTENTION, at_best, load, pandas
@@ -80,14 +82,14 @@ def span_map(percent, n_layer, title, file):
     """percent: {(a, b): loss of span a..b over full attention, in percent} → a map, anchors across, reuse
     layers up. The color is on a log scale from 0.1 to 100; the number is in the square."""
     most = max(b - a for a, b in percent)
-    grid = [[math.nan] * (n_layer - 1) for _ in range(most)]
+    grid = torch.full((most, n_layer - 1), math.nan)
     width = max(0.42 * n_layer + 1.8, 5)                                        # inches
     height = max(0.3 * most + 1.4, 2.6)
     with style("maps") as plt:
         figure, axis = plt.subplots(figsize=(width, height))
         for (a, b), value in percent.items():
             row = b - a - 1
-            grid[row][a] = max(value, 0.1)
+            grid[row, a] = max(value, 0.1)
             digits = "z.1f" if value < 10 else ".0f" if value < 1000 else ".0e"
             text = format(value, digits).replace("e+0", "e")
             color = "white" if value > 3 else "black"
@@ -97,8 +99,8 @@ def span_map(percent, n_layer, title, file):
         axis.set(title=title, xlabel="anchor (first layer of the span)", ylabel="reuse layers")
         axis.set_xticks(range(n_layer - 1))
         axis.set_yticks(range(most), range(1, most + 1))
-        bar = figure.colorbar(image, ax=axis, label="loss over full\nattention, %", format="%g",
-                              extend="both", ticks=[0.1, 1, 10, 100])
+        bar = figure.colorbar(image, label="loss over full\nattention, %", format="%g", extend="both")
+        bar.set_ticks([0.1, 1, 10, 100])
         bar.minorticks_off()
         save(figure, file)
 
@@ -177,16 +179,17 @@ def learning(rows, file):
     means["least"] = points["val_bpb"].min()
     means["largest"] = points["val_bpb"].max()
     titles = {"step": "steps", "seconds": "seconds, two runs at a time, one thread each"}
-    line_plot(means.reset_index(), "val_bpb", ["least", "largest"], titles, "bits per byte", file)
+    thin = ["least", "largest"]
+    line_plot(means.reset_index(), "val_bpb", thin, titles, "bits per byte", file)
 
 def loss_against_cache(rows, file):
     """Rows of bills → the loss of each over that of the largest cache, lowest first, and its cache."""
     names = [bill_name(row) for row in rows.to_dict("records")]
     rows = rows.assign(name=names).drop_duplicates("name").sort_values("val_bpb")
-    cache = rows["cache_bytes"] / rows["context"]
-    full = rows["val_bpb"][cache.idxmax()]
-    loss = 100 * rows["val_bpb"] / full - 100
-    dot_plot(rows["name"], {LOSS: loss, "cache, bytes per token": cache}, None, file)
+    cache, loss = rows["cache_bytes"] / rows["context"], rows["val_bpb"]
+    over = 100 * loss / loss[cache.idxmax()] - 100
+    panels = {LOSS: over, "cache, bytes per token": cache}
+    dot_plot(rows["name"], panels, None, file)
 
 def bill_name(row):
     """A row of a bill → its model, what changed that or what it shares zero-shot, and what its cache
@@ -229,12 +232,14 @@ def draw(rows, file):
 
 def read_results(files):
     """CSV files of results → their rows. Raises ValueError if they cannot be drawn."""
-    rows = pandas().concat([load(file).assign(file=file) for file in files], ignore_index=True)
-    names = rows.filter(["mode", "model", "changes"]).sum(axis=1).str.len()
-    if not 0 < len(rows) <= 1000 or names.max() > 100:
+    frames = [load(file).assign(file=file) for file in files]
+    rows = pandas().concat(frames, ignore_index=True)
+    names = rows.filter(["mode", "model", "changes"]).sum(axis=1)
+    if not 0 < len(rows) <= 1000 or names.str.len().max() > 100:
         raise ValueError("it has no rows, or more of them or longer names than can be drawn")
     numbers = rows.filter(["val_bpb", "ms_per_token", "cache_bytes", "context"]).astype(float)
-    if numbers.empty or not ((numbers > 0) & (numbers < math.inf)).all(axis=None):
+    positive = (numbers > 0) & (numbers < math.inf)
+    if numbers.empty or not positive.all(axis=None):
         raise ValueError("it has no results, or one that is not above 0")
     return rows
 
