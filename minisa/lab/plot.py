@@ -10,7 +10,7 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from minisa.kit.cli import Parser, command, picture
 from minisa.kit.picture import pyplot, save
@@ -82,7 +82,7 @@ def span_map(percent, n_layer, title, file):
     """percent: {(a, b): loss of span a..b over full attention, in percent} → a map, anchors across, reuse
     layers up. The color is on a log scale from 0.1 to 100; the number is in the square."""
     most = max(b - a for a, b in percent)
-    grid = torch.full((most, n_layer - 1), math.nan)
+    grid = np.full((most, n_layer - 1), math.nan)
     width = max(0.42 * n_layer + 1.8, 5)                                        # inches
     height = max(0.3 * most + 1.4, 2.6)
     with style("maps") as plt:
