@@ -47,7 +47,7 @@ class Policy:
         return received + P.sum((1, 2), dtype=torch.float32)
 
     def finish(self, received):
-        """What each token received of the whole prompt (B, T) → what to remember of that."""
+        """What each token received of the whole prompt (B, T ≥ 1) → what to remember of that."""
         return received
 
     def score(self, tokens):
@@ -86,8 +86,9 @@ class Snap(Policy):
         return super().receive(received, by_observers, after)
 
     def finish(self, received):
-        received[:, -self.OBSERVERS:] = 0.0         # pooled are those before them
-        return F.max_pool1d(received, self.POOLED, stride=1, padding=self.POOLED // 2)
+        before = received.clone()
+        before[:, -self.OBSERVERS:] = 0.0           # they stay anyway
+        return F.max_pool1d(before, self.POOLED, stride=1, padding=self.POOLED // 2)
 
     def score(self, tokens):
         last = tokens.where >= tokens.prompt - self.OBSERVERS
@@ -175,13 +176,13 @@ class Kept:
         self.policy, self.room = policy, room
         self.prompt = self.length = T
         self.where = torch.arange(T, device=device).expand(B, T)
-        self.received = received
+        self.received = policy.finish(received) if T else received
         self.count = min(room, T)
         rising = policy.score(self).argsort(stable=True)        # of two alike, the older goes first
         best = rising[:, T - self.count:].sort().values         # (B, count)
         free = 0, room - self.count
         self.where = F.pad(best, free)
-        self.received = F.pad(received.gather(1, best), free)
+        self.received = F.pad(self.received.gather(1, best), free)
         self.sequences = torch.arange(B, device=device)
 
     def admit(self, positions):
@@ -273,12 +274,6 @@ class Reading:
                 so_far = received[unit][:, :P.size(3)]
                 so_far.copy_(policy.receive(so_far, P, after))
 
-    def finish(self):
-        """After the last layer of the last token."""
-        for policy, received in self.received.items():
-            for unit in received if self.cache.length else ():
-                received[unit] = policy.finish(received[unit])
-
 @torch.no_grad()
 def read(model, idx, ways=(), room=0):
     """Read a prompt idx (B, T) once for several ways to keep it. → a Reading, whose cache has room
@@ -304,7 +299,6 @@ def read(model, idx, ways=(), room=0):
             cosine = F.cosine_similarity(x.float(), turned.float(), dim=2)      # (B, chunk)
             reading.cosines[layer] += cosine.sum().item() / idx.numel()
             x = turned + block.mlp(block.norm(turned))
-    reading.finish()
     return reading
 
 # ---- ways to keep a cache: what programs ask of each ----
