@@ -57,10 +57,9 @@ policies = pytest.mark.parametrize("policy", POLICIES)
 SINKS = 4
 OBSERVERS = 6                   # in place of 32, so that a short prompt has tokens before them
 
-@pytest.fixture(autouse=True)
-def few_observers(request, monkeypatch):
-    if "as_it_is" not in request.node.name:
-        monkeypatch.setattr(Snap, "OBSERVERS", OBSERVERS)
+@pytest.fixture
+def few_observers(monkeypatch):
+    monkeypatch.setattr(Snap, "OBSERVERS", OBSERVERS)
 
 class Plain:
     """One sequence through a model, token by token. After `prompt` tokens each unit u keeps rooms[u], by sets
@@ -163,7 +162,7 @@ def one_by_one(model, cache, idx):
 @models
 @policies
 @torch.no_grad()
-def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy):
+def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy, few_observers):
     model, idx = MODELS[kind](), IDX[:, :32]
     cache = squeezed(model, idx[:, :20], 10, policy, 0.5)
     rooms = [kept.where.size(1) for kept in cache.units]
@@ -341,7 +340,7 @@ def test_a_span_receives_the_weights_of_all_its_layers():
     torch.testing.assert_close(received[1, 2, 3], sum(P[1:4]).sum((1, 2)))
 
 @torch.no_grad()
-def test_snap_as_it_is_keeps_the_last_32_and_the_neighborhoods_that_they_attend_to():
+def test_snap_keeps_the_last_32_and_the_neighborhoods_that_these_attend_to():
     model, T, room = make(block_size=300), 270, 50              # two chunks; both hold some of the last 32
     idx = torch.randint(50, (2, T), generator=torch.Generator().manual_seed(2))
     way = Squeezing(room, "snap", 1)
@@ -357,7 +356,7 @@ def test_snap_as_it_is_keeps_the_last_32_and_the_neighborhoods_that_they_attend_
             assert max(pooled[p] for p in {*range(T - 32)} - {*before}) < least + 1e-4
 
 @torch.no_grad()
-def test_snap_as_it_is_lets_new_tokens_go_last():
+def test_snap_lets_new_tokens_go_last():
     model = make(block_size=100)
     idx = torch.randint(50, (1, 90), generator=torch.Generator().manual_seed(3))
     cache = squeezed(model, idx[:, :50], 40, "snap", 1)
@@ -367,7 +366,7 @@ def test_snap_as_it_is_lets_new_tokens_go_last():
     assert all(sorted(kept.where[0].tolist()) == [*range(50, 90)] for kept in cache.units)
 
 @pytest.mark.parametrize("room", [8, 31, 32, 33])
-def test_snap_as_it_is_has_room_for_fewer_than_the_last_32(room):
+def test_snap_keeps_the_newest_of_the_32_if_there_is_room_for_fewer(room):
     cache, n = squeezed(make(block_size=100), torch.randint(50, (2, 60)), room, "snap", 1), min(room, 32)
     assert all(kept.where[0].tolist()[-n:] == [*range(60 - n, 60)] for kept in cache.units)
 
