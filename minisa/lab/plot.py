@@ -247,10 +247,9 @@ def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.plot RESULTS.csv ... --file=PICTURE")
     parser.add_argument("results", nargs="+", metavar="RESULTS.csv", help="files of one kind; bills: with "
                         "the same measure of loss (--squeeze, --context, --eval_tokens)")
-    parser.flag("file", picture, shown="none, must be given", help="the picture to write, .png, .svg or .pdf")
+    parser.add_argument("--file", type=picture, required=True, metavar="PICTURE",
+                        help="the picture to write, .png, .svg or .pdf")
     args = parser.parse_args()
-    if not args.file:
-        raise ValueError("--file: name the picture to write, as in --file=axes.png")
     pyplot("minisa.lab.plot")
     try:
         draw(read_results(args.results), args.file)
