@@ -243,13 +243,13 @@ SHARE_KINDS = {
 def sharing_kind(name):
     """The name of a kind of sharing → the same; the kind is then in SHARE_KINDS. One that is not
     there yet is added by minisa/axes/NAME.py, which is imported by its name, as the core must not
-    depend on an axis. It adds NAME itself; of NAME-SETTING, its with_setting("SETTING") returns the
-    two classes. Raises ValueError if there is none."""
+    depend on an axis. It adds NAME itself; for NAME-SETTING, its with_setting("SETTING") returns
+    the two classes. Raises ValueError if there is none."""
     axis, _, setting = name.partition("-")
     file = f"minisa.axes.{axis}"
     if name not in SHARE_KINDS and axis.isidentifier() and importlib.util.find_spec(file):
         module = importlib.import_module(file)
-        if hasattr(module, "with_setting"):
+        if setting and hasattr(module, "with_setting"):
             SHARE_KINDS[name] = module.with_setting(setting)
     if name not in SHARE_KINDS:
         raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)}")

@@ -41,17 +41,17 @@ class Policy:
     watches_new = False             # and those of every new token?
 
     def receive(self, received, P, after):
-        """What each token has received so far (B, S), 0 at first → the same, once T queries have
-        attended with P (B, H, T, S). after (T,): how many tokens of the prompt follow each query;
-        below 0 for a new token."""
+        """How much attention each token has received so far (B, S), 0 at first → the same after T
+        more queries, whose attention weights are P (B, H, T, S). after (T,): how many tokens of the
+        prompt follow each query; below 0 for a new token."""
         return received + P.sum((1, 2), dtype=torch.float32)
 
     def finish(self, received):
-        """What each token received of the whole prompt (B, T ≥ 1) → what to remember of that."""
+        """What each token received from the whole prompt (B, T ≥ 1) → what score() should see."""
         return received
 
     def score(self, tokens):
-        """A Kept → how much each of its tokens should stay (B, S)."""
+        """A Kept → a number for each of its tokens (B, S): the one with the lowest goes first."""
 
 class Window(Policy):
     """the last"""
@@ -76,7 +76,7 @@ class Heavy(Policy):
         return tokens.received.masked_fill(newest, torch.inf)
 
 class Snap(Policy):
-    """all new ones, the last 32 of the prompt, and those that these 32 attend to most"""
+    """all new tokens, the last 32 of the prompt, and those that these 32 attend to most"""
     watches_prompt = True                   # SnapKV, arXiv:2404.14469
     OBSERVERS = 32                          # a prompt often ends with the question
     POOLED = 7                              # a token stays with its neighbors, not in scraps

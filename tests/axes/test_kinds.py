@@ -17,7 +17,7 @@ from minisa import cost
 from minisa.axes import eigen, heads, lowrank
 from minisa.kit import checkpoint
 from minisa.kit.tokenizer import Tokenizer
-from minisa.model import GPT, SHARE_KINDS, GPTConfig, KVCache, sharing_kind
+from minisa.model import GPT, SHARE_KINDS, CrossLayerAttention, GPTConfig, KVCache, sharing_kind
 
 PAGE = Path(__file__).resolve().parent.parent.parent / ".github" / "CONTRIBUTING.md"
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
@@ -124,7 +124,7 @@ def test_commands_take_it_by_name_and_axes_that_cannot_refuse_it(values, run, te
         assert status == 2 and err.count("\n") == 1 and "--" in err, err
 
 NEAREST = """
-from minisa.model import CrossLayerAttention, KVAnchor
+from minisa.model import SHARE_KINDS, CrossLayerAttention, KVAnchor
 
 class Nearest(CrossLayerAttention):
     '''A reuse layer that, once the prompt is read, attends to n of the anchor's tokens only.'''
@@ -141,6 +141,8 @@ class Nearest(CrossLayerAttention):
     def tokens_read(self, T, S):
         return min(self.n, S) if T == 1 else S
 
+SHARE_KINDS["nearest"] = KVAnchor, CrossLayerAttention
+
 def with_setting(text):
     if not text.isdecimal() or not int(text):
         raise ValueError(f"--share_kind=nearest-{text}: give a number from 1 up, as in nearest-8")
@@ -153,8 +155,7 @@ def test_a_kind_may_have_a_setting_of_any_value(axes_folder):
     assert make(share_kind="nearest-8").config.share_kind == "nearest-8"
     with pytest.raises(ValueError, match="^--share_kind=nearest-x: give a number from 1 up"):
         GPTConfig(share_kind="nearest-x")
-    with pytest.raises(ValueError, match="^--share_kind=nearest-: give a number from 1 up"):
-        GPTConfig(share_kind="nearest")
+    assert type(make(share_kind="nearest").blocks[2].attn) is CrossLayerAttention       # without a setting
 
 @pytest.mark.parametrize("n, context, batch_size", [(3, 12, 1), (3, 2, 3), (12, 12, 2), (5, 7, 2)])
 def test_a_layer_that_reads_few_tokens_is_billed_for_those(axes_folder, n, context, batch_size):
