@@ -75,7 +75,7 @@ def cache_bytes(roles, kind, n_head, n_kv_head, n_embd, tokens, bytes_per_number
 def decode_flops(role, kind, n_head, n_kv_head, n_embd, n_hidden, keys):
     matrix = SimpleNamespace(in_features=n_embd)
     attn = SimpleNamespace(qkv=matrix, out=matrix, widths=widths(role, kind, n_head, n_kv_head, n_embd),
-                           extra_cost=lambda T, S: (0, 0))
+                           extra_cost=lambda T, S: (0, 0), tokens_read=lambda T, S: S)
     mlp = SimpleNamespace(down=SimpleNamespace(in_features=n_hidden))
     return layer_flops(SimpleNamespace(attn=attn, mlp=mlp), 1, keys)
 
@@ -101,7 +101,8 @@ def refit(Z, Y, W, ridge):
 
 def keep(received, budget):
     where = torch.arange(len(received))
-    scores = score(None, where, torch.tensor(received).double(), len(received), budget)
+    got = torch.tensor(received).double()
+    scores = score(None, SimpleNamespace(where=where, received=got, length=len(received), room=budget))
     best = sorted(where.tolist(), key=lambda i: (scores[i], i))[-budget:]
     return sorted(best)
 
