@@ -32,7 +32,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from minisa.kit import llama, pretrained
-from minisa.kit.files import check, read_file, reading, refuse_too_much, write_file, write_folder
+from minisa.kit.files import check, read_file, reading, write_file, write_folder
+from minisa.kit.machine import refuse_too_much
 from minisa.kit.tokenizer import Tokenizer, from_json, to_json
 from minisa.model import GPT, GPTConfig, sharing_kind
 

@@ -1,5 +1,6 @@
 """Files: read with a check, written whole or not at all; downloads, and where they are kept."""
 
+import glob
 import hashlib
 import importlib.util
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout  # comes with torch
 
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)      # do not wait for a writer when opening a pipe
+RANDOM = "[0-9a-f]" * 8     # how the name of what is half written ends
 MOST = 2**28            # bytes of a file that is read as a whole, 256 MB, unless said otherwise
 
 # ---- reading ----
@@ -142,19 +144,14 @@ def write_folder(folder, files):
         raise
 
 def clean(folder, names):
-    """Delete the half-written files that write_file() left when it was killed, for files of these names.
-    Only for a folder that is locked."""
-    for path in Path(folder).glob("*.????????"):
-        name, _, ending = path.name.rpartition(".")
-        if name in names and not set(ending) - set("0123456789abcdef"):
-            path.unlink(missing_ok=True)
-
-def clean_folders(parent, name="*"):
-    """Delete what write_folder() left half written of folders of this name when it was killed. Only
-    for what is locked."""
-    for path in Path(parent).glob(f".{name}.????????"):
-        if path.is_dir() and not set(path.suffix[1:]) - set("0123456789abcdef"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete what was left half written by a program that was killed: of files of these names in a folder,
+    and of folders in its subfolders. Only for a folder that is locked."""
+    for name in names:
+        for path in folder.glob(f"{name}.{RANDOM}"):
+            if path.is_file():
+                path.unlink()
+    for path in folder.glob(f"*/.*.{RANDOM}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 def refuse_unwritable(path):
     """Raises OSError, before any work is done, if a file or folder of this name could not be written."""
@@ -170,14 +167,6 @@ def refuse_unwritable(path):
     if why:
         raise OSError(f"{path}: could not be written ({why}); choose another name or folder")
 
-def refuse_too_much(n_bytes, what):
-    """Raises ValueError, before any work is done, if something takes more memory than this machine has."""
-    if hasattr(os, "sysconf"):
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if n_bytes > has:
-            raise ValueError(f"{what} takes {n_bytes / 1e9:,.0f} GB of memory, this machine has "
-                             f"{has / 1e9:,.0f} GB; take a smaller one")
-
 @contextmanager
 def lock(folder):
     """Keep other programs from writing to a folder until the context ends. The lock is beside the folder,
@@ -192,7 +181,8 @@ def lock(folder):
         raise ValueError(f"{folder}: another program is writing there; wait until it ends, or "
                          "name another folder") from None
     try:
-        clean_folders(folder.parent, folder.name)
+        for path in folder.parent.glob(f".{glob.escape(folder.name)}.{RANDOM}"):
+            shutil.rmtree(path, ignore_errors=True)     # half written by a program that was killed
         yield
     finally:
         held.release()

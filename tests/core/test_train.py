@@ -19,6 +19,7 @@ import torch
 import sample
 import train
 from minisa.kit import checkpoint
+from minisa.kit.data import Data
 from minisa.kit.files import lock
 from minisa.kit.run import LOG, STATE, read_state
 
@@ -69,7 +70,7 @@ def test_the_loss_of_a_finished_run_is_of_all_validation_text_unless_told(run, t
     monkeypatch.setattr(train, "EVAL_TOKENS", 64)
     status, out, err = run(train.main, *TINY, f"--text={text}", *flags)
     model, _, info = checkpoint.load("out/full")
-    data = train.Data(Path("data") / Path(info["data"]).name)
+    data = Data(Path("data") / Path(info["data"]).name)
     whole, part = data.evaluate(model), data.evaluate(model, 64)
     assert (status, err) == (0, "") and abs(whole[0] - part[0]) > 1e-3
     assert (info["val_loss"], info["val_bpb"]) == pytest.approx(part if flags else whole, rel=1e-6)
@@ -86,7 +87,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, 
     flags = [*TINY, f"--text={text}", *flags]
     run(train.main, *flags, "--out_dir=out/whole")
 
-    batch = train.Data.batch
+    batch = Data.batch
     def stop(self, step, *args, **kwargs):
         if step == at:
             if how == "killed":
@@ -94,7 +95,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, 
             signal.raise_signal(signal.SIGINT)
         return batch(self, step, *args, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Data, "batch", stop)
+        patch.setattr(Data, "batch", stop)
         status, out, _ = run(train.main, *flags, "--out_dir=out/stopped")
     assert status == 130
     if how == "stopped":
@@ -127,12 +128,12 @@ def test_a_run_is_alone_in_its_folder_and_goes_on_when_killed(run, text, tmp_pat
     assert at >= 20 and at % 20 == 0
     status, _, err = run(train.main, "--resume", "--learning_rate=0.5")
     assert status == 2 and "--learning_rate=0.5: the run in out/full was started with" in err
-    batch = train.Data.batch
+    batch = Data.batch
     def stop_soon(self, step, *args, **kwargs):
         if step == at + 3:
             signal.raise_signal(signal.SIGTERM)
         return batch(self, step, *args, **kwargs)
-    monkeypatch.setattr(train.Data, "batch", stop_soon)
+    monkeypatch.setattr(Data, "batch", stop_soon)
     status, out, _ = run(train.main, "--resume")
     assert status == 143 and f"stopped at step {at + 4}" in out and stored_step() == at + 4
 
@@ -458,7 +459,7 @@ def test_tokens_of_another_tokenizer_are_not_taken_for_a_models_own(run, text):
 def test_a_run_is_locked_before_its_state_is_read(run, text, monkeypatch):
     run(train.main, *TINY, f"--text={text}", "--max_iters=4", "--eval_interval=2")
     before = contents("out")
-    monkeypatch.setattr(train, "read_state", None)              # it must not come to this
+    monkeypatch.setattr("minisa.kit.run.read_state", None)      # it must not come to this
     with lock("out/full"):
         status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
     assert status == 2 and "another program is writing there" in err and contents("out") == before

@@ -97,12 +97,6 @@ def test_a_folder_that_is_taken_is_refused_and_an_empty_one_is_not(tmp_path):
         with pytest.raises(ValueError, match="--out=.*: is there already"):
             files.refuse_taken(tmp_path / name, "out")
 
-@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="needs a system that tells its memory")
-def test_more_memory_than_there_is_is_refused():
-    files.refuse_too_much(2**20, "this")
-    with pytest.raises(ValueError, match="this takes 1,000,000 GB of memory, this machine has"):
-        files.refuse_too_much(10**15, "this")
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device without space")
 def test_a_device_that_takes_nothing_is_named():
     with pytest.raises(OSError, match="^/dev/full: could not be written"):

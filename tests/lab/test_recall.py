@@ -16,7 +16,7 @@ from minisa.model import GPT, GPTConfig
 def folder(text, tmp_path_factory):
     """A folder with a run, "run", whose model is small and random, and its data."""
     folder = tmp_path_factory.mktemp("recall")
-    data = Data(tokenize(text, vocab_size=300, folder=folder / "data"))
+    data = tokenize(text, vocab_size=300, folder=folder / "data")
     torch.manual_seed(0)
     config = GPTConfig(block_size=160, vocab_size=300, n_layer=3, n_head=2, n_embd=16)
     info = {**checkpoint.UNKNOWN, "data": str(data.folder)}

@@ -52,7 +52,7 @@ def made(text, tmp_path_factory):
     """A folder with a run that kept three of its steps. Nothing was trained: each step is another model."""
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     folder = tmp_path_factory.mktemp("similarity")
-    data = Data(tokenize(text, vocab_size=300, folder=folder / "data"))
+    data = tokenize(text, vocab_size=300, folder=folder / "data")
     info = {**checkpoint.UNKNOWN, "data": str(data.folder)}
     for seed, path in enumerate(("steps/00000200", "steps/00000400", "steps/00010000", ".")):
         model = random_model(seed, vocab_size=data.tokenizer.vocab_size, n_layer=3)
