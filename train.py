@@ -282,7 +282,7 @@ def continued(given, saved, folder):
     """What was given, and Saved in a run's folder → all that was given to the run. Raises ValueError if
     the one contradicts the other."""
     with reading(folder / STATE, "not the state of a run", "start a new run"):
-        before = cli.read_settings(Settings, saved.settings)
+        before = cli.read_settings(Settings, [*saved.settings])
         if not 0 <= saved.progress.step <= before["max_iters"]:
             raise ValueError(f"step {saved.progress.step}")
     for name in given.keys() - FREE:

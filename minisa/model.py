@@ -62,6 +62,7 @@ def check(config):
 
     for name in SIZES:
         must(0 < getattr(config, name) < 2**29, name, "must be above 0, and below 2^29")
+    must(config.n_layer <= 1000, "n_layer", "must be at most 1000")
     H = config.n_head
     must(config.n_embd % (2 * H) == 0, "n_embd", f"must be a multiple of 2 · {H} (n_head)")
     must(H % config.n_kv_head == 0, "n_kv_head", f"must divide {H} (n_head)")

@@ -40,8 +40,7 @@ from minisa.model import GPT, GPTConfig, sharing_kind
 INFO = {"step": int | None, "val_loss": float | None, "val_bpb": float | None, "data": str | None,
         "data_digest": str | None, "seconds": float | None}
 UNKNOWN = dict.fromkeys(INFO)
-OURS = {"share": str, "share_kind": str, "dropout": float, "changes": [{"by": str, "settings": dict}],
-        "parent": dict | None}                              # under "minisa", as files.check() takes it
+OURS = {"share": str, "share_kind": str, "dropout": float, "changes": list, "parent": dict | None}
 DEFAULTS = {"share": "", "share_kind": "weights", "dropout": 0.0, "changes": [], "parent": None}
 PARENT = {"source": str, "sha256": str}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -84,9 +83,7 @@ class Unfilled(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 def empty(config, changed=()):
-    """A model on the meta device, without numbers. Raises ValueError if building it would never end."""
-    if config.n_layer > 1000:
-        raise ValueError(f"n_layer={config.n_layer}: more than 1000")
+    """A model on the meta device, without numbers."""
     with torch.device("meta"), Unfilled():
         model = GPT(config)
         for step in changed:
@@ -220,10 +217,7 @@ class Stored:
     tokenizer: dict | None  # the content of tokenizer.json; None: its parent's
     sha256: str             # of its config and tensors
     info: dict              # as INFO
-
-    @property
-    def ours(self):
-        return {**DEFAULTS, **self.fields.get("minisa", {})}
+    ours: dict              # as OURS
 
 def load(source: str | Path, share: str | None = None, share_kind: str = "weights",
          device: str | torch.device = "cpu",
@@ -247,41 +241,40 @@ def load(source: str | Path, share: str | None = None, share_kind: str = "weight
 
 def ancestry(source):
     """→ the Stored model, the one that it was derived from, and so on."""
-    chain, seen, at = [], set(), source
-    while True:
-        if os.path.realpath(at) in seen:
-            raise ValueError(f"{source}: was derived from itself; make it again")
+    chain = [read(source)]
+    while parent := chain[-1].ours["parent"]:
         if len(chain) > LONGEST_CHAIN:
             raise ValueError(f"{source}: was derived in more than {LONGEST_CHAIN} steps; write one of those "
                              "before it whole, with python -m minisa.kit.export")
-        chain.append(read(at))
-        parent = chain[-1].ours["parent"]
-        if not parent:
-            return chain
-        seen.add(os.path.realpath(at))
-        child, at = at, parent["source"]
+        child, at = chain[-1].source, parent["source"]
         if at != "smollm2":
             at = Path(child) / at
             if not at.exists():
                 raise ValueError(f"{child}: was derived from {at}, which is missing; bring it back")
+        chain.append(read(at))
+    return chain
 
 def read(source):
     """A folder, a .gguf file or smollm2 → Stored. Raises ValueError if it cannot be read."""
-    if str(source) != "smollm2" and not Path(source).exists():
-        raise ValueError(f"{source}: no such model; train one with python train.py, or give a .gguf file, a "
-                         "folder with config.json and model.safetensors, or smollm2")
-    if str(source) != "smollm2" and Path(source).is_dir():
+    if str(source) == "smollm2":
+        file = pretrained.fetch()
+    elif Path(source).is_dir():
         with reading(source, KIND, FIX):
             return read_folder(Path(source))
-    file = pretrained.fetch() if str(source) == "smollm2" else source
+    elif Path(source).exists():
+        file = source
+    else:
+        raise ValueError(f"{source}: no such model; train one with python train.py, or give a .gguf file, a "
+                         "folder with config.json and model.safetensors, or smollm2")
     fields, tensors, tokenizer, sha256 = pretrained.read_gguf(file)
-    return Stored(str(source), fields, tensors, tokenizer, sha256, UNKNOWN)
+    return Stored(str(source), fields, tensors, tokenizer, sha256, UNKNOWN, DEFAULTS)
 
 def read_folder(folder):
     fields = json.loads(read_file(folder / CONFIG))
-    check(fields, dict, CONFIG)
-    if "minisa" in fields:
-        check_ours(fields["minisa"])
+    ours = {**DEFAULTS, **fields.get("minisa", {})}
+    check(ours, OURS, "minisa")
+    if ours["parent"]:
+        check(ours["parent"], PARENT, "minisa.parent")
     tensors, known, hashes = {}, {}, []
     for file in tensor_files(folder):
         found, known, sha256 = unpack(read_large(file), fields)
@@ -291,21 +284,9 @@ def read_folder(folder):
     check(info, INFO, "what is known of it")
     if info["data"]:
         info["data"] = str(folder / info["data"])
-    derived = fields.get("minisa", {}).get("parent")
-    tokenizer = None if derived else json.loads(read_file(folder / TOKENIZER))
+    tokenizer = None if ours["parent"] else json.loads(read_file(folder / TOKENIZER))
     sha256 = hashes[0] if len(hashes) == 1 else digest(hashes, {})
-    return Stored(str(folder), fields, tensors, tokenizer, sha256, info)
-
-def check_ours(ours):
-    """Raises ValueError unless what "minisa" holds is as it should be; what is missing takes its
-    default."""
-    check(ours, dict, "minisa")
-    unknown = ours.keys() - OURS.keys()
-    if unknown:
-        raise ValueError(f"minisa.{min(unknown)} is of another version of minisa")
-    check({**DEFAULTS, **ours}, OURS, "minisa")
-    if ours.get("parent"):
-        check(ours["parent"], PARENT, "minisa.parent")
+    return Stored(str(folder), fields, tensors, tokenizer, sha256, info, ours)
 
 def tensor_files(folder):
     """The files in which the tensors of a folder are."""
@@ -353,13 +334,13 @@ def save_training(file, model, tokenizer, optimizer, **more):
              **more}
     write_file(file, pack(tensors, None, known))
 
-def read_training(file, shape):
+def read_training(file, kinds):
     """What save_training() wrote → the model, the tokenizer, the optimizer's tensors as {"0.exp_avg": t,
-    …}, and the rest, which must be of this shape (as files.check() takes it). Raises ValueError."""
+    …}, and the rest. kinds: of some dicts in the rest what files.check() needs. Raises ValueError."""
     with reading(file, "not the state of a training run", "start a new run"):
         tensors, known, _ = unpack(read_large(file))
-        expected = {"config": dict, "changes": OURS["changes"], "tokenizer": dict, **shape}
-        check(known, expected, "its state")
+        for name in kinds:
+            check(known[name], kinds[name], name)
         model = empty(GPTConfig(**known.pop("config")), known.pop("changes"))
         parts = {"model": {}, "optimizer": {}}
         for name, t in tensors.items():

@@ -106,10 +106,7 @@ def output(*endings):
             raise argparse.ArgumentTypeError(f"{name} must end in {' or '.join(endings)}")
         if os.path.isdir(name):
             raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
-        try:
-            refuse_unwritable(name)
-        except OSError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+        refuse_unwritable(name)
         return name
     parse.__name__ = "file"
     return parse
@@ -123,30 +120,16 @@ def prompt(text):
             text = sys.stdin.buffer.read(LONGEST + 1).decode()
         elif text.startswith("FILE:"):
             text = read_file(text[5:], LONGEST).decode()
-    except OSError as error:
-        why = f"{text}: {error.strerror}; name a readable file"
-        raise argparse.ArgumentTypeError(why) from None
     except UnicodeError:
         why = "not UTF-8 text; convert it first, for instance with iconv"
         raise argparse.ArgumentTypeError(why) from None
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; give at least one character")
-    if len(text) > LONGEST:
-        raise argparse.ArgumentTypeError(f"longer than {LONGEST:,} characters; cut it")
+    if not 0 < len(text) <= LONGEST:
+        raise argparse.ArgumentTypeError(f"has {len(text):,} characters; give 1 to {LONGEST:,}")
     return text
 
 def silence():
     """Print nothing more: the reader of our output, such as head, has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-def refuse_odd_bytes(words):
-    """Raises ValueError unless the words of the command line are UTF-8."""
-    for word in words:
-        try:
-            word.encode()
-        except UnicodeError:
-            raise ValueError(f"{word!a}: not UTF-8 text; write it in UTF-8, or rename the "
-                             "file") from None
 
 def open_streams():
     """Open the standard streams that are closed when the program starts."""
@@ -173,7 +156,9 @@ def command(main):
     """Run a command's main(). What the user can fix becomes one line on stderr, and status 2."""
     try:
         open_streams()
-        refuse_odd_bytes(sys.argv)
+        odd = [word for word in sys.argv if re.search("[\ud800-\udfff]", word)]
+        if odd:
+            raise ValueError(f"{odd[0]!a}: not UTF-8 text; write it in UTF-8, or rename the file")
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import importlib.util
-import math
 import os
 import secrets
 import shutil
@@ -13,6 +12,7 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import get_args
 
 from filelock import FileLock, Timeout  # comes with torch
 
@@ -53,30 +53,16 @@ def reading(path, what, fix):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: damaged, or {what} ({reason}); {fix}") from None
 
-def check(value, shape, name):
-    """Raises ValueError, which names the part, unless a value from a file has this shape: {key:
-    shape} for a dict with exactly these keys, [shape] for a list, or a type that fits() accepts."""
-    if isinstance(shape, dict):
-        good = type(value) is dict and value.keys() == shape.keys()
-        parts = [(value[key], shape[key], f"{name}.{key}") for key in shape] if good else []
-    elif isinstance(shape, list):
-        good = type(value) is list
-        parts = [(part, shape[0], name) for part in value] if good else []
-    else:
-        good, parts = fits(value, shape), []
-    if not good:
+def check(fields, kinds, name):
+    """Raises ValueError unless fields from a file are a dict of these keys, {key: type}, and each value has
+    its type, or one of a union of types. A number must be finite, and below 2^63."""
+    if type(fields) is not dict or fields.keys() != kinds.keys():
         raise ValueError(f"{name} is not as it should be")
-    for part in parts:
-        check(*part)
-
-def fits(value, kind):
-    """Is a value of a type, or of a union of types? A float must be finite. An int must be below 2^63,
-    and also counts as a float; a bool counts as neither."""
-    if isinstance(value, bool):
-        return kind is bool
-    if isinstance(value, int):
-        return (isinstance(value, kind) or kind in (float, float | None)) and abs(value) < 2**63
-    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
+    for key, value in fields.items():
+        fits = type(value) in (get_args(kinds[key]) or [kinds[key]])
+        number = type(value) in (int, float)
+        if not fits or number and not abs(value) < 2**63:
+            raise ValueError(f"{name}.{key} is not as it should be")
 
 # ---- writing ----
 

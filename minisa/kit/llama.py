@@ -59,8 +59,8 @@ def read_config(fields):
             raise ValueError(what)
     config = {ours: fields.get(name, default) for name, (ours, default) in FIELDS.items()}
     config["rope_base"] = fields.get("rope_theta", rope.get("rope_theta", 10000.0))
-    check(config, {name: GPTConfig.__annotations__[name] for name in config}, "its config")
     config |= {name: float(config[name]) for name in ("rope_base", "norm_eps")}
+    check(config, {name: GPTConfig.__annotations__[name] for name in config}, "its config")
     width = config["n_embd"] // max(1, config["n_head"])
     if fields.get("head_dim") not in (None, width):
         raise ValueError(f"its head_dim is {str(fields['head_dim'])[:20]}; supported is hidden_size / "

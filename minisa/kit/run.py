@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -102,8 +102,7 @@ class Progress:
     log: str = ""                   # all of log.jsonl
     machine: str = ""               # on which the run was started
 
-SAVED = {"info": checkpoint.INFO, "settings": [str],
-         "progress": {field.name: field.type for field in fields(Progress)}}
+SAVED = {"info": checkpoint.INFO, "progress": Progress.__annotations__}
 
 @dataclass
 class Saved:
