@@ -9,8 +9,9 @@ Shapes: B batch, T new tokens, S visible tokens (cached and new), H query heads,
 D head dim, C = H·D width of the model, M width of the MLP, V vocabulary.
 """
 
-import importlib.util
+import importlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,12 +48,10 @@ class GPTConfig:
             self.n_kv_head = self.n_head
         if self.n_hidden is None:
             self.n_hidden = (self.n_embd * 8 // 3 + 31) // 32 * 32
-        self.spans = parse_spans(self.share)        # "1-3,5-7" → [(1, 3), (5, 7)]
+        pairs = re.findall(r"(\d+)-(\d+)", self.share)
+        self.spans = [(int(a), int(b)) for a, b in pairs]       # "1-3,5-7" → [(1, 3), (5, 7)]
         check(self)
         self.head_dim = self.n_embd // self.n_head  # D
-
-def parse_spans(share):
-    return [(int(a), int(b)) for a, b in re.findall(r"(\d+)-(\d+)", share)]
 
 def check(config):
     """Raises ValueError, which names the flag, unless a config's sizes fit together."""
@@ -130,10 +129,8 @@ class Step:
         which computes both steps for a few rows of P at a time."""
         if self.watch:
             return self.weighted_sum(self.attention_weights(q, k), v)
-        causal = self.causal and not q.is_mps                   # the kernel for MPS needs a mask
-        mask = None if causal else self.mask
-        gqa = k.size(1) < q.size(1)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+        mask, gqa = None if self.causal else self.mask, k.size(1) < q.size(1)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, enable_gqa=gqa)
 
 class Widths(NamedTuple):
     """How many numbers of q, of k and of v a layer computes for each token."""
@@ -241,10 +238,9 @@ def sharing_kind(name):
     """The name of a kind of sharing → the same; the kind is then in SHARE_KINDS. One that is not
     there yet is added by minisa/axes/NAME.py, which is imported by its name, as the core must not
     depend on an axis. (It adds NAME, or NAME-SETTING.) Raises ValueError if there is none."""
-    axis = name.partition("-")[0]
-    file = f"minisa.axes.{axis}"
-    if name not in SHARE_KINDS and axis.isidentifier() and importlib.util.find_spec(file):
-        importlib.import_module(file)
+    if name not in SHARE_KINDS:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module("minisa.axes." + name.partition("-")[0])
     if name not in SHARE_KINDS:
         raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)}")
     return name
@@ -265,7 +261,6 @@ class KVCache:
     The mask hides from a token what is later, or `size` and more back: above, 6 and 1 from 5.
     """
     watch = None                    # a cache that must see every P has a function here: see Step
-    in_numpy = True                 # decode.py can go on from it. A subclass must say so itself
 
     def __init__(self, model, batch_size, size):
         like = model.embed.weight                               # its dtype and device
@@ -321,7 +316,6 @@ class KVCache:
 
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
-    in_numpy = True
 
     def __init__(self, config):
         super().__init__()
@@ -334,27 +328,21 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))     # (B, T, M) inside
 
 class Block(nn.Module):
-    in_numpy = True
-
     def __init__(self, config, layer, kind):
         super().__init__()
         self.attn = kind(config, layer)
         self.mlp = MLP(config)
-        self.eps, self.dropout = config.norm_eps, config.dropout
-
-    def norm(self, x):
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)        # without a gain: the columns of
-                                                                # the next matrix can hold it
+        self.drop = nn.Dropout(config.dropout)
+        # without a gain, as the columns of the next matrix can hold it
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=False)
 
     def forward(self, x, step, shared=None):
         y, shared = self.attn(self.norm(x), step, shared)
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + self.drop(y)
         y = self.mlp(self.norm(x))
-        return x + F.dropout(y, self.dropout, self.training), shared
+        return x + self.drop(y), shared
 
 class GPT(nn.Module):
-    in_numpy = True
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -389,7 +377,7 @@ class GPT(nn.Module):
             distance = positions[:, None] - key_positions       # (T, S)
             visible = (distance >= 0) & (distance < size)
             mask = torch.where(visible, 0.0, -torch.inf).to(x.dtype)
-            causal = len(key_positions) == T
+            causal = len(key_positions) == T and not x.is_mps   # whose kernel needs a mask
         watch = watch or (cache and cache.watch) or self.watch
         return x, Step(rope_angles(self.config, positions), mask, causal, cache, watch)
 
