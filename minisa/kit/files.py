@@ -55,13 +55,15 @@ def reading(path, what, fix):
 
 def check(fields, kinds, name):
     """Raises ValueError unless fields from a file are a dict of these keys, {key: type}, and each value has
-    its type, or one of a union of types. A number must be finite, and below 2^63."""
+    its type, or one of a union of types. A number must be finite, and below 2^63; an int is also a float."""
     if type(fields) is not dict or fields.keys() != kinds.keys():
         raise ValueError(f"{name} is not as it should be")
     for key, value in fields.items():
-        fits = type(value) in (get_args(kinds[key]) or [kinds[key]])
         number = type(value) in (int, float)
-        if not fits or number and not abs(value) < 2**63:
+        accepted = {*get_args(kinds[key]), kinds[key]}
+        if float in accepted:
+            accepted.add(int)
+        if type(value) not in accepted or number and not abs(value) < 2**63:
             raise ValueError(f"{name}.{key} is not as it should be")
 
 # ---- writing ----
