@@ -2,8 +2,10 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ import torch
 import sample
 import train
 from minisa.kit import checkpoint
+from minisa.kit.cli import command
 from minisa.kit.data import Data
 from minisa.kit.files import lock
 from minisa.kit.run import LOG, STATE, read_state
@@ -48,6 +51,21 @@ def stored_step(folder="."):
 
 def same(a, b, tolerance=0.0):
     return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    """A folder with the out/ and data/ of a run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *TINY, f"--text={text}"])
+        command(train.main)
+    return folder
+
+@pytest.fixture
+def trained(finished, tmp_path):
+    """A copy of that run, in the folder that tests run in."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
 RUNS = [([], "out/full"), (["--share=0-2"], "out/weights-0-2"),
         (["--share=1-2", "--share_kind=kv", "--n_kv_head=1"], "out/kv-1-2-kv1")]
@@ -230,9 +248,8 @@ def test_a_wrong_flag_gets_one_line_and_status_2_and_leaves_no_run(run, text, fl
     assert status == 2 and WRONG[flag] in err and err.count("\n") == 1
     assert not [path for path in Path("out").glob("*") if path.suffix != ".lock"]
 
-def test_a_run_is_not_overwritten_unless_told(run, text):
+def test_a_run_is_not_overwritten_unless_told(run, text, trained):
     flags = [*TINY, f"--text={text}"]
-    run(train.main, *flags)
     before = weights("out/full")
     status, _, err = run(train.main, *flags, "--seed=2")
     assert status == 2 and "out/full already holds a run" in err and "--overwrite" in err
@@ -307,7 +324,7 @@ def test_to_compile_without_a_compiler_is_refused_in_one_line(run, text, monkeyp
     monkeypatch.setattr(config.cpp, "cxx", (None, "/no/such/compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
-    status, _, err = run(train.main, *TINY, f"--text={text}", "--compile")
+    status, _, err = run(train.main, *TINY, f"--text={text}", "--n_layer=1", "--compile")
     assert status == 2 and "--compile: torch.compile needs a C++ compiler" in err and err.count("\n") == 1
     assert not [path for path in Path("out").glob("*") if path.suffix != ".lock"]
 
@@ -384,8 +401,7 @@ HARMS = {
 }
 
 @pytest.mark.parametrize("name", HARMS)
-def test_what_is_no_state_of_a_run_is_not_resumed(run, text, name):
-    run(train.main, *TINY, f"--text={text}")
+def test_what_is_no_state_of_a_run_is_not_resumed(run, trained, name):
     file = Path("out/full") / STATE
     HARMS[name](file)
     before = contents("out/full")
@@ -445,8 +461,7 @@ def test_a_text_that_moved_can_be_named_and_another_is_refused(run, text, tmp_pa
     status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data", "--text=b.txt")
     assert status == 2 and "--text=FILE" in err
 
-def test_tokens_of_another_tokenizer_are_not_taken_for_a_models_own(run, text):
-    run(train.main, *TINY, f"--text={text}")
+def test_tokens_of_another_tokenizer_are_not_taken_for_a_models_own(run, text, trained):
     where = next(Path("data").iterdir())
     run(train.main, *TINY, f"--text={text}", "--vocab_size=280", "--data_dir=other", "--out_dir=out/b")
     other = next(Path("other").iterdir())
@@ -464,20 +479,34 @@ def test_a_run_is_locked_before_its_state_is_read(run, text, monkeypatch):
         status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
     assert status == 2 and "another program is writing there" in err and contents("out") == before
 
+def train_as(rank, port, flags):
+    """What a process of torchrun does; its errors go to a file."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
+    os.dup2(os.open(f"errors{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.argv = ["train.py", *flags]
+    command(train.main)
+
 @pytest.mark.parametrize("flags", [["--resume", "--out_dir=out/full"], ["--share=9-12"]], ids=str)
-@pytest.mark.skipif(os.name == "nt", reason="needs libuv, which torch for Windows lacks")
-def test_what_the_first_process_refuses_ends_the_others_quietly(run, text, tmp_path, flags):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start as copies of this one")
+def test_what_the_first_process_refuses_ends_the_others_quietly(text, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "train.py", *TINY, f"--text={text}", *flags]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    copies = multiprocessing.get_context("fork")
+    flags = [*TINY, f"--text={text}", *flags]
     with lock("out/full"):
-        both = [subprocess.Popen(command, cwd=tmp_path, env={**env, "RANK": rank}, text=True,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in "01"]
-        errors = "".join(process.communicate(timeout=120)[1] for process in both)
+        both = [copies.Process(target=train_as, args=(rank, port, flags)) for rank in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(timeout=60)
+    assert all(process.exitcode for process in both)
+    errors = "".join(Path(f"errors{rank}").read_text() for rank in range(2))
     ours = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
-    assert all(process.returncode for process in both) and len(set(ours)) == 1
+    assert len(set(ours)) == 1
     assert "Connection closed" not in errors and 'File "' + str(ROOT) not in errors
 
 def test_what_a_killed_run_left_half_written_goes(run, text):

@@ -11,8 +11,8 @@ from minisa.kit import files
 KINDS = {"step": int, "loss": float | None, "names": list, "tied": bool, "inner": dict | None}
 GOOD = {"step": 3, "loss": 2.5, "names": ["x"], "tied": True, "inner": {"a": -1}}
 
-@pytest.mark.parametrize("change", [{}, {"loss": None}, {"loss": 2}, {"names": []}, {"step": 2**63 - 1}, {"inner": None}],
-                         ids=str)
+@pytest.mark.parametrize("change", [{}, {"loss": None}, {"loss": 2}, {"names": []}, {"step": 2**63 - 1},
+                                    {"inner": None}], ids=str)
 def test_fields_of_the_right_types_pass(change):
     files.check(GOOD | change, KINDS, "it")
 
