@@ -21,11 +21,9 @@ from minisa.kit.files import data_folder, read_file, reading, write_folder
 from minisa.kit.tokenizer import Tokenizer, from_json, learn, to_json
 
 def read_text(file):
-    """A UTF-8 file → str. Raises ValueError if it cannot be read, is not UTF-8, or is too short."""
+    """A UTF-8 file → str. Raises OSError if it cannot be read, ValueError if it is not UTF-8, or too short."""
     try:
         text = read_file(file).decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"--text={file}: {error.strerror}; name a readable file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--text={file}: not UTF-8 text (byte {error.start}); "
                          "convert it first, for instance with iconv") from None

@@ -79,32 +79,36 @@ def data_folder():
         raise ValueError("there is no home folder to keep downloads in; name one: "
                          "XDG_CACHE_HOME=FOLDER") from None
 
+@contextmanager
+def writing(path):
+    """Within it, an OSError says which file or folder could not be written, and what to do."""
+    try:
+        yield
+    except BrokenPipeError:                             # its reader left: cli.command() knows
+        raise
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror}); free some space, or choose "
+                      "another name or folder") from None
+
 def write_file(path, data, private=False, named=False):
     """Write bytes to path, all or nothing; private: for the user's own eyes. Raises OSError, and
     then leaves what was there. named: the user named it, so it may be a device or a pipe."""
     path = Path(path)
-    if os.path.lexists(path) and not path.is_file():
-        if not named:
-            raise OSError(f"{path}: is not a regular file; move it away, or choose another folder")
-        try:
-            path.write_bytes(data)                      # such as /dev/stdout
-        except BrokenPipeError:                         # its reader left: cli.command() knows
-            raise
-        except OSError as error:
-            raise OSError(f"{path}: could not be written ({error.strerror})") from None
-        return
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        put(temporary, data, 0o600 if private else 0o666)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); free some space or "
-                          "choose another folder, nothing there was changed") from None
-        raise
+    odd = os.path.lexists(path) and not path.is_file()
+    with writing(path):
+        if odd and not named:
+            raise OSError(0, "it is not a regular file")
+        if odd:
+            path.write_bytes(data)                      # such as /dev/stdout
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            put(temporary, data, 0o600 if private else 0o666)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 def put(path, data, mode=0o666):
     """Write bytes to a new file, and flush it to the disk. The umask applies to the mode."""
@@ -117,19 +121,16 @@ def write_folder(folder, files):
     """Make a folder of files, {name: bytes}, completely or not at all. Raises OSError."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
-        for name, data in files.items():
-            put(temporary / name, data)
-        if os.path.isdir(folder):
-            folder.rmdir()                                  # an empty one, else this fails
-        os.rename(temporary, folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{folder}: could not be written ({error.strerror}); free some space, or "
-                          "choose another folder") from None
-        raise
+    with writing(folder):
+        try:
+            temporary.mkdir(parents=True)
+            for name, data in files.items():
+                put(temporary / name, data)
+            if os.path.isdir(folder):
+                folder.rmdir()                              # an empty one, else this fails
+            os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 def clean(folder, names):
     """Delete what was left half written by a program that was killed: of files of these names in a folder,
@@ -143,17 +144,13 @@ def clean(folder, names):
 
 def refuse_unwritable(path):
     """Raises OSError, before any work is done, if a file or folder of this name could not be written."""
-    path, why = Path(path), ""
-    try:
+    path = Path(path)
+    with writing(path):
         with suppress(FileNotFoundError):
-            os.lstat(path)
+            os.lstat(path)                                  # fails for too long a name, for instance
         above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         if not os.access(path if path.exists() else above, os.W_OK):
-            why = "Permission denied"
-    except OSError as error:                            # such as too long a name
-        why = error.strerror
-    if why:
-        raise OSError(f"{path}: could not be written ({why}); choose another name or folder")
+            raise OSError(0, "Permission denied")
 
 @contextmanager
 def lock(folder):

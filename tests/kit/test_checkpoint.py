@@ -260,7 +260,7 @@ def test_the_package_works_outside_the_checkout_and_loads_without_torchs_compile
 
 def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(OSError, match="taken/run: could not be written .*choose another folder"):
+    with pytest.raises(OSError, match="taken/run: could not be written .*choose another name or folder"):
         checkpoint.save(tmp_path / "taken" / "run", make(), TOKENIZER, INFO)
     assert (tmp_path / "taken").read_text() == "a file"
 

@@ -140,7 +140,7 @@ def test_another_text_can_be_read(run, trained, monkeypatch, tmp_path):
     (["run", "--context=1"], "--context"),
     (["run", "--out_dir=run/config.json"], "is a file; name a folder"),
     (["run", "--device=none"], "none is not on this machine"),
-    (["run", "--text=none.txt"], "--text=none.txt"),
+    (["run", "--text=none.txt"], "none.txt: No such file"),
     (["run/steps/00000200", "--history"], "--keep_every"),
     ([], "MODEL"),
 ], ids=str)
