@@ -129,8 +129,9 @@ def save(folder, model, tokenizer, info):
 
 def derive(folder, model, parent, info):
     """Write only what differs from the parent, a model that load() returned. Raises OSError."""
-    known = {name: t.data_ptr() for name, t in parent.state_dict().items()}
-    own = [name for name, t in model.state_dict().items() if t.data_ptr() != known.get(name)]
+    places = {name: t.data_ptr() for name, t in parent.state_dict().items()}
+    state = model.state_dict()
+    own = [name for name in state if state[name].data_ptr() != places.get(name)]
     source, sha256 = parent.origin
     if source != "smollm2":
         source = relative(source, folder)
@@ -160,11 +161,12 @@ def write(folder, files, model, info, own=None, parent=None):
 
 def relative(path, folder):
     """A path as it is stored in a folder, so that both can be moved together."""
+    path = Path(path).resolve()
     try:
-        stored = Path(os.path.relpath(Path(path).resolve(), Path(folder).resolve())).as_posix()
-        return f"./{stored}" if stored == "smollm2" else stored     # a folder, not the download
+        stored = Path(os.path.relpath(path, Path(folder).resolve())).as_posix()
     except ValueError:                                      # another drive of Windows
-        return str(Path(path).resolve())
+        return str(path)
+    return f"./{stored}" if stored == "smollm2" else stored         # a folder, not the download
 
 def as_json(content):
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -183,18 +185,22 @@ def unpack(data, config=None):
     """What pack() returned → tensors, what is known about them, and a hash of tensors and config. For a
     file of another program, nothing is known. Raises ValueError if the file was altered."""
     tensors = safetensors.torch.load(data)
-    metadata = json.loads(data[8:8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    metadata = header.get("__metadata__") or {}
     sha256 = digest(config, tensors)
     if "minisa" not in metadata:
         return tensors, {}, sha256
     text = metadata["minisa"]
-    if (metadata["model"], metadata["sha256"]) != (sha256, digest(text, {}, sha256)):
+    known = digest(text, {}, sha256)
+    if metadata["model"] != sha256 or metadata["sha256"] != known:
         raise ValueError("its tensors are not as they were written")
     return tensors, json.loads(text), sha256
 
 def digest(config, tensors, *more):
     """A hash of what JSON can hold, of tensors, and of texts."""
-    h = hashlib.sha256(json.dumps([config, more], sort_keys=True).encode())
+    text = json.dumps([config, more], sort_keys=True)
+    h = hashlib.sha256(text.encode())
     for name, t in sorted(tensors.items()):
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         h.update(t.flatten().view(torch.uint8).numpy())
@@ -293,7 +299,8 @@ def tensor_files(folder):
     index = folder / f"{TENSORS}.index.json"
     if (folder / TENSORS).exists() or not index.exists():
         return [folder / TENSORS]
-    shards = sorted(set(json.loads(read_file(index))["weight_map"].values()))
+    content = json.loads(read_file(index))
+    shards = sorted(set(content["weight_map"].values()))
     for name in shards:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"lacks the file {name}")
@@ -307,10 +314,12 @@ def build(stored, parent, tokenizer, device, dtype):
                          "since; derive it again")
     with reading(stored.source, KIND, FIX):
         sharing = {name: ours[name] for name in ("share", "share_kind", "dropout")}
-        model = empty(GPTConfig(**llama.read_config(stored.fields), **sharing), ours["changes"])
+        config = GPTConfig(**llama.read_config(stored.fields), **sharing)
+        model = empty(config, ours["changes"])
         inherited = parent.state_dict() if parent else {}
         state = llama.read_tensors(stored.tensors, model, inherited, dtype)
-        model.load_state_dict({name: t.to(device) for name, t in state.items()}, assign=True)
+        state = {name: t.to(device) for name, t in state.items()}
+        model.load_state_dict(state, assign=True)
         for block in model.blocks:
             block.attn.check()                              # an axis knows what its numbers must be
         if stored.tokenizer:
@@ -341,21 +350,12 @@ def read_training(file, kinds):
         tensors, known, _ = unpack(read_large(file))
         for name in kinds:
             check(known[name], kinds[name], name)
-        model = empty(GPTConfig(**known.pop("config")), known.pop("changes"))
+        config = GPTConfig(**known.pop("config"))
+        model = empty(config, known.pop("changes"))
         parts = {"model": {}, "optimizer": {}}
         for name, t in tensors.items():
             kind, _, name = name.partition(".")
             parts[kind][name] = t
-        check_tensors(parts["model"], model.state_dict())
-        model.load_state_dict(parts["model"], assign=True)
+        state = llama.take_all(parts["model"], model.state_dict())
+        model.load_state_dict(state, assign=True)
         return model, from_json(known.pop("tokenizer")), parts["optimizer"], known
-
-def check_tensors(found, expected):
-    """Raises ValueError unless tensors have the expected names, shapes and types, and finite numbers."""
-    if found.keys() != expected.keys():
-        raise ValueError("its tensors are not those of its config")
-    for name, like in expected.items():
-        if (found[name].shape, found[name].dtype) != (like.shape, like.dtype):
-            raise ValueError(f"its tensor {name} does not fit its config")
-        if not found[name].sum().isfinite():
-            raise ValueError(f"its tensor {name} has numbers that are not finite")

@@ -67,7 +67,8 @@ def write_tokens(target, tokenizer, train, val):
     ids = {"train": tokenizer.encode(train), "val": tokenizer.encode(val)}
     if min(map(len, ids.values())) < 2:
         raise ValueError("--text: the text is too short to train on and to validate with; give more")
-    files = {f"{part}.npy": npy(np.array(ids[part], dtype)) for part in ids}
+    arrays = {part: np.array(ids[part], dtype) for part in ids}
+    files = {f"{part}.npy": npy(array) for part, array in arrays.items()}
     val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))         # of all tokens that are predicted
     meta = {"tokenizer": to_json(tokenizer), "val_bytes": val_bytes}
     meta["digest"] = digest(meta, files)
@@ -126,14 +127,16 @@ class Data:
             if self.digest != digest(meta, files):
                 raise ValueError("they are not as they were made")
             self.tokenizer = from_json(meta["tokenizer"])
-            self.train, self.val = (np.load(io.BytesIO(files[name])) for name in names[:2])
+            self.train = np.load(io.BytesIO(files["train.npy"]))
+            self.val = np.load(io.BytesIO(files["val.npy"]))
 
     def batch(self, step, seed, batch_size, block_size, rows=slice(None)):
         """Inputs and targets (rows, block_size) of a training step: a pure function of seed and step. Each
         process takes its own rows of the batch."""
         last = len(self.train) - block_size
-        starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)[rows]
-        windows = windows_at(self.train, starts, block_size)
+        random = np.random.default_rng((seed, step))
+        starts = random.integers(last, size=batch_size)
+        windows = windows_at(self.train, starts[rows], block_size)
         return windows[:, :-1], windows[:, 1:]
 
     def windows(self, part, n, T):
@@ -161,7 +164,8 @@ class Data:
         """About this many tokens of the validation split, evenly spaced, in the form of all_of_val()."""
         windows = self.windows("val", tokens // T, T)
         x, y = windows[:, :-1], windows[:, 1:]
-        return x, y, sum(len(self.tokenizer.decode_bytes(row)) for row in y.tolist())
+        texts = [self.tokenizer.decode_bytes(row) for row in y.tolist()]
+        return x, y, sum(map(len, texts))
 
     @torch.inference_mode()
     def evaluate(self, model, tokens=None):
@@ -171,7 +175,8 @@ class Data:
         first is predicted once. For a large model, only about `tokens` tokens of it are read, in windows
         of at most 512.
         """
-        T, device = min(model.config.block_size, 4096), model.embed.weight.device
+        T = min(model.config.block_size, 4096)
+        device = model.embed.weight.device
         if tokens and tokens < len(self.val) - 1:
             x, y, n_bytes = self.part_of_val(min(T, 512, tokens), tokens)
         else:
@@ -182,7 +187,9 @@ class Data:
         model.eval()
         for x_part, y_part in zip(x.split(batch_size), y.split(batch_size)):
             logits, _ = model(x_part.to(device))
+            logits = logits.flatten(0, 1).float()
             targets = y_part.to(device).flatten()
-            nats += F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").item()
+            nats += F.cross_entropy(logits, targets, reduction="sum").item()
         model.train(training)
-        return nats / (y != -100).sum().item(), nats / math.log(2) / n_bytes
+        n_targets = (y != -100).sum().item()
+        return nats / n_targets, nats / math.log(2) / n_bytes

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minisa.kit import checkpoint
+from minisa.kit import checkpoint, llama
 from minisa.kit.cli import silence
 from minisa.kit.data import Data
 from minisa.kit.files import clean, lock, reading, write_file
@@ -34,7 +34,8 @@ class Processes:
     """The processes that train one model: this one alone, or those that torchrun started."""
 
     def __init__(self, device):
-        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        rank = os.environ.get("RANK", "0")
+        world = os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
             raise ValueError(f"RANK={rank}, WORLD_SIZE={world}: are not what torchrun sets; unset both, or "
                              "start with torchrun")
@@ -120,7 +121,8 @@ def read_state(folder):
     if not file.is_file():
         raise ValueError(f"{folder}: holds no run to --resume; name one by --out_dir")
     model, tokenizer, moments, known = checkpoint.read_training(file, SAVED)
-    return Saved(model, tokenizer, moments, known["settings"], Progress(**known["progress"]), known["info"])
+    progress = Progress(**known["progress"])
+    return Saved(model, tokenizer, moments, known["settings"], progress, known["info"])
 
 def restore_optimizer(optimizer, moments, file):
     """Give a new optimizer its saved tensors. Raises ValueError if they are not of its shapes."""
@@ -129,8 +131,8 @@ def restore_optimizer(optimizer, moments, file):
     if moments:                                             # none before step 1
         for i, p in enumerate(params):
             expected |= {f"{i}.step": torch.zeros(()), f"{i}.exp_avg": p, f"{i}.exp_avg_sq": p}
-    with reading(file, STATE, "start a new run"):
-        checkpoint.check_tensors(moments, expected)
+    with reading(file, "the state of another run", "start a new run"):
+        moments = llama.take_all(moments, expected)
     for name, t in moments.items():
         i, _, name = name.partition(".")
         state.setdefault(int(i), {})[name] = t
@@ -158,8 +160,10 @@ def set_aside(folder):
     """Rename what is in the way of a new run, if anything is."""
     if not folder.is_dir() or not os.listdir(folder):
         return
-    names = (folder.with_name(f"{folder.name}.old{n or ''}") for n in (0, *range(2, 10**6)))
-    old = next(name for name in names if not os.path.lexists(name))
+    old, n = folder.with_name(f"{folder.name}.old"), 1
+    while os.path.lexists(old):
+        n += 1
+        old = folder.with_name(f"{folder.name}.old{n}")
     os.rename(folder, old)
     print(f"{folder} is now {old}", flush=True)
 
@@ -178,7 +182,8 @@ class Run:
     def begin(self, new):
         """Take over the folder: set aside what is in the way of a new run, and clean up after one that
         was killed. From now on, note Ctrl-C and kill instead of ending at once."""
-        self.begun, self.meter = time.perf_counter(), Meter(self.progress.step)
+        self.begun = time.perf_counter()
+        self.meter = Meter(self.progress.step)
         before, now = self.progress.machine, self.processes.machine()
         if before and before != now:
             self.processes.say(f"begun with {before}; now {now}: the result will not be the same to the "
@@ -202,7 +207,8 @@ class Run:
 
     def record(self, **line):
         """Add a line to the log."""
-        self.progress.log += json.dumps({"step": self.progress.step, **line}) + "\n"
+        line = {"step": self.progress.step, **line}
+        self.progress.log += json.dumps(line) + "\n"
         if self.processes.rank == 0:
             write_file(self.folder / LOG, self.progress.log.encode())
 
@@ -215,7 +221,8 @@ class Run:
     def save_model(self, loss=None, bpb=None, name=""):
         """Write the model for others to load, into the folder `name` of this one."""
         if self.processes.rank == 0:
-            checkpoint.save(self.folder / name, self.model, self.data.tokenizer, self.info(loss, bpb))
+            info = self.info(loss, bpb)
+            checkpoint.save(self.folder / name, self.model, self.data.tokenizer, info)
 
     def save_state(self):
         """Write what the run can be continued from."""
@@ -263,7 +270,8 @@ class Meter:
         self.restart()
 
     def restart(self):
-        self.losses, self.tokens, self.marked = [], 0, time.perf_counter()
+        self.losses, self.tokens = [], 0
+        self.marked = time.perf_counter()
 
     @contextmanager
     def paused(self):
@@ -281,7 +289,8 @@ class Meter:
         now, step = time.perf_counter(), run.progress.step
         loss = run.processes.mean(sum(self.losses) / len(self.losses))
         speed = self.tokens / (now - self.marked)
-        left = (now - self.begun) / (step - self.first) * (last_step - step)
+        seconds_per_step = (now - self.begun) / (step - self.first)
+        left = seconds_per_step * (last_step - step)
         run.processes.say(f"step {step:5d}/{last_step}  loss {loss:.4f}  "
                           f"{speed:,.0f} tokens/s  {clock(left)} left")
         run.record(loss=loss, tokens_per_s=round(speed))

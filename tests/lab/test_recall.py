@@ -100,7 +100,7 @@ def test_the_standard_error_is_that_of_two_right_and_two_wrong_answers_more():
 @pytest.mark.parametrize("flags, message", [
     (["--lengths=64,5"], "--lengths: 5 is not a number from 64 up"), (["--lengths=x"], "--lengths"),
     (["--lengths=64,200"], "200 tokens are more than the context of run, 160"),
-    (["--prompts=0"], "--prompts"), (["--lengths=64", "--text=none.txt"], "--text=none.txt"),
+    (["--prompts=0"], "--prompts"), (["--lengths=64", "--text=none.txt"], "none.txt: No such file"),
     (["--lengths=64,96", "--squeeze=65"], "--squeeze=65: must be from 8 to the context of 64"),
 ], ids=str)
 def test_wrong_flags_get_one_line_and_status_2(run, model, flags, message):
