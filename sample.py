@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,16 +78,18 @@ class Case:
 
 def sources(args):
     """The models that the flags name, or every run in out/."""
-    files = Path("out").glob("*/model.safetensors")
-    runs = [file.parent.as_posix() for file in files if file.with_name("config.json").exists()]
-    if not args.models and not runs:
+    folders = (file.parent for file in Path("out").glob("*/model.safetensors"))
+    runs = [folder.as_posix() for folder in folders if (folder / "config.json").exists()]
+    found = args.models or sorted(runs)
+    if not found:
         raise ValueError("there is no trained model in out/; train one with: python train.py")
-    return args.models or sorted(runs)
+    return found
 
 def cases(args):
     """Yield a Case for each model as it is, and as --share and --squeeze want it."""
     for source in sources(args):
-        model, tokenizer, info = load(source, device=args.device, dtype=getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        model, tokenizer, info = load(source, device=args.device, dtype=dtype)
         models = [(model, info)]
         if args.share and (args.models or not model.config.share):
             shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
@@ -100,7 +101,7 @@ def cases(args):
             for keeping, bpb in zip(keepings, all_bpb):
                 if bpb is not None and not math.isfinite(bpb):
                     raise ValueError(f"{source}: its loss is {bpb}: its weights are damaged; make it again")
-                cache = keeping.for_bill(model, partial(data_of, info, tokenizer), context)
+                cache = keeping.for_bill(model, lambda: data_of(info, tokenizer), context)
                 yield Case(source, model, tokenizer, keeping, bpb, cache)
 
 def losses(source, model, tokenizer, info, args, keepings):
@@ -194,8 +195,9 @@ def costs_of(case, args):
     """→ the columns of the bill that are predicted and counted; where the two differ, both."""
     context = min(args.context, case.model.config.block_size)
     engine = "numpy" if handles(case.model, case.cache or KVCache(case.model, 1, 1)) else "torch"
+    cache_of = case.cache and (lambda prompt: case.cache)
     predicted = predict(case, context)
-    counted = cost.measure(case.model, context, cache_of=case.cache and (lambda _: case.cache), engine=engine)
+    counted = cost.measure(case.model, context, cache_of=cache_of, engine=engine)
     row = {"context": context, "engine": engine}
     for column, field in COSTS.items():
         ours, theirs = getattr(predicted, field), getattr(counted, field)

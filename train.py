@@ -163,7 +163,8 @@ def rows_of(settings, processes):
 # ---- optimizer ----
 
 def make_optimizer(settings, model):
-    matrices = {part.weight for part in model.modules() if isinstance(part, (nn.Linear, nn.Embedding))}
+    parts = [part for part in model.modules() if isinstance(part, (nn.Linear, nn.Embedding))]
+    matrices = {part.weight for part in parts}
     others = [p for p in model.parameters() if p not in matrices]
     matrices = [p for p in model.parameters() if p in matrices]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
@@ -202,7 +203,8 @@ def train_step(settings, run, forward, autocast):
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     if settings.dropout:
-        torch.manual_seed(((settings.seed << 40) + (step << 12) + processes.rank) % 2**63)
+        seed = (settings.seed << 40) + (step << 12) + processes.rank
+        torch.manual_seed(seed % 2**63)
     for micro in range(n_micro):
         first = rows * (processes.rank * n_micro + micro)
         x, y = run.data.batch(step, settings.seed, settings.batch_size, run.model.config.block_size,

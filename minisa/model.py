@@ -78,7 +78,8 @@ def rope_angles(config, positions):
     """positions (...) → RoPE's rotations (..., D/2): complex numbers of length 1, for rotate()."""
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64      # MPS has no 64
     i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
-    angle = positions.to(dtype)[..., None] * config.rope_base**-(i / config.head_dim)
+    frequencies = config.rope_base**-(i / config.head_dim)          # (D/2,)
+    angle = positions.to(dtype)[..., None] * frequencies
     return torch.complex(angle.cos().float(), angle.sin().float())
 
 def rotate(x, rope):
@@ -129,7 +130,8 @@ class Step:
         which computes both steps for a few rows of P at a time."""
         if self.watch:
             return self.weighted_sum(self.attention_weights(q, k), v)
-        mask, gqa = None if self.causal else self.mask, k.size(1) < q.size(1)
+        mask = None if self.causal else self.mask
+        gqa = k.size(1) < q.size(1)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, enable_gqa=gqa)
 
 class Widths(NamedTuple):
@@ -290,7 +292,8 @@ class KVCache:
         positions (S,) of all keys that remember() will then return."""
         self.slots = positions % self.size
         self.length += len(positions)
-        self.positions = self.replace(self.where, positions.view(1, 1, -1, 1)).view(-1)
+        visible = self.replace(self.where, positions.view(1, 1, -1, 1))
+        self.positions = visible.view(-1)
         return self.positions
 
     def key_positions(self, layer):
@@ -358,9 +361,11 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, kind) for i, kind in enumerate(kinds))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         for name, p in self.named_parameters():                 # as in GPT-2
-            adds_to_x = name.endswith(("out.weight", "down.weight"))
+            std = 0.02
+            if name.endswith(("out.weight", "down.weight")):    # what adds to x, 2 L times
+                std /= (2 * config.n_layer)**0.5
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if adds_to_x else 0.02)
+                nn.init.normal_(p, std=std)
 
     def start(self, idx, cache=None, watch=None):
         """Token ids idx (B, T) → their embeddings (B, T, C), and the Step that all layers get.
@@ -396,9 +401,10 @@ class GPT(nn.Module):
         """idx (B, T) int64 → logits (B, T, V), and the loss in nats per token if targets (B, T) are
         given. With a cache, idx continues it. ValueError if T > block_size, or its size."""
         logits = self.head(self.hidden(idx, cache))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, loss
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> list[Tensor]:
