@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def cases(args):
             for keeping, bpb in zip(keepings, all_bpb):
                 if bpb is not None and not math.isfinite(bpb):
                     raise ValueError(f"{source}: its loss is {bpb}: its weights are damaged; make it again")
-                cache = keeping.for_bill(model, lambda: data_of(info, tokenizer), context)
+                cache = keeping.for_bill(model, partial(data_of, info, tokenizer), context)
                 yield Case(source, model, tokenizer, keeping, bpb, cache)
 
 def losses(source, model, tokenizer, info, args, keepings):
@@ -175,7 +176,7 @@ def predict(case, context):
 def speed_of(case, args, n_prompt, seconds):
     """→ the columns of the bill on decoding speed, None where it is not known."""
     n_timed = args.max_new_tokens - 2
-    if n_timed < 1 or not seconds:
+    if n_timed < 1:
         return {"tokens_per_s": None, "share_of_limit": None}
     visible = [min(n_prompt + n, case.model.config.block_size) for n in range(2, args.max_new_tokens)]
     mean_context = round(sum(visible) / n_timed)
@@ -243,8 +244,7 @@ def main():
         row = facts(case)
         print(f"{case.name}, sharing {sharing(row)}\n" + "-" * 80)
         n_prompt, seconds = generate(case, args)
-        row |= speed_of(case, args, n_prompt, seconds)
-        row |= costs_of(case, args)
+        row |= speed_of(case, args, n_prompt, seconds) | costs_of(case, args)
         names.append(case.name)
         rows.append(row)
     show(names, rows)

@@ -70,7 +70,7 @@ class Settings:
     seed: whole = 1337                      # of weights, batches and dropout
 
     # the machine
-    dtype: Literal[cli.DTYPES] = None       # to multiply in; None: the faster one here
+    dtype: Literal["float32", "bfloat16"] = None        # to multiply in; None: the faster one here
     device: cli.device = None               # cpu, cuda, cuda:1 or mps; None: the fastest there is
     compile: bool = False                   # compile the model with torch.compile
 

@@ -21,7 +21,8 @@ from minisa.kit.files import data_folder, read_file, reading, write_folder
 from minisa.kit.tokenizer import Tokenizer, from_json, learn, to_json
 
 def read_text(file):
-    """A UTF-8 file → str. Raises OSError if it cannot be read, ValueError if it is not UTF-8, or too short."""
+    """A UTF-8 file → str. Raises OSError if it cannot be read, ValueError if it is not UTF-8 or is too
+    short."""
     try:
         text = read_file(file).decode("utf-8")
     except UnicodeDecodeError as error:
