@@ -34,7 +34,7 @@ class Settings:
     """Each field is a flag, as --n_layer=6, and its comment is the help text. A `count` is an int from 1
     up, `whole` an int from 0 up, an `amount` a float from 0 up. The defaults are the preset for a CPU: a
     minute or two on two cores."""
-    preset: Literal["cpu", "gpu", "long", "tinyshakespeare"] = None     # to start from; None: by device
+    preset: Literal["cpu", "gpu", "long", "tinyshakespeare"] = None # settings to start from; None: by device
 
     # the model: heads of 32 numbers, and with 4 layers a million parameters
     n_layer: count = 4                      # number of layers; with 4, the span 1-3 leaves a full layer
