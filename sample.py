@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,16 +27,16 @@ from minisa.kit.cli import (
     add_device,
     add_dtype,
     amount,
-    at_least,
     command,
     count,
     prompt,
     table,
+    whole,
 )
 from minisa.kit.data import data_of
 from minisa.kit.results import print_table, write_results
 from minisa.kit.timing import share_of_limit
-from minisa.model import KVCache
+from minisa.model import GPT, KVCache
 
 def read_flags():
     parser = Parser(__doc__, usage="python sample.py [MODEL ...] [--FLAG=VALUE ...]")
@@ -50,7 +51,7 @@ def read_flags():
     flag("max_new_tokens", count, 200, "length of a text, in tokens")
     flag("temperature", amount, 0.8, "0 takes the likeliest token, 1 the model's own distribution")
     flag("top_k", count, None, "draw from so many likeliest tokens only", "all")
-    flag("seed", at_least(int, 0), 1337, "of the sampling: same seed, same text")
+    flag("seed", whole, 1337, "of the sampling: same seed, same text")
     flag("context", count, 1024, "tokens in the cache that the bill is for; at most block_size count")
     flag("eval_tokens", count, 4096, "validation tokens for the loss of a downloaded model, or --squeeze")
     squeeze.add_flags(parser)
@@ -60,12 +61,75 @@ def read_flags():
     parser.switch("json", "print the bill once more as the last line, as JSON for programs")
     return parser.parse_intermixed_args()
 
+# ---- what is sampled: models, each with one or more ways to keep its cache ----
+
+@dataclass
+class Case:
+    """A row of the bill."""
+    source: str
+    model: GPT
+    tokenizer: object
+    keeping: squeeze.Whole      # how the cache is kept: all tokens (Whole), or some (Squeezing)
+    val_bpb: float | None       # bits per byte of validation text; None: not known
+    cache: object               # one of another kind than KVCache, to bill; None: a KVCache
+
+    @property
+    def name(self):
+        return self.keeping.name(self.source)
+
+def sources(args):
+    """The models that the flags name, or every run in out/."""
+    folders = (file.parent for file in Path("out").glob("*/model.safetensors"))
+    runs = [folder.as_posix() for folder in folders if (folder / "config.json").exists()]
+    found = args.models or sorted(runs)
+    if not found:
+        raise ValueError("there is no trained model in out/; train one with: python train.py")
+    return found
+
+def cases(args):
+    """Yield a Case for each model as it is, and as --share and --squeeze want it."""
+    for source in sources(args):
+        dtype = getattr(torch, args.dtype)
+        model, tokenizer, info = load(source, device=args.device, dtype=dtype)
+        models = [(model, info)]
+        if args.share and (args.models or not model.config.share):
+            shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
+            models.append((shared, {**info, "val_bpb": None}))
+        for model, info in models:
+            context = min(args.context, model.config.block_size)
+            keepings = squeeze.ways_of(args, model)
+            all_bpb = losses(source, model, tokenizer, info, args, keepings)
+            for keeping, bpb in zip(keepings, all_bpb):
+                if bpb is not None and not math.isfinite(bpb):
+                    raise ValueError(f"{source}: its loss is {bpb}: its weights are damaged; make it again")
+                cache = keeping.for_bill(model, partial(data_of, info, tokenizer), context)
+                yield Case(source, model, tokenizer, keeping, bpb, cache)
+
+def losses(source, model, tokenizer, info, args, keepings):
+    """→ the bits per byte of validation text with each way to keep the cache; None if the text that the
+    model was trained on is gone. Raises ValueError if it is, with --squeeze."""
+    if info["val_bpb"] and not args.squeeze:
+        return [info["val_bpb"]]
+    try:
+        data = data_of(info, tokenizer)
+    except ValueError as error:
+        if args.squeeze:
+            raise
+        print(f"the loss of {source} is not known: {error}", file=sys.stderr)
+        return [None]
+    print(f"measuring the loss of {source} on {data.name}", file=sys.stderr, flush=True)
+    if args.squeeze:
+        return squeeze.bits_per_byte(model, data, args.context, args.eval_tokens, keepings)
+    tokens = None if info["data"] else args.eval_tokens
+    return [data.evaluate(model, tokens)[1]]
+
 # ---- text ----
 
-def generate(model, tokenizer, args, way):
-    """Stream the texts to stdout. way: to keep the cache, see minisa/axes/squeeze.py. → the length of the
-    prompt in tokens, and seconds from the second token of each text to its last, added up. (The first token
-    takes reading the prompt, and the second making the weights ready.)"""
+def generate(case, args):
+    """Stream the texts to stdout. → the length of the prompt in tokens, and seconds from the second token
+    of each text to its last, added up. (The first token takes reading the prompt, and the second making
+    the weights ready.)"""
+    model, tokenizer = case.model, case.tokenizer
     tokens = tokenizer.encode(args.prompt)
     if not tokens:
         raise ValueError("--prompt: this model has no token for any of it; take another text")
@@ -74,8 +138,8 @@ def generate(model, tokenizer, args, way):
     seconds = 0.0
     for sample in range(args.num_samples):
         generator = torch.Generator(args.device).manual_seed(args.seed + sample)
-        rest, cache = way.begin(model, ids)
-        stream = model.stream(rest, args.max_new_tokens, args.temperature, args.top_k, generator, cache)
+        unread, cache = case.keeping.begin(model, ids)
+        stream = model.stream(unread, args.max_new_tokens, args.temperature, args.top_k, generator, cache)
         times = []
         print(args.prompt, end="", flush=True)
         for text in tokenizer.decode_stream(timed(stream, times)):
@@ -91,38 +155,57 @@ def timed(stream, times):
         times.append(time.perf_counter())
         yield token
 
-def speed_of(model, args, cache, n_prompt, seconds):
+# ---- the bill: facts, speed, costs ----
+
+def facts(case):
+    """→ the columns of the bill on what was sampled."""
+    config, steps = case.model.config, []
+    for change in changes(case.model):
+        settings = [value for value in change["settings"].values() if isinstance(value, (str, int))]
+        steps.append(" ".join(map(str, [change["by"], *settings])))
+    return {"model": case.source, "share": config.share, "share_kind": config.share and config.share_kind,
+            "changes": ", ".join(steps), **case.keeping.facts, "val_bpb": case.val_bpb}
+
+def predict(case, context):
+    """→ the Cost of a token with this context, in closed form."""
+    if case.cache:
+        return case.cache.predict(case.model, context)
+    bytes_per_number = case.model.embed.weight.element_size()
+    return cost.predict(case.model, context, bytes_per_number=bytes_per_number)
+
+def speed_of(case, args, n_prompt, seconds):
     """→ the columns of the bill on decoding speed, None where it is not known."""
     n_timed = args.max_new_tokens - 2
-    if n_timed < 1 or not seconds:
+    if n_timed < 1:
         return {"tokens_per_s": None, "share_of_limit": None}
-    visible = [min(n_prompt + n, model.config.block_size) for n in range(2, args.max_new_tokens)]
+    visible = [min(n_prompt + n, case.model.config.block_size) for n in range(2, args.max_new_tokens)]
     mean_context = round(sum(visible) / n_timed)
     speed = args.num_samples * n_timed / seconds
-    read_bytes = predict(model, mean_context, cache).read_bytes
+    read_bytes = predict(case, mean_context).read_bytes
     return {"tokens_per_s": speed, "share_of_limit": share_of_limit(read_bytes, 1 / speed, args.device)}
 
-# ---- loss ----
+COSTS = {       # column → the field of a minisa.cost.Cost
+    "parameters": "params",
+    "cache_bytes_per_token": "cache_bytes_per_token",
+    "cache_bytes": "cache_bytes",
+    "read_bytes": "read_bytes",
+    "flops": "decode_flops",
+}
 
-def losses(source, model, tokenizer, info, args, ways):
-    """→ bits per byte of validation text with each of some ways to keep the cache; None if the text that the
-    model was trained on is gone. Raises ValueError if it is, with --squeeze."""
-    if info["val_bpb"] and not args.squeeze:
-        return [info["val_bpb"]]
-    try:
-        data = data_of(info, tokenizer)
-    except ValueError as error:
-        if args.squeeze:
-            raise
-        print(f"the loss of {source} is not known: {error}", file=sys.stderr)
-        return [None]
-    print(f"measuring the loss of {source} on {data.name}", file=sys.stderr, flush=True)
-    if args.squeeze:
-        return squeeze.bits_per_byte(model, data, args.context, args.eval_tokens, ways)
-    tokens = None if info["data"] else args.eval_tokens
-    return [data.evaluate(model, tokens)[1]]
+def costs_of(case, args):
+    """→ the columns of the bill that are predicted and counted; where the two differ, both."""
+    context = min(args.context, case.model.config.block_size)
+    engine = "numpy" if handles(case.model, case.cache or KVCache(case.model, 1, 1)) else "torch"
+    cache_of = case.cache and (lambda prompt: case.cache)
+    predicted = predict(case, context)
+    counted = cost.measure(case.model, context, cache_of=cache_of, engine=engine)
+    row = {"context": context, "engine": engine}
+    for column, field in COSTS.items():
+        ours, theirs = getattr(predicted, field), getattr(counted, field)
+        row[column] = ours if ours == theirs else f"ERROR: predicted {ours:,}, counted {theirs:,}"
+    return row
 
-# ---- the bill ----
+# ---- the table ----
 
 SHOWN = {       # column → its title and format in the terminal
     "parameters": ("parameters", "{:,}"),
@@ -136,76 +219,19 @@ SHOWN = {       # column → its title and format in the terminal
     "share_of_limit": ("of limit", "{:.2f}"),
     "engine": ("engine", "{}"),
 }
-COSTS = {       # column → the field of a minisa.cost.Cost
-    "parameters": "params",
-    "cache_bytes_per_token": "cache_bytes_per_token",
-    "cache_bytes": "cache_bytes",
-    "read_bytes": "read_bytes",
-    "flops": "decode_flops",
-}
-
-def predict(model, context, cache):
-    """→ the Cost of a token with a cache of another kind, or None for a KVCache."""
-    if cache:
-        return cache.predict(model, context)
-    return cost.predict(model, context, bytes_per_number=model.embed.weight.element_size())
-
-def costs_of(model, context, cache):
-    """→ the columns of the bill that are predicted and counted; where the two differ, both."""
-    engine = "numpy" if handles(model, cache or KVCache(model, 1, 1)) else "torch"
-    predicted = predict(model, context, cache)
-    counted = cost.measure(model, context, cache_of=cache and (lambda _: cache), engine=engine)
-    row = {"context": context, "engine": engine}
-    for column, field in COSTS.items():
-        ours, theirs = getattr(predicted, field), getattr(counted, field)
-        row[column] = ours if ours == theirs else f"ERROR: predicted {ours:,}, counted {theirs:,}"
-    return row
-
-def changed(model):
-    """What axes changed in a model, in words."""
-    parts = []
-    for change in changes(model):
-        settings = [value for value in change["settings"].values() if isinstance(value, (str, int))]
-        parts.append(" ".join(map(str, [change["by"], *settings])))
-    return ", ".join(parts)
 
 def sharing(row):
     """What a row's model shares, and what changed it, in words."""
     shared = f"{row['share_kind']} {row['share']}" if row["share"] else "none"
     return ", ".join(filter(None, [shared, row["changes"]]))
 
-def sample(source, args):
-    """Load a model, generate with it, as it is and as the flags say. Yield the rows of the bill."""
-    model, tokenizer, info = load(source, device=args.device, dtype=getattr(torch, args.dtype))
-    models = [(model, info)]
-    if args.share and (args.models or not model.config.share):
-        shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
-        models.append((shared, {**info, "val_bpb": None}))
-    for model, info in models:
-        config, ways = model.config, squeeze.ways_of(args, model)
-        context = min(args.context, config.block_size)
-        for way, bpb in zip(ways, losses(source, model, tokenizer, info, args, ways)):
-            if bpb is not None and not math.isfinite(bpb):
-                raise ValueError(f"{source}: its loss is {bpb}: its weights are damaged; make it again")
-            row = {"model": source, "share": config.share, "share_kind": config.share and config.share_kind,
-                   "changes": changed(model), **way.facts, "val_bpb": bpb}
-            print(f"{way.name(source)}, sharing {sharing(row)}\n" + "-" * 80)
-            n_prompt, seconds = generate(model, tokenizer, args, way)
-            cache = way.for_bill(model, partial(data_of, info, tokenizer), context)
-            speed = speed_of(model, args, cache, n_prompt, seconds)
-            yield way.name(source), {**row, **speed, **costs_of(model, context, cache)}
-
-def show(rows):
-    """Print rows of the bill, {name: row}, as a table."""
+def show(names, rows):
+    """Print the bill as a table."""
     table = [["model", "sharing", *(title for title, _ in SHOWN.values())]]
-    for name, row in rows:
+    for name, row in zip(names, rows):
         cells = [form(row[column], layout) for column, (_, layout) in SHOWN.items()]
         table.append([name, sharing(row), *cells])
     print_table(table, words=2)
-
-def all_met(rows):
-    """Whether every prediction was met."""
-    return not any(str(value).startswith("ERROR") for row in rows for value in row.values())
 
 def form(value, layout):
     if value is None:
@@ -213,22 +239,23 @@ def form(value, layout):
     return value if isinstance(value, str) else layout.format(value)
 
 def main():
-    args = read_flags()
-    runs = (path.parent for path in Path("out").glob("*/model.safetensors"))
-    sources = args.models or sorted(folder.as_posix() for folder in runs if (folder / "config.json").exists())
-    if not sources:
-        raise ValueError("there is no trained model in out/; train one with: python train.py")
-    named = [pair for source in sources for pair in sample(source, args)]
-    rows = [row for _, row in named]
-    show(named)
-    verdict = "they agree" if all_met(rows) else "THEY DIFFER"
+    args, names, rows = read_flags(), [], []
+    for case in cases(args):
+        row = facts(case)
+        print(f"{case.name}, sharing {sharing(row)}\n" + "-" * 80)
+        n_prompt, seconds = generate(case, args)
+        row |= speed_of(case, args, n_prompt, seconds) | costs_of(case, args)
+        names.append(case.name)
+        rows.append(row)
+    show(names, rows)
+    met = not any(str(value).startswith("ERROR") for row in rows for value in row.values())
     print("Parameters, cache, bytes read and FLOPs were predicted in closed form, and counted on the real "
-          f"model: {verdict}.")
+          f"model: {'they agree' if met else 'THEY DIFFER'}.")
     if args.csv:
         write_results(args.csv, rows)
     if args.json:
-        print(json.dumps({"bill": rows, "predictions_met": all_met(rows)}))
-    return 0 if all_met(rows) else 1
+        print(json.dumps({"bill": rows, "predictions_met": met}))
+    return 0 if met else 1
 
 if __name__ == "__main__":
     command(main)

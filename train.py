@@ -14,38 +14,30 @@ import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minisa.kit import checkpoint, cli, machine
-from minisa.kit.cli import amount, at_least, command, count, one_of, settings_parser, whole
-from minisa.kit.data import Data, tokenize
-from minisa.kit.run import (
-    STATE,
-    Meter,
-    Processes,
-    Progress,
-    Run,
-    clock,
-    read_state,
-    refuse_former,
-    restore_optimizer,
-    set_aside,
-)
+from minisa.kit.cli import amount, command, count, whole
+from minisa.kit.data import tokenize
+from minisa.kit.files import reading
+from minisa.kit.run import STATE, Processes, Progress, Run, clock, open_run, restore_optimizer
 from minisa.model import GPT, GPTConfig
 
 # ---- settings ----
 
 @dataclass
 class Settings:
-    """Each field is a flag, as --n_layer=6. Its type reads the value, its comment is the help text. The
-    defaults are the preset for a CPU: a minute or two on two cores."""
-    preset: one_of("cpu", "gpu", "long", "tinyshakespeare") = None  # settings to start from; None: by device
+    """Each field is a flag, as --n_layer=6, and its comment is the help text. A `count` is an int from 1
+    up, `whole` an int from 0 up, an `amount` a float from 0 up. The defaults are the preset for a CPU: a
+    minute or two on two cores."""
+    preset: Literal["cpu", "gpu", "long", "tinyshakespeare"] = None # settings to start from; None: by device
 
     # the model: heads of 32 numbers, and with 4 layers a million parameters
-    n_layer: at_least(int, 1, 1000) = 4     # number of layers; with 4, the span 1-3 leaves a full layer
+    n_layer: count = 4                      # number of layers; with 4, the span 1-3 leaves a full layer
     n_head: count = 4                       # number of query heads
     n_kv_head: count = None                 # number of key/value heads; None: as many as query heads
     n_embd: count = 128                     # width of the model, in numbers per token
@@ -60,7 +52,7 @@ class Settings:
 
     # the text
     text: str = ""                          # UTF-8 file to train on; '': plays of Shakespeare
-    tokenizer: one_of("bpe", "gpt2") = "bpe"    # bpe is learned on the text, gpt2 is downloaded
+    tokenizer: Literal["bpe", "gpt2"] = "bpe"   # bpe is learned on the text, gpt2 is downloaded
     vocab_size: count = 1024                # number of tokens that bpe learns; 256 for single bytes
 
     # training: many small steps learn most in so little time; a high rate needs a long warm-up, and noisy
@@ -78,7 +70,7 @@ class Settings:
     seed: whole = 1337                      # of weights, batches and dropout
 
     # the machine
-    dtype: one_of(*cli.DTYPES) = None       # to multiply in; None: the faster one here
+    dtype: Literal["float32", "bfloat16"] = None        # to multiply in; None: the faster one here
     device: cli.device = None               # cpu, cuda, cuda:1 or mps; None: the fastest there is
     compile: bool = False                   # compile the model with torch.compile
 
@@ -115,7 +107,8 @@ PRESETS = {
         "beta2": 0.95},             # forgets old gradients sooner
 }
 EVAL_TOKENS = 20_000        # of an evaluation on the way; the last one reads all
-SHAPE = [name for name in asdict(GPTConfig()) if name not in ("vocab_size", "tied")]
+SHAPE = ["n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "share", "share_kind",
+         "dropout", "rope_base", "norm_eps"]
 FIXED_BY_MODEL = {*SHAPE, "tokenizer", "vocab_size"} - {"share", "share_kind", "dropout", "block_size"}
 
 # ---- data and model ----
@@ -133,9 +126,6 @@ def read_parent(settings, given):
         changed |= {"share": settings.share, "share_kind": settings.share_kind}
     return checkpoint.reconfigure(model, **changed), tokenizer
 
-def config_of(settings, vocab_size):
-    return GPTConfig(vocab_size=vocab_size, **{name: getattr(settings, name) for name in SHAPE})
-
 def make_model(settings, given, saved, processes):
     """→ the model, and the Data that it is trained on."""
     model = tokenizer = None
@@ -143,17 +133,18 @@ def make_model(settings, given, saved, processes):
         model, tokenizer = saved.model, saved.tokenizer
     elif settings.init_from:
         model, tokenizer = read_parent(settings, given)
-    else:
-        config_of(settings, settings.vocab_size)        # a wrong shape is refused before the download
-    own = tokenizer if settings.init_from else None
-    data = Data(processes.first_then_all(
-        lambda: tokenize(settings.text, settings.tokenizer, settings.vocab_size, own, settings.data_dir)))
+    else:                                               # a wrong shape is refused before the download
+        shape = {name: getattr(settings, name) for name in SHAPE}
+        config = GPTConfig(vocab_size=settings.vocab_size, **shape)
+    own = tokenizer if settings.init_from else None     # None: it is learned on the text
+    with processes.first():
+        data = tokenize(settings.text, settings.tokenizer, settings.vocab_size, own, settings.data_dir)
     if saved and data.digest != saved.info["data_digest"]:
         raise ValueError(f"the text is not the one that the run was trained on ({saved.info['data']}); name "
                          "that with --text=FILE, or start a new run without --resume")
     torch.manual_seed(settings.seed)
     if model is None:
-        config = config_of(settings, data.tokenizer.vocab_size)
+        config.vocab_size = data.tokenizer.vocab_size
         machine.refuse_too_large(config, rows_of(settings, processes), processes.device, settings.dtype)
         model = GPT(config)
     if len(data.train) <= model.config.block_size:
@@ -172,7 +163,8 @@ def rows_of(settings, processes):
 # ---- optimizer ----
 
 def make_optimizer(settings, model):
-    matrices = {part.weight for part in model.modules() if isinstance(part, (nn.Linear, nn.Embedding))}
+    parts = [part for part in model.modules() if isinstance(part, (nn.Linear, nn.Embedding))]
+    matrices = {part.weight for part in parts}
     others = [p for p in model.parameters() if p not in matrices]
     matrices = [p for p in model.parameters() if p in matrices]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
@@ -204,14 +196,15 @@ def evaluate(settings, run):
         run.save_model(loss, bpb)
     run.save_state()
 
-def train_step(settings, run, forward, autocast, meter):
+def train_step(settings, run, forward, autocast):
     """One step of the optimizer, on this process's part of the batch, in micro-batches."""
     step, processes = run.progress.step, run.processes
     rows, n_micro = rows_of(settings, processes), settings.gradient_accumulation_steps
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     if settings.dropout:
-        torch.manual_seed(((settings.seed << 40) + (step << 12) + processes.rank) % 2**63)
+        seed = (settings.seed << 40) + (step << 12) + processes.rank
+        torch.manual_seed(seed % 2**63)
     for micro in range(n_micro):
         first = rows * (processes.rank * n_micro + micro)
         x, y = run.data.batch(step, settings.seed, settings.batch_size, run.model.config.block_size,
@@ -220,7 +213,7 @@ def train_step(settings, run, forward, autocast, meter):
         with autocast, forward.no_sync() if more else nullcontext():
             _, loss = forward(x.to(processes.device), y.to(processes.device))
             (loss / n_micro).backward()
-        meter.add(loss.detach(), tokens=x.numel() * processes.world)
+        run.meter.add(loss.detach(), tokens=x.numel() * processes.world)
     if settings.grad_clip:
         nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip)
     run.optimizer.step()
@@ -232,23 +225,24 @@ def save_if_due(settings, run):
     step, at_end = run.progress.step, run.progress.step == settings.max_iters
     due = at_end or (step > 0 and step % settings.eval_interval == 0)
     if due and run.progress.evaluated != step:
-        evaluate(settings, run)
+        with run.meter.paused():
+            evaluate(settings, run)
     if settings.keep_every and (at_end or step % settings.keep_every == 0):
-        run.save_model(name=f"steps/{step:08d}")
+        with run.meter.paused():
+            run.save_model(name=f"steps/{step:08d}")
 
 def train(settings, run, forward, autocast):
-    """Step, log, evaluate and save until the last step, or a signal. → an exit status."""
+    """Step, log, evaluate and save until the last step, or a signal. → an exit status"""
     progress, last_step, alone = run.progress, settings.max_iters, run.processes.world == 1
-    meter, status = Meter(progress.step, last_step), 0
+    status = 0
     while not status:
-        with meter.paused():
-            save_if_due(settings, run)
+        save_if_due(settings, run)
         if progress.step == last_step:
             break
-        train_step(settings, run, forward, autocast, meter)
+        train_step(settings, run, forward, autocast)
         to_log = progress.step % settings.log_interval == 0 or progress.step == last_step
         if to_log or (run.signal and alone):                # several processes hear of it at a log line
-            meter.log(run)
+            run.meter.log(run, last_step)
             status = run.stop()
     return status
 
@@ -258,20 +252,20 @@ NOT_SAVED = {"device", "compile", "resume", "overwrite"}
 FREE = NOT_SAVED | {        # what may be another when a run is continued
     "out_dir", "text", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
 
-def settle(given, device, saved):
-    """Merge defaults, preset, the settings of a saved run, and what was given. → Settings"""
-    preset = given.get("preset") or saved.get("preset") or ("cpu" if device.type == "cpu" else "gpu")
-    settings = Settings(**{**PRESETS[preset], **saved, **given})
+def settle(given, device):
+    """Merge defaults, preset, and what was given. → Settings"""
+    preset = given.get("preset") or ("cpu" if device.type == "cpu" else "gpu")
+    settings = Settings(**{**PRESETS[preset], **given})
     settings.preset, settings.device = preset, device
     for name in ("beta1", "beta2"):
         if getattr(settings, name) >= 1:
             raise ValueError(f"--{name}={getattr(settings, name)}: must be below 1")
     return settings
 
-def name_of(settings, given):
-    """The folder of a run, by its mode."""
+def folder_of(settings, given):
+    """The folder of a run, named for its mode."""
     if settings.out_dir:
-        return settings.out_dir
+        return Path(settings.out_dir)
     parts = [f"{settings.share_kind}-{settings.share}" if settings.share else "full"]
     if settings.n_kv_head:
         parts.append(f"kv{settings.n_kv_head}")
@@ -279,74 +273,67 @@ def name_of(settings, given):
         parts.append(f"from-{Path(settings.init_from).resolve().name.removesuffix('.gguf')}")
     if "preset" in given:
         parts.append(settings.preset)
-    return "out/" + "-".join(parts)
+    return Path("out", "-".join(parts))
 
 def flags_of(settings):
     """Settings → the flags that --resume reads again."""
     return [f"--{name}={value}" for name, value in asdict(settings).items()
             if name not in NOT_SAVED and value is not None]
 
-def continue_run(parser, given, folder):
-    """→ what was Saved in a run's folder, and its settings as a dict. Raises ValueError if it is
-    damaged, or was started with other settings than those given."""
-    saved = read_state(folder)
-    try:
-        settings = vars(parser.parse_args(saved.settings))
-        if not 0 <= saved.progress.step <= settings["max_iters"]:
+def continued(given, saved, folder):
+    """What was given, and Saved in a run's folder → all that was given to the run. Raises ValueError if
+    the one contradicts the other."""
+    with reading(folder / STATE, "not the state of a run", "start a new run"):
+        before = cli.read_settings(Settings, [*saved.settings])
+        if not 0 <= saved.progress.step <= before["max_iters"]:
             raise ValueError(f"step {saved.progress.step}")
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder}/{STATE}: damaged ({error}); start a new run") from None
     for name in given.keys() - FREE:
-        if given[name] != settings.get(name):
+        if given[name] != before.get(name):
             raise ValueError(f"--{name}={given[name]}: the run in {folder} was started with "
-                             f"{settings.get(name)!r}; drop the flag, or start a new run without --resume")
-    return saved, settings
+                             f"{before.get(name)!r}; drop the flag, or start a new run without --resume")
+    return {**before, **given}
 
-def prepare(settings, run, model, data):
+def prepare(settings, model, data, processes):
     """→ what computes a loss, and the context to run it in."""
-    device, processes = run.processes.device, run.processes
     autocast, forward = machine.number_format(model, settings.dtype), model
     if settings.compile:
         batch = data.batch(0, settings.seed, rows_of(settings, processes), model.config.block_size)
-        forward, seconds = machine.compiled(model, *(part.to(device) for part in batch), autocast)
+        forward, seconds = machine.compiled(model, *(part.to(processes.device) for part in batch), autocast)
         processes.say(f"compiled in {clock(seconds)}")
     if processes.world > 1:
         forward = DistributedDataParallel(forward)
     return forward, autocast
 
-def describe(settings, run, model, data):
+def describe(settings, folder, model, data, processes):
     config, n_params = model.config, sum(p.numel() for p in model.parameters())
     shared = f"{config.share_kind} {config.share}" if config.share else "nothing"
-    run.processes.say(f"{run.folder}: {config.n_layer} layers, {config.n_embd} wide, "
-                      f"context {config.block_size}, sharing {shared}; {n_params:,} parameters; "
-                      f"{len(data.train):,} training tokens; {run.processes.device.type}, {settings.dtype}")
+    processes.say(f"{folder}: {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}, "
+                  f"sharing {shared}; {n_params:,} parameters; {len(data.train):,} training tokens; "
+                  f"{processes.device.type}, {settings.dtype}")
 
 def main():
-    parser = settings_parser(Settings, __doc__, "python train.py [--FLAG=VALUE ...]", PRESETS["gpu"])
-    given = vars(parser.parse_args())
+    usage = "python train.py [--FLAG=VALUE ...]"
+    given = cli.read_settings(Settings, None, __doc__, usage, PRESETS["gpu"])
     device, no_gpu = (given["device"], "") if "device" in given else machine.choose_device()
     processes = Processes(device)
-    folder = name_of(settle(given, device, {}), given)
-    machine.keep_memory()
-    with processes.lock(folder):
-        saved, old = continue_run(parser, given, folder) if "resume" in given else (None, {})
-        settings = settle(given, device, old)
+    settings = settle(given, device)
+    folder = folder_of(settings, given)
+    with open_run(folder, processes, settings.resume, settings.overwrite) as saved:
+        if saved:
+            settings = settle(continued(given, saved, folder), device)
         settings.dtype = settings.dtype or machine.choose_dtype(device, settings.init_from)
         rows_of(settings, processes)                        # or refused, before work
-        if not saved:
-            processes.first_then_all(lambda: refuse_former(folder, settings.overwrite))
         model, data = make_model(settings, given, saved, processes)
         optimizer = make_optimizer(settings, model)
         if saved:
-            restore_optimizer(optimizer, saved.moments, Path(folder) / STATE)
-        run = Run(folder, processes, flags_of(settings), saved.progress if saved else Progress())
-        forward, autocast = prepare(settings, run, model, data)
-        describe(settings, run, model, data)
+            restore_optimizer(optimizer, saved.moments, folder / STATE)
+        forward, autocast = prepare(settings, model, data, processes)
+        describe(settings, folder, model, data, processes)
         if no_gpu:
             processes.say(f"on the CPU, as no GPU can be used: {no_gpu}")
-        if not saved and processes.rank == 0:
-            set_aside(folder)
-        run.begin(model, data, optimizer)
+        progress = saved.progress if saved else Progress()
+        run = Run(folder, processes, model, data, optimizer, flags_of(settings), progress)
+        run.begin(new=not saved)
         status = train(settings, run, forward, autocast)
         if status == 0 and processes.rank == 0:
             run.finish(whole=settings.eval_tokens is None)

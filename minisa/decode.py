@@ -56,14 +56,16 @@ def full_attention(now, layer, x, below):
     q, k = qk[:-G], qk[-G:]
     layer.k[:, now.slot] = k
     layer.v[:, now.slot] = v
-    keys, values = layer.k[:, :now.S], layer.v[:, :now.S]   # (G, S, D)
+    keys = layer.k[:, :now.S]                               # (G, S, D)
+    values = layer.v[:, :now.S]
     P = attention_weights(q, keys)
     return weighted_sum(P, values), (P, keys, values)
 
 def shared_attention(now, layer, x, below):
     """A reuse layer of Shared Attention: makes v and stores v. P is the anchor's."""
     P, _, _ = below
-    layer.v[:, now.slot] = (layer.qkv @ x).reshape(-1, now.D)       # qkv is W_v alone: (G·D, C)
+    v = layer.qkv @ x                                       # qkv is W_v alone: (G·D, C)
+    layer.v[:, now.slot] = v.reshape(-1, now.D)
     values = layer.v[:, :now.S]
     return weighted_sum(P, values), below
 
@@ -71,7 +73,8 @@ def cross_layer_attention(now, layer, x, below):
     """A reuse layer of Cross-Layer Attention: makes q, stores nothing. Keys and values are the
     anchor's."""
     _, keys, values = below
-    q = rotate((layer.qkv @ x).reshape(-1, now.D), now.turn)        # qkv is W_q alone: (C, C)
+    q = layer.qkv @ x                                       # qkv is W_q alone: (C, C)
+    q = rotate(q.reshape(-1, now.D), now.turn)              # (H, D)
     P = attention_weights(q, keys)
     return weighted_sum(P, values), below
 
@@ -109,9 +112,11 @@ class Decoder:
         self.frequencies = model.config.rope_base ** falling            # (D/2,)
         self.positions = cache.where.view(-1).numpy()       # (size,): slot → position
         self.layers = []
-        for layer, k, v in zip(self.weights.layers, cache.k, cache.v):
-            k, v = k[0].numpy(), v[0].numpy()               # of sequence 0: (G, size, D)
-            self.layers.append(SimpleNamespace(**vars(layer), k=k, v=v))
+        for prepared, k, v in zip(self.weights.layers, cache.k, cache.v):
+            layer = SimpleNamespace(**vars(prepared))
+            layer.k = k[0].numpy()                          # of sequence 0: (G, size, D)
+            layer.v = v[0].numpy()
+            self.layers.append(layer)
 
     @np.errstate(over="ignore")                             # of exp() in mlp()
     def step(self, token: int) -> np.ndarray:
@@ -157,16 +162,16 @@ def draw(logits, temperature, top_k, u):
 # ---- skip this when you read it first: what is decoded here, and its weights as arrays ----
 
 TORCH = "Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList"
-MLP = ["gate.weight", "up.weight", "down.weight"]
+MLP = ["mlp.gate.weight", "mlp.up.weight", "mlp.down.weight"]
 
 def known(part):
-    """Whether this file knows what a part of a model, or a cache, does. Each class names its numpy
-    counterpart in in_numpy; a subclass must name its own, as it may compute something else."""
+    """Whether this file knows what a part of a model, or a cache, computes. Its class must be one
+    of model.py or torch, or name its numpy counterpart in in_numpy itself, as a subclass may
+    compute something else."""
     kind = type(part)
-    replaced = vars(part).keys() & set(dir(kind))           # such as a forward() of its own
-    if replaced:
+    if vars(part).keys() & dir(kind):                       # such as a forward() of its own
         return False
-    if "in_numpy" in vars(kind):
+    if kind.__module__ == "minisa.model" or "in_numpy" in vars(kind):
         return True
     return kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in TORCH
 
@@ -176,32 +181,28 @@ def watched(part):
 
 def in_float32(tensor):
     """Whether numpy can use a tensor where it lies."""
-    there = tensor.device.type == "cpu"
-    return there and str(tensor.dtype) in ("torch.float32", "torch.int64")
+    return tensor.is_cpu and str(tensor.dtype) in ("torch.float32", "torch.int64")
 
 def fits(index, block, cache):
     """Whether a block is the index-th of a model that the cache, of one sequence, was made for."""
     G, made = block.attn.G, block.attn.widths               # numbers for one token
     k_shape = (1, G, cache.size, made.k // G)
     v_shape = (1, G, cache.size, made.v // G)
-    here = block.attn.layer == index
-    whole = list(block.mlp.state_dict()) == MLP
-    return here and whole and cache.k[index].shape == k_shape and cache.v[index].shape == v_shape
+    rest = [name for name in block.state_dict() if not name.startswith("attn.")]
+    here = block.attn.layer == index and rest == MLP
+    return here and cache.k[index].shape == k_shape and cache.v[index].shape == v_shape
 
 def handles(model, cache):
     """Whether Decoder can continue this cache with this model."""
-    parts = list(model.modules())
-    if not all(map(known, [cache, *parts])):
+    parts, weights = list(model.modules()), model.state_dict()
+    if not all(map(known, [cache, *parts])) or len(cache.k) != len(model.blocks):
         return False
-    if any(map(watched, parts)) or len(cache.k) != len(model.blocks):
-        return False
-    weights = model.state_dict()
-    if "norm.weight" not in weights or any(name.endswith("bias") for name in weights):
-        return False
-    tensors = [model.embed.weight, *weights.values(), *cache.k, *cache.v]
-    if not all(map(in_float32, tensors)):
-        return False
-    return all(fits(index, block, cache) for index, block in enumerate(model.blocks))
+    tensors = [*weights.values(), *cache.k, *cache.v]
+    return (not any(map(watched, parts))
+            and "norm.weight" in weights
+            and not any(name.endswith("bias") for name in weights)
+            and all(map(in_float32, tensors))
+            and all(fits(index, block, cache) for index, block in enumerate(model.blocks)))
 
 def by_columns(matrix):
     """A matrix with more rows than columns is multiplied fastest column by column, each added to
@@ -211,8 +212,8 @@ def by_columns(matrix):
 def fingerprint(array):
     """Its product with a vector. If that is as before, so are other products, up to rounding."""
     array = np.atleast_1d(array)
-    vector = np.sqrt(np.arange(1, array.shape[-1] + 1, dtype=np.float32))
-    return (array @ vector).tobytes()
+    numbers = np.arange(1, array.shape[-1] + 1, dtype=np.float32)
+    return (array @ np.sqrt(numbers)).tobytes()
 
 PREPARED = WeakKeyDictionary()      # model → its weights, and what they were made of
 
@@ -234,7 +235,8 @@ def prepare(model):
 
 def prepare_layer(block):
     """→ a layer's weights: those of its attention by their names, as qkv and out, and the MLP's."""
-    layer = SimpleNamespace(eps=block.eps)
+    layer = SimpleNamespace()
+    layer.eps = block.norm.eps
     layer.attention = type(block.attn).in_numpy
     for name, tensor in block.attn.state_dict().items():
         name = name.removesuffix(".weight")

@@ -9,8 +9,9 @@ Shapes: B batch, T new tokens, S visible tokens (cached and new), H query heads,
 D head dim, C = H·D width of the model, M width of the MLP, V vocabulary.
 """
 
-import importlib.util
+import importlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,12 +48,10 @@ class GPTConfig:
             self.n_kv_head = self.n_head
         if self.n_hidden is None:
             self.n_hidden = (self.n_embd * 8 // 3 + 31) // 32 * 32
-        self.spans = parse_spans(self.share)        # "1-3,5-7" → [(1, 3), (5, 7)]
+        pairs = re.findall(r"(\d+)-(\d+)", self.share)
+        self.spans = [(int(a), int(b)) for a, b in pairs]       # "1-3,5-7" → [(1, 3), (5, 7)]
         check(self)
         self.head_dim = self.n_embd // self.n_head  # D
-
-def parse_spans(share):
-    return [(int(a), int(b)) for a, b in re.findall(r"(\d+)-(\d+)", share)]
 
 def check(config):
     """Raises ValueError, which names the flag, unless a config's sizes fit together."""
@@ -62,6 +61,7 @@ def check(config):
 
     for name in SIZES:
         must(0 < getattr(config, name) < 2**29, name, "must be above 0, and below 2^29")
+    must(config.n_layer <= 1000, "n_layer", "must be at most 1000")
     H = config.n_head
     must(config.n_embd % (2 * H) == 0, "n_embd", f"must be a multiple of 2 · {H} (n_head)")
     must(H % config.n_kv_head == 0, "n_kv_head", f"must divide {H} (n_head)")
@@ -78,7 +78,8 @@ def rope_angles(config, positions):
     """positions (...) → RoPE's rotations (..., D/2): complex numbers of length 1, for rotate()."""
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64      # MPS has no 64
     i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
-    angle = positions.to(dtype)[..., None] * config.rope_base**-(i / config.head_dim)
+    frequencies = config.rope_base**-(i / config.head_dim)          # (D/2,)
+    angle = positions.to(dtype)[..., None] * frequencies
     return torch.complex(angle.cos().float(), angle.sin().float())
 
 def rotate(x, rope):
@@ -129,10 +130,9 @@ class Step:
         which computes both steps for a few rows of P at a time."""
         if self.watch:
             return self.weighted_sum(self.attention_weights(q, k), v)
-        causal = self.causal and not q.is_mps                   # the kernel for MPS needs a mask
-        mask = None if causal else self.mask
+        mask = None if self.causal else self.mask
         gqa = k.size(1) < q.size(1)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, enable_gqa=gqa)
 
 class Widths(NamedTuple):
     """How many numbers of q, of k and of v a layer computes for each token."""
@@ -246,11 +246,11 @@ def sharing_kind(name):
     depend on an axis. It adds NAME itself; for NAME-SETTING, its with_setting("SETTING") returns
     the two classes. Raises ValueError if there is none."""
     axis, _, setting = name.partition("-")
-    file = f"minisa.axes.{axis}"
-    if name not in SHARE_KINDS and axis.isidentifier() and importlib.util.find_spec(file):
-        module = importlib.import_module(file)
-        if setting and hasattr(module, "with_setting"):
-            SHARE_KINDS[name] = module.with_setting(setting)
+    if name not in SHARE_KINDS:
+        with suppress(ModuleNotFoundError):
+            module = importlib.import_module(f"minisa.axes.{axis}")
+            if setting and hasattr(module, "with_setting"):
+                SHARE_KINDS[name] = module.with_setting(setting)
     if name not in SHARE_KINDS:
         raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)}")
     return name
@@ -271,7 +271,6 @@ class KVCache:
     The mask hides from a token what is later, or `size` and more back: above, 6 and 1 from 5.
     """
     watch = None                    # a cache that must see every P has a function here: see Step
-    in_numpy = True                 # decode.py can go on from it. A subclass must say so itself
 
     def __init__(self, model, batch_size, size):
         like = model.embed.weight                               # its dtype and device
@@ -301,7 +300,8 @@ class KVCache:
         positions (S,) of all keys that remember() will then return."""
         self.slots = positions % self.size
         self.length += len(positions)
-        self.positions = self.replace(self.where, positions.view(1, 1, -1, 1)).view(-1)
+        visible = self.replace(self.where, positions.view(1, 1, -1, 1))
+        self.positions = visible.view(-1)
         return self.positions
 
     def key_positions(self, layer):
@@ -327,7 +327,6 @@ class KVCache:
 
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
-    in_numpy = True
 
     def __init__(self, config):
         super().__init__()
@@ -340,27 +339,21 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))     # (B, T, M) inside
 
 class Block(nn.Module):
-    in_numpy = True
-
     def __init__(self, config, layer, kind):
         super().__init__()
         self.attn = kind(config, layer)
         self.mlp = MLP(config)
-        self.eps, self.dropout = config.norm_eps, config.dropout
-
-    def norm(self, x):
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)        # without a gain: the columns of
-                                                                # the next matrix can hold it
+        self.drop = nn.Dropout(config.dropout)
+        # without a gain, as the columns of the next matrix can hold it
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=False)
 
     def forward(self, x, step, shared=None):
         y, shared = self.attn(self.norm(x), step, shared)
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + self.drop(y)
         y = self.mlp(self.norm(x))
-        return x + F.dropout(y, self.dropout, self.training), shared
+        return x + self.drop(y), shared
 
 class GPT(nn.Module):
-    in_numpy = True
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -376,9 +369,11 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, kind) for i, kind in enumerate(kinds))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         for name, p in self.named_parameters():                 # as in GPT-2
-            adds_to_x = name.endswith(("out.weight", "down.weight"))
+            std = 0.02
+            if name.endswith(("out.weight", "down.weight")):    # what adds to x, 2 L times
+                std /= (2 * config.n_layer)**0.5
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layer)**0.5 if adds_to_x else 0.02)
+                nn.init.normal_(p, std=std)
 
     def start(self, idx, cache=None, watch=None):
         """Token ids idx (B, T) → their embeddings (B, T, C), and the Step that all layers get.
@@ -395,7 +390,7 @@ class GPT(nn.Module):
             distance = positions[:, None] - key_positions       # (T, S)
             visible = (distance >= 0) & (distance < size)
             mask = torch.where(visible, 0.0, -torch.inf).to(x.dtype)
-            causal = len(key_positions) == T
+            causal = len(key_positions) == T and not x.is_mps   # whose kernel needs a mask
         watch = watch or (cache and cache.watch) or self.watch
         return x, Step(rope_angles(self.config, positions), mask, causal, cache, watch)
 
@@ -414,9 +409,10 @@ class GPT(nn.Module):
         """idx (B, T) int64 → logits (B, T, V), and the loss in nats per token if targets (B, T) are
         given. With a cache, idx continues it. ValueError if T > block_size, or its size."""
         logits = self.head(self.hidden(idx, cache))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, loss
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> list[Tensor]:

@@ -25,7 +25,7 @@ from minisa.cost import layer_flops
 from minisa.kit.cli import Parser, command
 from minisa.kit.files import write_file
 from minisa.lab.similarity import layer_similarity
-from minisa.model import GPTConfig, Widths, check, parse_spans, sharing_kind
+from minisa.model import GPTConfig, Widths, check, sharing_kind
 from minisa.plain import attention_weights, project, shared_attention, weighted_sum
 
 # what a span shares → what its anchor and its reuse layers make
@@ -124,7 +124,7 @@ import torch
 from torch.nn import functional as F
 '''
 CONSTANTS = {"SIZES": model.SIZES, "SHARE_KINDS": SHARE_KINDS}
-OF_MINISA = (project, attention_weights, weighted_sum, shared_attention, GPTConfig, parse_spans, check,
+OF_MINISA = (project, attention_weights, weighted_sum, shared_attention, GPTConfig, check,
              sharing_kind, Widths, layer_flops, layer_similarity, head_products, recombine, ridge_regression,
              score)
 ANSWERS = {answer.__name__: answer for answer in (

@@ -32,15 +32,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from minisa.kit import llama, pretrained
-from minisa.kit.files import check, read_file, reading, refuse_too_much, write_file, write_folder
+from minisa.kit.files import check, read_file, reading, write_file, write_folder
+from minisa.kit.machine import refuse_too_much
 from minisa.kit.tokenizer import Tokenizer, from_json, to_json
 from minisa.model import GPT, GPTConfig, sharing_kind
 
 INFO = {"step": int | None, "val_loss": float | None, "val_bpb": float | None, "data": str | None,
         "data_digest": str | None, "seconds": float | None}
 UNKNOWN = dict.fromkeys(INFO)
-OURS = {"share": str, "share_kind": str, "dropout": float, "changes": [{"by": str, "settings": dict}],
-        "parent": dict | None}                              # under "minisa", as files.check() takes it
+OURS = {"share": str, "share_kind": str, "dropout": float, "changes": list, "parent": dict | None}
 DEFAULTS = {"share": "", "share_kind": "weights", "dropout": 0.0, "changes": [], "parent": None}
 PARENT = {"source": str, "sha256": str}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -83,9 +83,7 @@ class Unfilled(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 def empty(config, changed=()):
-    """A model on the meta device, without numbers. Raises ValueError if building it would never end."""
-    if config.n_layer > 1000:
-        raise ValueError(f"n_layer={config.n_layer}: more than 1000")
+    """A model on the meta device, without numbers."""
     with torch.device("meta"), Unfilled():
         model = GPT(config)
         for step in changed:
@@ -131,8 +129,9 @@ def save(folder, model, tokenizer, info):
 
 def derive(folder, model, parent, info):
     """Write only what differs from the parent, a model that load() returned. Raises OSError."""
-    known = {name: t.data_ptr() for name, t in parent.state_dict().items()}
-    own = [name for name, t in model.state_dict().items() if t.data_ptr() != known.get(name)]
+    places = {name: t.data_ptr() for name, t in parent.state_dict().items()}
+    state = model.state_dict()
+    own = [name for name in state if state[name].data_ptr() != places.get(name)]
     source, sha256 = parent.origin
     if source != "smollm2":
         source = relative(source, folder)
@@ -162,11 +161,12 @@ def write(folder, files, model, info, own=None, parent=None):
 
 def relative(path, folder):
     """A path as it is stored in a folder, so that both can be moved together."""
+    path = Path(path).resolve()
     try:
-        stored = Path(os.path.relpath(Path(path).resolve(), Path(folder).resolve())).as_posix()
-        return f"./{stored}" if stored == "smollm2" else stored     # a folder, not the download
+        stored = Path(os.path.relpath(path, Path(folder).resolve())).as_posix()
     except ValueError:                                      # another drive of Windows
-        return str(Path(path).resolve())
+        return str(path)
+    return f"./{stored}" if stored == "smollm2" else stored         # a folder, not the download
 
 def as_json(content):
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -185,18 +185,22 @@ def unpack(data, config=None):
     """What pack() returned → tensors, what is known about them, and a hash of tensors and config. For a
     file of another program, nothing is known. Raises ValueError if the file was altered."""
     tensors = safetensors.torch.load(data)
-    metadata = json.loads(data[8:8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    metadata = header.get("__metadata__") or {}
     sha256 = digest(config, tensors)
     if "minisa" not in metadata:
         return tensors, {}, sha256
     text = metadata["minisa"]
-    if (metadata["model"], metadata["sha256"]) != (sha256, digest(text, {}, sha256)):
+    known = digest(text, {}, sha256)
+    if metadata["model"] != sha256 or metadata["sha256"] != known:
         raise ValueError("its tensors are not as they were written")
     return tensors, json.loads(text), sha256
 
 def digest(config, tensors, *more):
     """A hash of what JSON can hold, of tensors, and of texts."""
-    h = hashlib.sha256(json.dumps([config, more], sort_keys=True).encode())
+    text = json.dumps([config, more], sort_keys=True)
+    h = hashlib.sha256(text.encode())
     for name, t in sorted(tensors.items()):
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         h.update(t.flatten().view(torch.uint8).numpy())
@@ -219,10 +223,7 @@ class Stored:
     tokenizer: dict | None  # the content of tokenizer.json; None: its parent's
     sha256: str             # of its config and tensors
     info: dict              # as INFO
-
-    @property
-    def ours(self):
-        return {**DEFAULTS, **self.fields.get("minisa", {})}
+    ours: dict              # as OURS
 
 def load(source: str | Path, share: str | None = None, share_kind: str = "weights",
          device: str | torch.device = "cpu",
@@ -246,41 +247,40 @@ def load(source: str | Path, share: str | None = None, share_kind: str = "weight
 
 def ancestry(source):
     """→ the Stored model, the one that it was derived from, and so on."""
-    chain, seen, at = [], set(), source
-    while True:
-        if os.path.realpath(at) in seen:
-            raise ValueError(f"{source}: was derived from itself; make it again")
+    chain = [read(source)]
+    while parent := chain[-1].ours["parent"]:
         if len(chain) > LONGEST_CHAIN:
             raise ValueError(f"{source}: was derived in more than {LONGEST_CHAIN} steps; write one of those "
                              "before it whole, with python -m minisa.kit.export")
-        chain.append(read(at))
-        parent = chain[-1].ours["parent"]
-        if not parent:
-            return chain
-        seen.add(os.path.realpath(at))
-        child, at = at, parent["source"]
+        child, at = chain[-1].source, parent["source"]
         if at != "smollm2":
             at = Path(child) / at
             if not at.exists():
                 raise ValueError(f"{child}: was derived from {at}, which is missing; bring it back")
+        chain.append(read(at))
+    return chain
 
 def read(source):
     """A folder, a .gguf file or smollm2 → Stored. Raises ValueError if it cannot be read."""
-    if str(source) != "smollm2" and not Path(source).exists():
-        raise ValueError(f"{source}: no such model; train one with python train.py, or give a .gguf file, a "
-                         "folder with config.json and model.safetensors, or smollm2")
-    if str(source) != "smollm2" and Path(source).is_dir():
+    if str(source) == "smollm2":
+        file = pretrained.fetch()
+    elif Path(source).is_dir():
         with reading(source, KIND, FIX):
             return read_folder(Path(source))
-    file = pretrained.fetch() if str(source) == "smollm2" else source
+    elif Path(source).exists():
+        file = source
+    else:
+        raise ValueError(f"{source}: no such model; train one with python train.py, or give a .gguf file, a "
+                         "folder with config.json and model.safetensors, or smollm2")
     fields, tensors, tokenizer, sha256 = pretrained.read_gguf(file)
-    return Stored(str(source), fields, tensors, tokenizer, sha256, UNKNOWN)
+    return Stored(str(source), fields, tensors, tokenizer, sha256, UNKNOWN, DEFAULTS)
 
 def read_folder(folder):
     fields = json.loads(read_file(folder / CONFIG))
-    check(fields, dict, CONFIG)
-    if "minisa" in fields:
-        check_ours(fields["minisa"])
+    ours = {**DEFAULTS, **fields.get("minisa", {})}
+    check(ours, OURS, "minisa")
+    if ours["parent"]:
+        check(ours["parent"], PARENT, "minisa.parent")
     tensors, known, hashes = {}, {}, []
     for file in tensor_files(folder):
         found, known, sha256 = unpack(read_large(file), fields)
@@ -290,28 +290,17 @@ def read_folder(folder):
     check(info, INFO, "what is known of it")
     if info["data"]:
         info["data"] = str(folder / info["data"])
-    derived = fields.get("minisa", {}).get("parent")
-    tokenizer = None if derived else json.loads(read_file(folder / TOKENIZER))
+    tokenizer = None if ours["parent"] else json.loads(read_file(folder / TOKENIZER))
     sha256 = hashes[0] if len(hashes) == 1 else digest(hashes, {})
-    return Stored(str(folder), fields, tensors, tokenizer, sha256, info)
-
-def check_ours(ours):
-    """Raises ValueError unless what "minisa" holds is as it should be; what is missing takes its
-    default."""
-    check(ours, dict, "minisa")
-    unknown = ours.keys() - OURS.keys()
-    if unknown:
-        raise ValueError(f"minisa.{min(unknown)} is of another version of minisa")
-    check({**DEFAULTS, **ours}, OURS, "minisa")
-    if ours.get("parent"):
-        check(ours["parent"], PARENT, "minisa.parent")
+    return Stored(str(folder), fields, tensors, tokenizer, sha256, info, ours)
 
 def tensor_files(folder):
     """The files in which the tensors of a folder are."""
     index = folder / f"{TENSORS}.index.json"
     if (folder / TENSORS).exists() or not index.exists():
         return [folder / TENSORS]
-    shards = sorted(set(json.loads(read_file(index))["weight_map"].values()))
+    content = json.loads(read_file(index))
+    shards = sorted(set(content["weight_map"].values()))
     for name in shards:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"lacks the file {name}")
@@ -325,10 +314,12 @@ def build(stored, parent, tokenizer, device, dtype):
                          "since; derive it again")
     with reading(stored.source, KIND, FIX):
         sharing = {name: ours[name] for name in ("share", "share_kind", "dropout")}
-        model = empty(GPTConfig(**llama.read_config(stored.fields), **sharing), ours["changes"])
+        config = GPTConfig(**llama.read_config(stored.fields), **sharing)
+        model = empty(config, ours["changes"])
         inherited = parent.state_dict() if parent else {}
         state = llama.read_tensors(stored.tensors, model, inherited, dtype)
-        model.load_state_dict({name: t.to(device) for name, t in state.items()}, assign=True)
+        state = {name: t.to(device) for name, t in state.items()}
+        model.load_state_dict(state, assign=True)
         for block in model.blocks:
             block.attn.check()                              # an axis knows what its numbers must be
         if stored.tokenizer:
@@ -352,28 +343,19 @@ def save_training(file, model, tokenizer, optimizer, **more):
              **more}
     write_file(file, pack(tensors, None, known))
 
-def read_training(file, shape):
+def read_training(file, kinds):
     """What save_training() wrote → the model, the tokenizer, the optimizer's tensors as {"0.exp_avg": t,
-    …}, and the rest, which must be of this shape (as files.check() takes it). Raises ValueError."""
+    …}, and the rest. kinds: of some dicts in the rest what files.check() needs. Raises ValueError."""
     with reading(file, "not the state of a training run", "start a new run"):
         tensors, known, _ = unpack(read_large(file))
-        expected = {"config": dict, "changes": OURS["changes"], "tokenizer": dict, **shape}
-        check(known, expected, "its state")
-        model = empty(GPTConfig(**known.pop("config")), known.pop("changes"))
+        for name in kinds:
+            check(known[name], kinds[name], name)
+        config = GPTConfig(**known.pop("config"))
+        model = empty(config, known.pop("changes"))
         parts = {"model": {}, "optimizer": {}}
         for name, t in tensors.items():
             kind, _, name = name.partition(".")
             parts[kind][name] = t
-        check_tensors(parts["model"], model.state_dict())
-        model.load_state_dict(parts["model"], assign=True)
+        state = llama.take_all(parts["model"], model.state_dict())
+        model.load_state_dict(state, assign=True)
         return model, from_json(known.pop("tokenizer")), parts["optimizer"], known
-
-def check_tensors(found, expected):
-    """Raises ValueError unless tensors have the expected names, shapes and types, and finite numbers."""
-    if found.keys() != expected.keys():
-        raise ValueError("its tensors are not those of its config")
-    for name, like in expected.items():
-        if (found[name].shape, found[name].dtype) != (like.shape, like.dtype):
-            raise ValueError(f"its tensor {name} does not fit its config")
-        if not found[name].sum().isfinite():
-            raise ValueError(f"its tensor {name} has numbers that are not finite")

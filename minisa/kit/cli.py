@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+from typing import get_args
 
 from minisa.kit.files import read_file, refuse_unwritable
 
@@ -26,18 +27,13 @@ class Parser(argparse.ArgumentParser):
         """Add --name=VALUE. Its help ends with the default: `shown`, where that says it better."""
         shown = repr(default) if shown is None else shown
         self.add_argument(f"--{name}", type=kind, default=default, choices=choices,
-                          metavar=None if choices else named(kind),
+                          metavar=None if choices else kind.__name__.upper(),
                           help=f"{help} (default {shown})".replace("%", "%%"))
 
     def switch(self, name, help):
         """Add --name, which takes no value."""
         default = argparse.SUPPRESS if self.argument_default is argparse.SUPPRESS else False
         self.add_argument(f"--{name}", action="store_true", default=default, help=f"{help} (default off)")
-
-def named(kind):
-    """How --help names a type."""
-    name = kind.__name__
-    return name if "|" in name else name.upper()
 
 def at_least(kind, lowest, highest=None):
     """A type for a flag: int or float, from lowest to highest (None: 2^31 - 1, or 1e18)."""
@@ -56,28 +52,34 @@ def at_least(kind, lowest, highest=None):
 count, whole, amount = at_least(int, 1), at_least(int, 0), at_least(float, 0.0)
 
 def one_of(*choices):
-    """A type for a flag: one of some words."""
+    """A type for a flag: one of some words. (For a single word, Parser.flag() has choices.)"""
     def parse(text):
         if text not in choices:
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(choices)})")
         return text
-    parse.__name__ = "|".join(choices)
+    parse.__name__ = "name"
     return parse
 
-def settings_parser(settings, doc, usage, on_gpu):
-    """A Parser with a flag for each field of a dataclass: its type reads the value, and the comment in its
-    line is the help. The result holds only the flags that were given. on_gpu: defaults on a GPU."""
+def read_settings(settings, words=None, doc="", usage="", on_gpu=()):
+    """Words of a command line, or those that Python was given → {name: value} of the flags among them.
+
+    There is a flag for each field of the dataclass `settings`. The field's type reads the value, and the
+    comment in its line is the help. on_gpu: the defaults that differ on a GPU.
+    """
     parser = Parser(doc, usage, argument_default=argparse.SUPPRESS)
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
     for field in dataclasses.fields(settings):
-        if field.type is bool:
-            parser.switch(field.name, helps[field.name])
-            continue
+        name, help, choices = field.name, helps[field.name], get_args(field.type)
         shown = repr(field.default)
-        if field.name in on_gpu:
-            shown += f", on a GPU {on_gpu[field.name]!r}"
-        parser.flag(field.name, field.type, argparse.SUPPRESS, helps[field.name], shown)
-    return parser
+        if name in on_gpu:
+            shown += f", on a GPU {on_gpu[name]!r}"
+        if field.type is bool:
+            parser.switch(name, help)
+        elif choices:                                       # of a Literal
+            parser.flag(name, str, argparse.SUPPRESS, help, shown, choices)
+        else:
+            parser.flag(name, field.type, argparse.SUPPRESS, help, shown)
+    return vars(parser.parse_args(words))
 
 def several(kind):
     """A type for a flag: values of a kind, with commas between them."""
@@ -113,10 +115,7 @@ def output(*endings):
             raise argparse.ArgumentTypeError(f"{name} must end in {' or '.join(endings)}")
         if os.path.isdir(name):
             raise argparse.ArgumentTypeError(f"{name} is a folder; name a file in it")
-        try:
-            refuse_unwritable(name)
-        except OSError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+        refuse_unwritable(name)
         return name
     parse.__name__ = "file"
     return parse
@@ -130,30 +129,16 @@ def prompt(text):
             text = sys.stdin.buffer.read(LONGEST + 1).decode()
         elif text.startswith("FILE:"):
             text = read_file(text[5:], LONGEST).decode()
-    except OSError as error:
-        why = f"{text}: {error.strerror}; name a readable file"
-        raise argparse.ArgumentTypeError(why) from None
     except UnicodeError:
         why = "not UTF-8 text; convert it first, for instance with iconv"
         raise argparse.ArgumentTypeError(why) from None
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; give at least one character")
-    if len(text) > LONGEST:
-        raise argparse.ArgumentTypeError(f"longer than {LONGEST:,} characters; cut it")
+    if not 0 < len(text) <= LONGEST:
+        raise argparse.ArgumentTypeError(f"has {len(text):,} characters; give 1 to {LONGEST:,}")
     return text
 
 def silence():
     """Print nothing more: the reader of our output, such as head, has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-def refuse_odd_bytes(words):
-    """Raises ValueError unless the words of the command line are UTF-8."""
-    for word in words:
-        try:
-            word.encode()
-        except UnicodeError:
-            raise ValueError(f"{word!a}: not UTF-8 text; write it in UTF-8, or rename the "
-                             "file") from None
 
 def open_streams():
     """Open the standard streams that are closed when the program starts."""
@@ -180,7 +165,9 @@ def command(main):
     """Run a command's main(). What the user can fix becomes one line on stderr, and status 2."""
     try:
         open_streams()
-        refuse_odd_bytes(sys.argv)
+        odd = [word for word in sys.argv if re.search("[\ud800-\udfff]", word)]
+        if odd:
+            raise ValueError(f"{odd[0]!a}: not UTF-8 text; write it in UTF-8, or rename the file")
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -17,15 +17,14 @@ import torch
 from torch.nn import functional as F
 
 from minisa.kit import shakespeare
-from minisa.kit.files import check, data_folder, read_file, reading, write_folder
+from minisa.kit.files import data_folder, read_file, reading, write_folder
 from minisa.kit.tokenizer import Tokenizer, from_json, learn, to_json
 
 def read_text(file):
-    """A UTF-8 file → str. Raises ValueError if it cannot be read, is not UTF-8, or is too short."""
+    """A UTF-8 file → str. Raises OSError if it cannot be read, ValueError if it is not UTF-8 or is too
+    short."""
     try:
         text = read_file(file).decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"--text={file}: {error.strerror}; name a readable file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--text={file}: not UTF-8 text (byte {error.start}); "
                          "convert it first, for instance with iconv") from None
@@ -34,34 +33,33 @@ def read_text(file):
     return text
 
 def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None):
-    """Make the token files of a UTF-8 text file, or of the plays, unless they already exist → their
-    folder.
+    """Make the token files of a UTF-8 text file, or of the plays, unless they already exist → their Data.
 
     kind: "bpe" learns vocab_size tokens on the training part, "gpt2" is tiktoken's; or give a
     Tokenizer. Raises ValueError if the text cannot be used.
     """
-    folder = Path(folder or data_folder())
+    home = data_folder()
     if file:
         text = read_text(file)
         cut = int(0.9 * len(text))
         train, val = text[:cut], text[cut:]
     else:
-        file, held_out = shakespeare.prepare()
+        file, held_out = shakespeare.prepare(home)
         train, val = read_text(file), read_text(held_out)
     raw = (train + val).encode()
     name = f"bpe{vocab_size}" if kind == "bpe" else kind
     if tokenizer:
         name = f"tokens{tokenizer.identity[:8]}"
-    target = folder / f"{Path(file).stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
+    target = Path(folder or home) / f"{Path(file).stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
     if target.exists():
-        return target
+        return Data(target)
     print(f"tokenizing {file} ({len(raw):,} bytes), into {name}", flush=True)
     if tokenizer is None and kind == "gpt2":
         tokenizer = Tokenizer.gpt2()
     elif tokenizer is None:
         tokenizer = Tokenizer(learn(train, vocab_size))
     write_tokens(target, tokenizer, train, val)
-    return target
+    return Data(target)
 
 def write_tokens(target, tokenizer, train, val):
     """Write a folder of token files, whole or not at all. Raises OSError, or ValueError if a part has less
@@ -70,7 +68,8 @@ def write_tokens(target, tokenizer, train, val):
     ids = {"train": tokenizer.encode(train), "val": tokenizer.encode(val)}
     if min(map(len, ids.values())) < 2:
         raise ValueError("--text: the text is too short to train on and to validate with; give more")
-    files = {f"{part}.npy": npy(np.array(ids[part], dtype)) for part in ids}
+    arrays = {part: np.array(ids[part], dtype) for part in ids}
+    files = {f"{part}.npy": npy(array) for part, array in arrays.items()}
     val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))         # of all tokens that are predicted
     meta = {"tokenizer": to_json(tokenizer), "val_bytes": val_bytes}
     meta["digest"] = digest(meta, files)
@@ -96,11 +95,11 @@ def data_of(info, tokenizer, text=None):
     """The Data for a model that load() returned: of the text it was trained on, or of `text`, a file;
     for a downloaded model, of the plays. Raises ValueError if the text it was trained on is gone."""
     if text or info["data"] is None:
-        return Data(tokenize(text, tokenizer=tokenizer))
+        return tokenize(text, tokenizer=tokenizer)
     name = Path(info["data"]).name
     places = [Path(info["data"]), data_folder() / name]
     if name.startswith("shakespeare-") and not any(folder.is_dir() for folder in places):
-        places.append(tokenize(tokenizer=tokenizer))        # the plays can be had again
+        places.append(tokenize(tokenizer=tokenizer).folder)        # the plays can be had again
     for folder in places:
         if (folder / "meta.json").is_file():
             data = Data(folder)
@@ -109,13 +108,6 @@ def data_of(info, tokenizer, text=None):
                 return data
     raise ValueError(f"{info['data']}, the tokens of the text that the model was trained on, is "
                      "missing, or of another text; bring it back")
-
-def refuse_odd(ids, vocab_size):
-    """Raises ValueError unless ids are a list of at least two token ids."""
-    if ids.dtype.kind != "u" or ids.ndim != 1 or len(ids) < 2:
-        raise ValueError("one is not a list of at least two token ids")
-    if ids.max() >= vocab_size:
-        raise ValueError("a token id is out of range")
 
 def windows_at(ids, starts, T):
     """→ windows of T + 1 token ids, (n, T + 1) int64."""
@@ -132,21 +124,20 @@ class Data:
             names = "train.npy", "val.npy", "meta.json"
             files = {name: read_file(self.folder / name) for name in names}
             meta = json.loads(files["meta.json"])
-            check(meta, {"tokenizer": dict, "val_bytes": int, "digest": str}, "meta.json")
-            if meta["digest"] != digest(meta, files):
+            self.val_bytes, self.digest = meta["val_bytes"], meta["digest"]
+            if self.digest != digest(meta, files):
                 raise ValueError("they are not as they were made")
             self.tokenizer = from_json(meta["tokenizer"])
-            self.val_bytes, self.digest = meta["val_bytes"], meta["digest"]
-            self.train, self.val = (np.load(io.BytesIO(files[name])) for name in names[:2])
-            for ids in (self.train, self.val):
-                refuse_odd(ids, self.tokenizer.vocab_size)
+            self.train = np.load(io.BytesIO(files["train.npy"]))
+            self.val = np.load(io.BytesIO(files["val.npy"]))
 
     def batch(self, step, seed, batch_size, block_size, rows=slice(None)):
         """Inputs and targets (rows, block_size) of a training step: a pure function of seed and step. Each
         process takes its own rows of the batch."""
         last = len(self.train) - block_size
-        starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)[rows]
-        windows = windows_at(self.train, starts, block_size)
+        random = np.random.default_rng((seed, step))
+        starts = random.integers(last, size=batch_size)
+        windows = windows_at(self.train, starts[rows], block_size)
         return windows[:, :-1], windows[:, 1:]
 
     def windows(self, part, n, T):
@@ -174,7 +165,8 @@ class Data:
         """About this many tokens of the validation split, evenly spaced, in the form of all_of_val()."""
         windows = self.windows("val", tokens // T, T)
         x, y = windows[:, :-1], windows[:, 1:]
-        return x, y, sum(len(self.tokenizer.decode_bytes(row)) for row in y.tolist())
+        texts = [self.tokenizer.decode_bytes(row) for row in y.tolist()]
+        return x, y, sum(map(len, texts))
 
     @torch.inference_mode()
     def evaluate(self, model, tokens=None):
@@ -184,7 +176,8 @@ class Data:
         first is predicted once. For a large model, only about `tokens` tokens of it are read, in windows
         of at most 512.
         """
-        T, device = min(model.config.block_size, 4096), model.embed.weight.device
+        T = min(model.config.block_size, 4096)
+        device = model.embed.weight.device
         if tokens and tokens < len(self.val) - 1:
             x, y, n_bytes = self.part_of_val(min(T, 512, tokens), tokens)
         else:
@@ -195,7 +188,9 @@ class Data:
         model.eval()
         for x_part, y_part in zip(x.split(batch_size), y.split(batch_size)):
             logits, _ = model(x_part.to(device))
+            logits = logits.flatten(0, 1).float()
             targets = y_part.to(device).flatten()
-            nats += F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum").item()
+            nats += F.cross_entropy(logits, targets, reduction="sum").item()
         model.train(training)
-        return nats / (y != -100).sum().item(), nats / math.log(2) / n_bytes
+        n_targets = (y != -100).sum().item()
+        return nats / n_targets, nats / math.log(2) / n_bytes

@@ -1,8 +1,8 @@
 """Files: read with a check, written whole or not at all; downloads, and where they are kept."""
 
+import glob
 import hashlib
 import importlib.util
-import math
 import os
 import secrets
 import shutil
@@ -13,10 +13,12 @@ import tempfile
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import get_args
 
 from filelock import FileLock, Timeout  # comes with torch
 
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)      # do not wait for a writer when opening a pipe
+RANDOM = "[0-9a-f]" * 8     # how the name of what is half written ends
 MOST = 2**28            # bytes of a file that is read as a whole, 256 MB, unless said otherwise
 
 # ---- reading ----
@@ -52,30 +54,18 @@ def reading(path, what, fix):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: damaged, or {what} ({reason}); {fix}") from None
 
-def check(value, shape, name):
-    """Raises ValueError, which names the part, unless a value from a file has this shape: {key:
-    shape} for a dict with exactly these keys, [shape] for a list, or a type that fits() accepts."""
-    if isinstance(shape, dict):
-        good = type(value) is dict and value.keys() == shape.keys()
-        parts = [(value[key], shape[key], f"{name}.{key}") for key in shape] if good else []
-    elif isinstance(shape, list):
-        good = type(value) is list
-        parts = [(part, shape[0], name) for part in value] if good else []
-    else:
-        good, parts = fits(value, shape), []
-    if not good:
+def check(fields, kinds, name):
+    """Raises ValueError unless fields from a file are a dict of these keys, {key: type}, and each value has
+    its type, or one of a union of types. A number must be finite, and below 2^63; an int is also a float."""
+    if type(fields) is not dict or fields.keys() != kinds.keys():
         raise ValueError(f"{name} is not as it should be")
-    for part in parts:
-        check(*part)
-
-def fits(value, kind):
-    """Is a value of a type, or of a union of types? A float must be finite. An int must be below 2^63,
-    and also counts as a float; a bool counts as neither."""
-    if isinstance(value, bool):
-        return kind is bool
-    if isinstance(value, int):
-        return (isinstance(value, kind) or kind in (float, float | None)) and abs(value) < 2**63
-    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))
+    for key, value in fields.items():
+        number = type(value) in (int, float)
+        accepted = {*get_args(kinds[key]), kinds[key]}
+        if float in accepted:
+            accepted.add(int)
+        if type(value) not in accepted or number and not abs(value) < 2**63:
+            raise ValueError(f"{name}.{key} is not as it should be")
 
 # ---- writing ----
 
@@ -90,32 +80,36 @@ def data_folder():
         raise ValueError("there is no home folder to keep downloads in; name one: "
                          "XDG_CACHE_HOME=FOLDER") from None
 
+@contextmanager
+def writing(path):
+    """Within it, an OSError says which file or folder could not be written, and what to do."""
+    try:
+        yield
+    except BrokenPipeError:                             # its reader left: cli.command() knows
+        raise
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror}); free some space, or choose "
+                      "another name or folder") from None
+
 def write_file(path, data, private=False, named=False):
     """Write bytes to path, all or nothing; private: for the user's own eyes. Raises OSError, and
     then leaves what was there. named: the user named it, so it may be a device or a pipe."""
     path = Path(path)
-    if os.path.lexists(path) and not path.is_file():
-        if not named:
-            raise OSError(f"{path}: is not a regular file; move it away, or choose another folder")
-        try:
-            path.write_bytes(data)                      # such as /dev/stdout
-        except BrokenPipeError:                         # its reader left: cli.command() knows
-            raise
-        except OSError as error:
-            raise OSError(f"{path}: could not be written ({error.strerror})") from None
-        return
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        put(temporary, data, 0o600 if private else 0o666)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); free some space or "
-                          "choose another folder, nothing there was changed") from None
-        raise
+    odd = os.path.lexists(path) and not path.is_file()
+    with writing(path):
+        if odd and not named:
+            raise OSError(0, "it is not a regular file")
+        if odd:
+            path.write_bytes(data)                      # such as /dev/stdout
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            put(temporary, data, 0o600 if private else 0o666)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 def put(path, data, mode=0o666):
     """Write bytes to a new file, and flush it to the disk. The umask applies to the mode."""
@@ -128,19 +122,16 @@ def write_folder(folder, files):
     """Make a folder of files, {name: bytes}, completely or not at all. Raises OSError."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
-        for name, data in files.items():
-            put(temporary / name, data)
-        if os.path.isdir(folder):
-            folder.rmdir()                                  # an empty one, else this fails
-        os.rename(temporary, folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{folder}: could not be written ({error.strerror}); free some space, or "
-                          "choose another folder") from None
-        raise
+    with writing(folder):
+        try:
+            temporary.mkdir(parents=True)
+            for name, data in files.items():
+                put(temporary / name, data)
+            if os.path.isdir(folder):
+                folder.rmdir()                              # an empty one, else this fails
+            os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 def set_aside(path):
     """Rename a file to the first of FILE.1.old, FILE.2.old, … that is free → its new path."""
@@ -149,41 +140,24 @@ def set_aside(path):
     return path.rename(old)
 
 def clean(folder, names):
-    """Delete the half-written files that write_file() left when it was killed, for files of these names.
-    Only for a folder that is locked."""
-    for path in Path(folder).glob("*.????????"):
-        name, _, ending = path.name.rpartition(".")
-        if name in names and not set(ending) - set("0123456789abcdef"):
-            path.unlink(missing_ok=True)
-
-def clean_folders(parent, name="*"):
-    """Delete what write_folder() left half written of folders of this name when it was killed. Only
-    for what is locked."""
-    for path in Path(parent).glob(f".{name}.????????"):
-        if path.is_dir() and not set(path.suffix[1:]) - set("0123456789abcdef"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete what was left half written by a program that was killed: of files of these names in a folder,
+    and of folders in its subfolders. Only for a folder that is locked."""
+    for name in names:
+        for path in folder.glob(f"{name}.{RANDOM}"):
+            if path.is_file():
+                path.unlink()
+    for path in folder.glob(f"*/.*.{RANDOM}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 def refuse_unwritable(path):
     """Raises OSError, before any work is done, if a file or folder of this name could not be written."""
-    path, why = Path(path), ""
-    try:
+    path = Path(path)
+    with writing(path):
         with suppress(FileNotFoundError):
-            os.lstat(path)
+            os.lstat(path)                                  # fails for too long a name, for instance
         above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         if not os.access(path if path.exists() else above, os.W_OK):
-            why = "Permission denied"
-    except OSError as error:                            # such as too long a name
-        why = error.strerror
-    if why:
-        raise OSError(f"{path}: could not be written ({why}); choose another name or folder")
-
-def refuse_too_much(n_bytes, what):
-    """Raises ValueError, before any work is done, if something takes more memory than this machine has."""
-    if hasattr(os, "sysconf"):
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if n_bytes > has:
-            raise ValueError(f"{what} takes {n_bytes / 1e9:,.0f} GB of memory, this machine has "
-                             f"{has / 1e9:,.0f} GB; take a smaller one")
+            raise OSError(0, "Permission denied")
 
 @contextmanager
 def lock(folder):
@@ -199,7 +173,8 @@ def lock(folder):
         raise ValueError(f"{folder}: another program is writing there; wait until it ends, or "
                          "name another folder") from None
     try:
-        clean_folders(folder.parent, folder.name)
+        for path in folder.parent.glob(f".{glob.escape(folder.name)}.{RANDOM}"):
+            shutil.rmtree(path, ignore_errors=True)     # half written by a program that was killed
         yield
     finally:
         held.release()

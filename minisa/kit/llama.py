@@ -59,8 +59,8 @@ def read_config(fields):
             raise ValueError(what)
     config = {ours: fields.get(name, default) for name, (ours, default) in FIELDS.items()}
     config["rope_base"] = fields.get("rope_theta", rope.get("rope_theta", 10000.0))
-    check(config, {name: GPTConfig.__annotations__[name] for name in config}, "its config")
     config |= {name: float(config[name]) for name in ("rope_base", "norm_eps")}
+    check(config, {name: GPTConfig.__annotations__[name] for name in config}, "its config")
     width = config["n_embd"] // max(1, config["n_head"])
     if fields.get("head_dim") not in (None, width):
         raise ValueError(f"its head_dim is {str(fields['head_dim'])[:20]}; supported is hidden_size / "
@@ -103,10 +103,14 @@ def write_tensors(model, own=None):
     the gains of norms with them."""
     state, found = model.state_dict(), {}
     for name, parts in names(model).items():
-        if own is None or name in own:
-            rows = state[name].split([n for _, n, _ in parts]) if parts[0][1] else [state[name]]
-            for (theirs, _, heads), part in zip(parts, rows):
-                found[theirs] = (reorder(part, heads) if heads else part).cpu().contiguous()
+        if own is not None and name not in own:
+            continue
+        widths = [n for _, n, _ in parts]
+        rows = state[name].split(widths) if widths[0] else [state[name]]
+        for (theirs, _, heads), part in zip(parts, rows):
+            if heads:
+                part = reorder(part, heads)
+            found[theirs] = part.cpu().contiguous()
     if own is None:
         ones = torch.ones_like(model.norm.weight, device="cpu")
         for layer in range(len(model.blocks)):
@@ -131,6 +135,18 @@ def take(tensors, name, shape, dtype):
         raise ValueError(f"its tensor {name} has numbers that are not finite")
     return t.to(dtype)
 
+def take_all(tensors, expected):
+    """Remove from a dict the tensors that have the names, shapes and types of those expected → the same.
+    Raises ValueError as take() does, or if one is left over."""
+    found = {name: take(tensors, name, like.shape, like.dtype) for name, like in expected.items()}
+    refuse_left(tensors)
+    return found
+
+def refuse_left(tensors):
+    if tensors:
+        left = ", ".join(sorted(tensors)[:3])
+        raise ValueError(f"has tensors that this GPT has no place for: {left}")
+
 def read_tensors(tensors, model, inherited, dtype):
     """Tensors under Llama's names → the state of a model on the meta device, in a dtype. inherited: a
     state that provides the tensors that are missing. Raises ValueError if one is left over, or as take()
@@ -152,9 +168,7 @@ def read_tensors(tensors, model, inherited, dtype):
                 for matrix in matrices:
                     ours = f"blocks.{layer}.{matrix}.weight"
                     state[ours] = state[ours] * columns         # not in place: a parent may own it
-    if tensors:
-        left = ", ".join(sorted(tensors)[:3])
-        raise ValueError(f"has tensors that this GPT has no place for: {left}")
+    refuse_left(tensors)
     return state
 
 def read_parts(tensors, parts, like, dtype):
@@ -162,6 +176,7 @@ def read_parts(tensors, parts, like, dtype):
     found = []
     for name, n, heads in parts:
         shape = like.shape if n is None else (n, *like.shape[1:])
-        t = take(tensors, name, shape, dtype if like.is_floating_point() else like.dtype)
+        wanted = dtype if like.is_floating_point() else like.dtype
+        t = take(tensors, name, shape, wanted)
         found.append(reorder(t, heads, back=True) if heads else t)
     return torch.cat(found) if len(found) > 1 else found[0]

@@ -2,15 +2,14 @@
 
 import argparse
 import ctypes
+import os
 import sys
 import time
 import warnings
 
 import torch
 
-from minisa.cost import predict
 from minisa.kit.cli import device
-from minisa.kit.files import refuse_too_much
 
 def choose_device():
     """→ the fastest device that works here, and what is wrong with the others."""
@@ -44,8 +43,17 @@ def faster_dtype():
         seconds[name].append(time.perf_counter() - begun)
     return "bfloat16" if 1.4 * min(seconds["bfloat16"]) < min(seconds["float32"]) else "float32"
 
+def keep_memory():
+    """Ask glibc to keep freed memory. Otherwise it returns large blocks to Linux and requests them again
+    in every step, which costs a fifth of the time on a CPU."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD: up to 32 MB from the heap
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: which is kept
+
 def number_format(model, dtype):
-    """Make a model ready to train in "float32" or "bfloat16" → the context to run it in."""
+    """Make a model and this machine ready to train in "float32" or "bfloat16" → the context to run the
+    model in."""
+    keep_memory()
     device = next(model.parameters()).device.type
     if device == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32, where the card has it
@@ -68,25 +76,30 @@ def compiled(model, idx, targets, autocast):
     model.zero_grad(set_to_none=True)
     return forward, time.perf_counter() - begun
 
-def keep_memory():
-    """Ask glibc to keep freed memory. Otherwise it returns large blocks to Linux and requests them again
-    in every step, which costs a fifth of the time on a CPU."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD: up to 32 MB from the heap
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: which is kept
+# ---- what fits into its memory ----
+
+def refuse_too_much(n_bytes, what):
+    """Raises ValueError, before any work is done, if something takes more memory than this machine has."""
+    if hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if n_bytes > has:
+            raise ValueError(f"{what} takes {n_bytes / 1e9:,.0f} GB of memory, this machine has "
+                             f"{has / 1e9:,.0f} GB; take a smaller one")
 
 def refuse_too_large(config, sequences, device, dtype):
-    """Raises ValueError if training on this many sequences at once needs, by a lower bound, more memory
-    than this machine has."""
+    """Raises ValueError if training on this many sequences at once needs, by an estimate that leaves most
+    things out, more memory than this machine has."""
     if device.type != "cpu":
         return
-    logits = sequences * config.block_size * config.vocab_size
+    C, M, V, T = config.n_embd, config.n_hidden, config.vocab_size, config.block_size
+    attention = 2 * C * C + 2 * C * config.n_kv_head * config.head_dim
+    params = V * C + config.n_layer * (attention + 3 * C * M)
     anchors = len(config.spans) if dtype == "float32" else config.n_layer      # the layers that form P
-    P = anchors * sequences * config.n_head * config.block_size**2
-    needs = {
-        "training a model of this shape": 16 * predict(config, 1).params,
-        f"--batch_size: {sequences} sequences at once": 8 * logits,
-        f"--block_size={config.block_size}: attention weights of this size": 8 * P,
+    P = anchors * sequences * config.n_head * T**2
+    needs = {           # bytes: a parameter's number, gradient and two means; a number and its gradient
+        "training a model of this shape": 16 * params,
+        f"--batch_size: {sequences} sequences at once": 8 * sequences * T * V,
+        f"--block_size={T}: attention weights of this size": 8 * P,
     }
     most = max(needs, key=needs.get)
     refuse_too_much(needs[most], most)

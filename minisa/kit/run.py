@@ -14,16 +14,17 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from minisa.kit import checkpoint
+from minisa.kit import checkpoint, llama
 from minisa.kit.cli import silence
-from minisa.kit.files import clean, clean_folders, lock, refuse_unwritable, write_file
+from minisa.kit.data import Data
+from minisa.kit.files import clean, lock, reading, write_file
 
 STATE, LOG = "train.safetensors", "log.jsonl"
 
@@ -33,7 +34,8 @@ class Processes:
     """The processes that train one model: this one alone, or those that torchrun started."""
 
     def __init__(self, device):
-        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        rank = os.environ.get("RANK", "0")
+        world = os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
             raise ValueError(f"RANK={rank}, WORLD_SIZE={world}: are not what torchrun sets; unset both, or "
                              "start with torchrun")
@@ -58,32 +60,19 @@ class Processes:
         return (f"{torch.get_num_threads()} threads, {self.world} processes, {self.device.type}, "
                 f"torch {torch.__version__}")
 
-    def first_then_all(self, make):
-        """Call make() in process 0, then in the others, which find what it wrote. If it fails in process
-        0, which says why, the others exit too."""
-        if self.world == 1:
-            return make()
-        failed = None
-        try:
-            made = make() if self.rank == 0 else None
-        except Exception as error:
-            failed = error
-        if self.maximum(failed is not None):
-            if failed:
-                raise failed
-            sys.exit(2)
-        return made if self.rank == 0 else make()
-
     @contextmanager
-    def lock(self, folder):
-        """Keep other programs from writing to a folder; process 0 holds the lock for all."""
-        held = lock(folder)
-        self.first_then_all(lambda: self.rank == 0 and held.__enter__())
+    def first(self):
+        """Process 0 runs the block alone, then the others do, and find what it wrote. If it fails in
+        process 0, which says why, the others exit too."""
+        if self.rank > 0 and self.maximum(0):
+            sys.exit(2)
+        failed = 1
         try:
             yield
+            failed = 0
         finally:
             if self.rank == 0:
-                held.__exit__(None, None, None)
+                self.maximum(failed)
 
     def mean(self, value):
         return self.reduce(value, dist.ReduceOp.SUM) / self.world
@@ -114,8 +103,7 @@ class Progress:
     log: str = ""                   # all of log.jsonl
     machine: str = ""               # on which the run was started
 
-SAVED = {"info": checkpoint.INFO, "settings": [str],
-         "progress": {field.name: field.type for field in fields(Progress)}}
+SAVED = {"info": checkpoint.INFO, "progress": Progress.__annotations__}
 
 @dataclass
 class Saved:
@@ -133,63 +121,78 @@ def read_state(folder):
     if not file.is_file():
         raise ValueError(f"{folder}: holds no run to --resume; name one by --out_dir")
     model, tokenizer, moments, known = checkpoint.read_training(file, SAVED)
-    return Saved(model, tokenizer, moments, known["settings"], Progress(**known["progress"]), known["info"])
+    progress = Progress(**known["progress"])
+    return Saved(model, tokenizer, moments, known["settings"], progress, known["info"])
 
 def restore_optimizer(optimizer, moments, file):
     """Give a new optimizer its saved tensors. Raises ValueError if they are not of its shapes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     expected, state = {}, {}
-    for i, p in enumerate(params):
-        like = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-        expected |= {f"{i}.{name}": t for name, t in like.items()}
-    try:
-        checkpoint.check_tensors(moments, expected if moments else {})      # none before step 1
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged ({error}); start a new run") from None
+    if moments:                                             # none before step 1
+        for i, p in enumerate(params):
+            expected |= {f"{i}.step": torch.zeros(()), f"{i}.exp_avg": p, f"{i}.exp_avg_sq": p}
+    with reading(file, "the state of another run", "start a new run"):
+        moments = llama.take_all(moments, expected)
     for name, t in moments.items():
         i, _, name = name.partition(".")
         state.setdefault(int(i), {})[name] = t
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-def refuse_former(folder, overwrite):
-    """Raises ValueError if something is in the way of a new run and may not be set aside."""
+@contextmanager
+def open_run(folder, processes, resume, overwrite):
+    """Keep other programs from writing to a run's folder until the context ends; process 0 holds the lock
+    for all. → what is Saved there, to resume it, else None. Raises ValueError if there is no run to
+    resume, or something that a new one may not set aside."""
     folder = Path(folder)
-    refuse_unwritable(folder / STATE)
-    if folder.is_dir() and os.listdir(folder) and not overwrite:
-        raise ValueError(f"{folder} already holds a run, or other files: --resume continues it, --overwrite "
-                         "sets it aside, --out_dir=FOLDER leaves it alone")
+    with ExitStack() as held:
+        with processes.first():
+            if processes.rank == 0:
+                held.enter_context(lock(folder))
+            there = os.listdir(folder) if os.path.lexists(folder) else []
+            if there and not resume and not overwrite:
+                raise ValueError(f"{folder} already holds a run, or other files: --resume continues it, "
+                                 "--overwrite sets it aside, --out_dir=FOLDER leaves it alone")
+            saved = read_state(folder) if resume else None
+        yield saved
 
 def set_aside(folder):
     """Rename what is in the way of a new run, if anything is."""
-    folder, n = Path(folder), 1
     if not folder.is_dir() or not os.listdir(folder):
         return
-    old = folder.with_name(f"{folder.name}.old")
+    old, n = folder.with_name(f"{folder.name}.old"), 1
     while os.path.lexists(old):
         n += 1
         old = folder.with_name(f"{folder.name}.old{n}")
     os.rename(folder, old)
     print(f"{folder} is now {old}", flush=True)
 
+@dataclass
 class Run:
-    """A run's folder, written by process 0, and its progress."""
+    """A run: what is trained, and the folder that process 0 writes."""
+    folder: Path
+    processes: Processes
+    model: torch.nn.Module
+    data: Data
+    optimizer: torch.optim.Optimizer
+    settings: list                  # as flags of train.py
+    progress: Progress
+    signal: int | None = None       # that the program was sent
 
-    def __init__(self, folder, processes, settings, progress):
-        self.folder, self.processes, self.settings = Path(folder), processes, settings
-        self.progress, self.begun, self.signal = progress, time.perf_counter(), None
-
-    def begin(self, model, data, optimizer):
-        """From now on, note Ctrl-C and kill instead of ending at once."""
-        self.model, self.data, self.optimizer = model, data, optimizer
+    def begin(self, new):
+        """Take over the folder: set aside what is in the way of a new run, and clean up after one that
+        was killed. From now on, note Ctrl-C and kill instead of ending at once."""
+        self.begun = time.perf_counter()
+        self.meter = Meter(self.progress.step)
         before, now = self.progress.machine, self.processes.machine()
         if before and before != now:
             self.processes.say(f"begun with {before}; now {now}: the result will not be the same to the "
                                "last bit")
         self.progress.machine = now
         if self.processes.rank == 0:
+            if new:
+                set_aside(self.folder)
             clean(self.folder, [*checkpoint.FILES, STATE, LOG])
-            clean_folders(self.folder / "steps")
 
         def stop(signum, _):
             self.signal = signum
@@ -204,7 +207,8 @@ class Run:
 
     def record(self, **line):
         """Add a line to the log."""
-        self.progress.log += json.dumps({"step": self.progress.step, **line}) + "\n"
+        line = {"step": self.progress.step, **line}
+        self.progress.log += json.dumps(line) + "\n"
         if self.processes.rank == 0:
             write_file(self.folder / LOG, self.progress.log.encode())
 
@@ -217,7 +221,8 @@ class Run:
     def save_model(self, loss=None, bpb=None, name=""):
         """Write the model for others to load, into the folder `name` of this one."""
         if self.processes.rank == 0:
-            checkpoint.save(self.folder / name, self.model, self.data.tokenizer, self.info(loss, bpb))
+            info = self.info(loss, bpb)
+            checkpoint.save(self.folder / name, self.model, self.data.tokenizer, info)
 
     def save_state(self):
         """Write what the run can be continued from."""
@@ -260,12 +265,13 @@ class Run:
 class Meter:
     """Losses and tokens between two log lines."""
 
-    def __init__(self, first_step, last_step):
-        self.first, self.last, self.begun = first_step, last_step, time.perf_counter()
+    def __init__(self, first_step):
+        self.first, self.begun = first_step, time.perf_counter()
         self.restart()
 
     def restart(self):
-        self.losses, self.tokens, self.marked = [], 0, time.perf_counter()
+        self.losses, self.tokens = [], 0
+        self.marked = time.perf_counter()
 
     @contextmanager
     def paused(self):
@@ -278,13 +284,14 @@ class Meter:
         self.losses.append(loss)
         self.tokens += tokens
 
-    def log(self, run):
+    def log(self, run, last_step):
         """Print and log the mean loss and the speed since the last log line."""
         now, step = time.perf_counter(), run.progress.step
         loss = run.processes.mean(sum(self.losses) / len(self.losses))
         speed = self.tokens / (now - self.marked)
-        left = (now - self.begun) / (step - self.first) * (self.last - step)
-        run.processes.say(f"step {step:5d}/{self.last}  loss {loss:.4f}  "
+        seconds_per_step = (now - self.begun) / (step - self.first)
+        left = seconds_per_step * (last_step - step)
+        run.processes.say(f"step {step:5d}/{last_step}  loss {loss:.4f}  "
                           f"{speed:,.0f} tokens/s  {clock(left)} left")
         run.record(loss=loss, tokens_per_s=round(speed))
         run.refuse_nan(loss)

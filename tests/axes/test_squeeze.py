@@ -13,7 +13,7 @@ from minisa.axes.heads import Matched, Mixed
 from minisa.axes.lowrank import Corrected
 from minisa.axes.squeeze import POLICIES, Floats, Snap, Squeezing, Whole, budgets, loss, read, units
 from minisa.kit import cli
-from minisa.kit.data import Data, tokenize
+from minisa.kit.data import tokenize
 from minisa.kit.tokenizer import Tokenizer
 from minisa.model import GPT, GPTConfig, rope_angles, rotate
 
@@ -387,7 +387,7 @@ BYTES = Tokenizer([bytes([b]) for b in range(256)])
 
 @pytest.fixture
 def data(text, tmp_path):
-    return Data(tokenize(text, tokenizer=BYTES, folder=tmp_path))
+    return tokenize(text, tokenizer=BYTES, folder=tmp_path)
 
 def test_bits_per_byte_are_those_of_the_last_quarters_of_windows(data):
     model = make(vocab_size=256)

@@ -294,6 +294,10 @@ def with_another(model, linear):
     model.blocks[1].attn.out = linear
     return model
 
+def with_norm(model, norm):
+    model.blocks[1].norm = norm.eval()
+    return model
+
 def watching(cache):
     cache.watch = lambda P: None
     return cache
@@ -319,8 +323,9 @@ REFUSED = {
                                            KVCache(model, 1, 12)),
     "a cache that watches": lambda model: (model, watching(KVCache(model, 1, 12))),
     "a head of its own": lambda model: (with_its_own(model, "head"), KVCache(model, 1, 12)),
-    "a norm of its own": lambda model: (with_its_own(model.blocks[1], "norm") and model,
+    "a norm of its own": lambda model: (with_its_own(model.blocks[1].norm, "forward") and model,
                                         KVCache(model, 1, 12)),
+    "a norm with a gain": lambda model: (with_norm(model, torch.nn.RMSNorm(32)), KVCache(model, 1, 12)),
     "another order": lambda model: (reordered(model), KVCache(model, 1, 12)),
     "a layer in training": lambda model: (partly_training(model), KVCache(model, 1, 12)),
     "a forward of its own": lambda model: (replaced(model), KVCache(model, 1, 12)),

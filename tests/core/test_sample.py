@@ -166,7 +166,7 @@ WRONG = {
     "--squeeze_cut=half": "--squeeze_cut: ",
     "--dtype=int8": "--dtype: invalid choice: 'int8'",
     "--context=0": "0 is not a number",
-    "--prompt=": "--prompt: is empty",
+    "--prompt=": "--prompt: has 0 characters",
     "--prompt=FILE:none.txt": "No such file",
     "--prompt=FILE:out": "Permission denied" if os.name == "nt" else "Is a directory",
     "--temperature=-1": "-1 is not a number",

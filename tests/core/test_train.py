@@ -2,8 +2,10 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +21,8 @@ import torch
 import sample
 import train
 from minisa.kit import checkpoint
+from minisa.kit.cli import command
+from minisa.kit.data import Data
 from minisa.kit.files import lock
 from minisa.kit.run import LOG, STATE, read_state
 
@@ -48,6 +52,21 @@ def stored_step(folder="."):
 def same(a, b, tolerance=0.0):
     return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    """A folder with the out/ and data/ of a run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *TINY, f"--text={text}"])
+        command(train.main)
+    return folder
+
+@pytest.fixture
+def trained(finished, tmp_path):
+    """A copy of that run, in the folder that tests run in."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+
 RUNS = [([], "out/full"), (["--share=0-2"], "out/weights-0-2"),
         (["--share=1-2", "--share_kind=kv", "--n_kv_head=1"], "out/kv-1-2-kv1")]
 
@@ -69,7 +88,7 @@ def test_the_loss_of_a_finished_run_is_of_all_validation_text_unless_told(run, t
     monkeypatch.setattr(train, "EVAL_TOKENS", 64)
     status, out, err = run(train.main, *TINY, f"--text={text}", *flags)
     model, _, info = checkpoint.load("out/full")
-    data = train.Data(Path("data") / Path(info["data"]).name)
+    data = Data(Path("data") / Path(info["data"]).name)
     whole, part = data.evaluate(model), data.evaluate(model, 64)
     assert (status, err) == (0, "") and abs(whole[0] - part[0]) > 1e-3
     assert (info["val_loss"], info["val_bpb"]) == pytest.approx(part if flags else whole, rel=1e-6)
@@ -86,7 +105,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, 
     flags = [*TINY, f"--text={text}", *flags]
     run(train.main, *flags, "--out_dir=out/whole")
 
-    batch = train.Data.batch
+    batch = Data.batch
     def stop(self, step, *args, **kwargs):
         if step == at:
             if how == "killed":
@@ -94,7 +113,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, 
             signal.raise_signal(signal.SIGINT)
         return batch(self, step, *args, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Data, "batch", stop)
+        patch.setattr(Data, "batch", stop)
         status, out, _ = run(train.main, *flags, "--out_dir=out/stopped")
     assert status == 130
     if how == "stopped":
@@ -127,12 +146,12 @@ def test_a_run_is_alone_in_its_folder_and_goes_on_when_killed(run, text, tmp_pat
     assert at >= 20 and at % 20 == 0
     status, _, err = run(train.main, "--resume", "--learning_rate=0.5")
     assert status == 2 and "--learning_rate=0.5: the run in out/full was started with" in err
-    batch = train.Data.batch
+    batch = Data.batch
     def stop_soon(self, step, *args, **kwargs):
         if step == at + 3:
             signal.raise_signal(signal.SIGTERM)
         return batch(self, step, *args, **kwargs)
-    monkeypatch.setattr(train.Data, "batch", stop_soon)
+    monkeypatch.setattr(Data, "batch", stop_soon)
     status, out, _ = run(train.main, "--resume")
     assert status == 143 and f"stopped at step {at + 4}" in out and stored_step() == at + 4
 
@@ -159,13 +178,22 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(run, text, monke
     assert status == 2 and "the loss is nan at step 9" in err and "last good checkpoint" in err
     assert stored_step() == 5 and all(w.isfinite().all() for w in weights("out/full").values())
 
-def test_micro_batches_and_processes_do_not_change_the_result(run, text, tmp_path):
+def run_by_torchrun():
+    """What torchrun --standalone --nproc_per_node=2 does, but without importing torch three times."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    torchrun = LaunchConfig(1, 1, 2, run_id="two", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+                            start_method="fork", max_restarts=0, monitor_interval=0.1)
+    assert elastic_launch(torchrun, train.main)() == {0: 0, 1: 0}
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start as copies of this one")
+def test_micro_batches_and_processes_do_not_change_the_result(run, text, monkeypatch):
     run(train.main, *TINY, f"--text={text}", "--out_dir=out/one")
     run(train.main, *TINY, f"--text={text}", "--out_dir=out/four", "--gradient_accumulation_steps=4")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, ROOT / "train.py", *TINY, f"--text={text}", "--out_dir=out/two"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--text={text}", "--out_dir=out/two"])
+    process = multiprocessing.get_context("fork").Process(target=run_by_torchrun)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
     for other in ("out/four", "out/two"):
         assert same(weights("out/one"), weights(other), 2e-4), other
         assert log(other, "loss") == pytest.approx(log("out/one", "loss"), abs=1e-4)
@@ -205,8 +233,8 @@ WRONG = {
     "--max_iters=1.5": "invalid int value",
     "--gradient_accumulation_steps=3": "must be a multiple of processes",
     "--vocab_size=100": "--vocab_size=100: must be at least 256",
-    "--text=none.txt": "--text=none.txt: No such file",
-    "--text=.": "--text=.: Permission denied" if os.name == "nt" else "--text=.: Is a directory",
+    "--text=none.txt": "error: none.txt: No such file",
+    "--text=.": ".: Permission denied" if os.name == "nt" else "error: .: Is a directory",
     "--tokenizer=words": "--tokenizer: invalid choice: 'words'",
     "--device=tpu": "--device: tpu is not on this machine",
     "--device=cuda:9": "--device: cuda:9 is not on this machine",
@@ -229,9 +257,8 @@ def test_a_wrong_flag_gets_one_line_and_status_2_and_leaves_no_run(run, text, fl
     assert status == 2 and WRONG[flag] in err and err.count("\n") == 1
     assert not [path for path in Path("out").glob("*") if path.suffix != ".lock"]
 
-def test_a_run_is_not_overwritten_unless_told(run, text):
+def test_a_run_is_not_overwritten_unless_told(run, text, trained):
     flags = [*TINY, f"--text={text}"]
-    run(train.main, *flags)
     before = weights("out/full")
     status, _, err = run(train.main, *flags, "--seed=2")
     assert status == 2 and "out/full already holds a run" in err and "--overwrite" in err
@@ -306,7 +333,7 @@ def test_to_compile_without_a_compiler_is_refused_in_one_line(run, text, monkeyp
     monkeypatch.setattr(config.cpp, "cxx", (None, "/no/such/compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
-    status, _, err = run(train.main, *TINY, f"--text={text}", "--compile")
+    status, _, err = run(train.main, *TINY, f"--text={text}", "--n_layer=1", "--compile")
     assert status == 2 and "--compile: torch.compile needs a C++ compiler" in err and err.count("\n") == 1
     assert not [path for path in Path("out").glob("*") if path.suffix != ".lock"]
 
@@ -383,8 +410,7 @@ HARMS = {
 }
 
 @pytest.mark.parametrize("name", HARMS)
-def test_what_is_no_state_of_a_run_is_not_resumed(run, text, name):
-    run(train.main, *TINY, f"--text={text}")
+def test_what_is_no_state_of_a_run_is_not_resumed(run, trained, name):
     file = Path("out/full") / STATE
     HARMS[name](file)
     before = contents("out/full")
@@ -444,8 +470,7 @@ def test_a_text_that_moved_can_be_named_and_another_is_refused(run, text, tmp_pa
     status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data", "--text=b.txt")
     assert status == 2 and "--text=FILE" in err
 
-def test_tokens_of_another_tokenizer_are_not_taken_for_a_models_own(run, text):
-    run(train.main, *TINY, f"--text={text}")
+def test_tokens_of_another_tokenizer_are_not_taken_for_a_models_own(run, text, trained):
     where = next(Path("data").iterdir())
     run(train.main, *TINY, f"--text={text}", "--vocab_size=280", "--data_dir=other", "--out_dir=out/b")
     other = next(Path("other").iterdir())
@@ -458,25 +483,39 @@ def test_tokens_of_another_tokenizer_are_not_taken_for_a_models_own(run, text):
 def test_a_run_is_locked_before_its_state_is_read(run, text, monkeypatch):
     run(train.main, *TINY, f"--text={text}", "--max_iters=4", "--eval_interval=2")
     before = contents("out")
-    monkeypatch.setattr(train, "read_state", None)              # it must not come to this
+    monkeypatch.setattr("minisa.kit.run.read_state", None)      # it must not come to this
     with lock("out/full"):
         status, _, err = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
     assert status == 2 and "another program is writing there" in err and contents("out") == before
 
+def train_as(rank, port, flags):
+    """What a process of torchrun does; its errors go to a file."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
+    os.dup2(os.open(f"errors{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.argv = ["train.py", *flags]
+    command(train.main)
+
 @pytest.mark.parametrize("flags", [["--resume", "--out_dir=out/full"], ["--share=9-12"]], ids=str)
-@pytest.mark.skipif(os.name == "nt", reason="needs libuv, which torch for Windows lacks")
-def test_what_the_first_process_refuses_ends_the_others_quietly(run, text, tmp_path, flags):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start as copies of this one")
+def test_what_the_first_process_refuses_ends_the_others_quietly(text, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "train.py", *TINY, f"--text={text}", *flags]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    copies = multiprocessing.get_context("fork")
+    flags = [*TINY, f"--text={text}", *flags]
     with lock("out/full"):
-        both = [subprocess.Popen(command, cwd=tmp_path, env={**env, "RANK": rank}, text=True,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in "01"]
-        errors = "".join(process.communicate(timeout=120)[1] for process in both)
+        both = [copies.Process(target=train_as, args=(rank, port, flags)) for rank in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(timeout=60)
+    assert all(process.exitcode for process in both)
+    errors = "".join(Path(f"errors{rank}").read_text() for rank in range(2))
     ours = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
-    assert all(process.returncode for process in both) and len(set(ours)) == 1
+    assert len(set(ours)) == 1
     assert "Connection closed" not in errors and 'File "' + str(ROOT) not in errors
 
 def test_what_a_killed_run_left_half_written_goes(run, text):

@@ -130,7 +130,7 @@ def test_a_model_that_is_its_own_parent_is_refused(folder):
     small = folder.parent / "small"
     change_json(small, ours(parent={"source": ".", "sha256": "0"}))
     rewrite(small, lambda tensors: None)
-    with pytest.raises(ValueError, match="derived from itself"):
+    with pytest.raises(ValueError, match="derived in more than"):
         minisa.load(folder.parent / "small")
 
 def test_a_parent_in_a_folder_of_the_name_of_the_download_is_that_folder(folder):
@@ -236,7 +236,7 @@ def write():
     try:
         assert writer.stdout.readline() == b"ready\n"
         seen = set()
-        for _ in range(50):
+        for _ in range(20):
             model, _, info = minisa.load(folder)
             seen.add(info["step"])
             assert info["step"] == 7 or torch.equal(model(IDX)[0], expected[info["step"]])
@@ -260,7 +260,7 @@ def test_the_package_works_outside_the_checkout_and_loads_without_torchs_compile
 
 def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(OSError, match="taken/run: could not be written .*choose another folder"):
+    with pytest.raises(OSError, match="taken/run: could not be written .*choose another name or folder"):
         checkpoint.save(tmp_path / "taken" / "run", make(), TOKENIZER, INFO)
     assert (tmp_path / "taken").read_text() == "a file"
 

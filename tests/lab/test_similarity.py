@@ -52,7 +52,7 @@ def made(text, tmp_path_factory):
     """A folder with a run that kept three of its steps. Nothing was trained: each step is another model."""
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     folder = tmp_path_factory.mktemp("similarity")
-    data = Data(tokenize(text, vocab_size=300, folder=folder / "data"))
+    data = tokenize(text, vocab_size=300, folder=folder / "data")
     info = {**checkpoint.UNKNOWN, "data": str(data.folder)}
     for seed, path in enumerate(("steps/00000200", "steps/00000400", "steps/00010000", ".")):
         model = random_model(seed, vocab_size=data.tokenizer.vocab_size, n_layer=3)
@@ -140,7 +140,7 @@ def test_another_text_can_be_read(run, trained, monkeypatch, tmp_path):
     (["run", "--context=1"], "--context"),
     (["run", "--out_dir=run/config.json"], "is a file; name a folder"),
     (["run", "--device=none"], "none is not on this machine"),
-    (["run", "--text=none.txt"], "--text=none.txt"),
+    (["run", "--text=none.txt"], "none.txt: No such file"),
     (["run/steps/00000200", "--history"], "--keep_every"),
     ([], "MODEL"),
 ], ids=str)
