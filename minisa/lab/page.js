@@ -1,0 +1,567 @@
+// The page around decode.js: what is drawn, and what can be clicked.
+//
+// What is shown follows from the controls alone: the prompt, seed, temperature, sharing, and the goal,
+// which is how many tokens to generate. Whatever is changed, the text is generated again from the start.
+"use strict";
+
+const find = (selector, inside = document) => inside.querySelector(selector);
+const control = (name) => find(`#${name}`);
+const written = (number) => number.toLocaleString("en-US");
+const MOST = 1000; // tokens generated
+const LONGEST = 100000; // characters of a prompt that are looked at
+const SLICE = 12; // ms of work between two pictures
+const SHOWN_TOKENS = 6; // of the likeliest next ones
+
+const models = JSON.parse(control("models").textContent).map(open_model);
+let goal = 12;
+let playing = false;
+
+// How a token is written where its ends must be seen.
+function label(tokenizer, id) {
+  const text = tokenizer.text(id);
+  if (!text.includes("\ufffd")) return text.replace(/\n/g, "⏎").replace(/ /g, "␣");
+  return Array.from(tokenizer.bytes(id), (byte) => "\\x" + byte.toString(16).padStart(2, "0")).join("");
+}
+
+// ---- one model: its state, and its part of the page ----
+
+class Side {
+  constructor(model, index) {
+    this.model = model;
+    this.reuse = model.kinds.map((kind) => kind !== "full");
+    this.kind = model.config.share_kind;
+    this.element = control("side").content.cloneNode(true).firstElementChild;
+    control("sides").append(this.element);
+    this.part("name").textContent = `${"AB"[index]}: ${model.name}`;
+    this.part("trained").textContent = model.config.share
+      ? `trained with --share=${model.config.share}` : "trained with full attention";
+    this.ms = 0;
+    this.build();
+  }
+
+  part(name) {
+    return find(`.${name}`, this.element);
+  }
+
+  build() {
+    const { n_layer, share } = this.model.config;
+    this.part("hint").textContent = share ? "Layers 0 and up, from below. Some were trained to reuse."
+      : "Click a layer: it takes from the layer below, without having been trained to.";
+    this.rows = Array.from({ length: n_layer }, () => {
+      const row = document.createElement("li");
+      row.className = "layer";
+      row.innerHTML = "<button type=button role=switch><b></b><small></small><span class=switch></span></button>"
+        + "<canvas role=img></canvas>";
+      this.part("layers").prepend(row); // layer 0 at the bottom, as each builds on the one below
+      return row;
+    });
+    this.rows.forEach((row, l) => {
+      find("button", row).onclick = () => this.share(this.reuse.map((on, i) => (i === l ? !on : on)));
+    });
+    for (const radio of this.element.querySelectorAll("[type=radio]")) {
+      radio.name = `kind-${this.model.name}-${this.part("name").textContent}`;
+      radio.disabled = Boolean(share) && radio.value !== this.kind;
+      radio.onchange = () => this.share(this.reuse, radio.value);
+    }
+    this.part("as-trained").onclick = () => this.share(this.model.kinds.map((kind) => kind !== "full"));
+    for (const canvas of this.element.querySelectorAll("canvas")) {
+      canvas.onpointermove = (event) => this.point(Math.floor((event.offsetX - GUTTER) / this.box));
+      canvas.onpointerleave = () => this.point(null);
+    }
+    find("summary", this.element).textContent = `The text, ${written(this.model.passage_bytes)} bytes`;
+    find("blockquote", this.element).textContent = this.model.passage;
+    this.as_trained = null;
+    this.share(this.reuse);
+  }
+
+  // Lets other layers reuse, or reuse something else, and begins again.
+  share(reuse, kind = this.kind) {
+    this.reuse = reuse;
+    this.kind = kind;
+    this.kinds = kinds_of(reuse, kind);
+    for (const radio of this.element.querySelectorAll("[type=radio]")) radio.checked = radio.value === kind;
+    const share = share_of(reuse);
+    const flags = share && share !== this.model.config.share
+      ? ` --share=${share}` + (kind === "weights" ? "" : ` --share_kind=${kind}`) : "";
+    this.part("command").textContent = `python sample.py ${this.model.name}${flags}`;
+    this.changed = this.kinds.some((each, l) => each !== this.model.kinds[l]);
+    this.part("as-trained").disabled = !this.changed;
+    this.rows.forEach((row, l) => this.describe(row, l));
+    this.reading = new Reading(this.model, this.kinds);
+    this.restart();
+  }
+
+  describe(row, l) {
+    const on = this.reuse[l];
+    const is_anchor = !on && this.reuse[l + 1];
+    const locked = l === 0 || this.model.kinds[l] !== "full";
+    row.className = `layer${on ? " reuse" : ""}${on || is_anchor ? " span" : ""}`;
+    const button = find("button", row);
+    button.disabled = locked;
+    button.ariaChecked = String(Boolean(on));
+    button.ariaLabel = `Layer ${l} reuses what layer ${l - 1} computes`;
+    find("b", button).textContent = `Layer ${l}`;
+    const taken = this.kind === "weights" ? "P" : "K and V";
+    const from = this.reuse.lastIndexOf(false, l);
+    find("small", button).textContent = on ? `takes ${taken} from ${from}`
+      : is_anchor ? `anchor: hands up ${taken}` : "full attention";
+    find(".switch", button).textContent = locked ? "" : on ? "make it full" : "make it reuse";
+  }
+
+  // Reads the prompt anew.
+  restart() {
+    const { tokenizer, config } = this.model;
+    const ids = tokenizer.encode(control("prompt").value.slice(-LONGEST) || "\n");
+    const farthest = config.block_size * config.n_layer; // what all layers together can see
+    this.tokens = ids.slice(-farthest);
+    this.left_out = ids.length - this.tokens.length;
+    this.n_prompt = this.tokens.length;
+    this.decoder = new Decoder(this.model, this.kinds);
+    this.random = uniform(Number(control("seed").value) || 0);
+    this.all = { flops: 0, read_bytes: 0 };
+    this.written = 0;
+    this.part("text").replaceChildren();
+    this.utf8 = new TextDecoder();
+    wake();
+  }
+
+  get behind() {
+    return this.n_prompt > 0 && this.decoder.length < this.n_prompt + goal;
+  }
+
+  // Reads the next token: of the prompt, or the one that is drawn now.
+  advance() {
+    const { tokens, decoder } = this;
+    if (decoder.length === tokens.length) {
+      tokens.push(draw(this.logits, Number(control("temperature").value), this.random()));
+    }
+    const begin = performance.now();
+    this.logits = decoder.step(tokens[decoder.length]);
+    const ms = performance.now() - begin;
+    this.ms = this.ms ? 0.97 * this.ms + 0.03 * ms : ms;
+    this.cost = predict(this.model.config, this.kinds, decoder.S);
+    this.all.flops += this.cost.flops;
+    this.all.read_bytes += this.cost.read_bytes;
+  }
+
+  show() {
+    this.show_passage();
+    if (!this.decoder.length) return;
+    this.show_text();
+    this.show_layers();
+    this.show_bill();
+    this.show_next();
+  }
+
+  show_text() {
+    const box = this.part("text");
+    const { length, size } = this.decoder;
+    find(".newest", box)?.classList.remove("newest");
+    for (; this.written < length; this.written++) {
+      const span = document.createElement("span");
+      if (this.written < this.n_prompt) span.className = "prompt";
+      span.textContent = this.utf8.decode(this.model.tokenizer.bytes(this.tokens[this.written]), { stream: true });
+      box.append(span);
+      if (this.written >= size) box.children[this.written - size].classList.add("gone");
+    }
+    box.lastChild.classList.add("newest");
+    box.scrollTop = box.scrollHeight;
+  }
+
+  show_bill() {
+    const full = predict(this.model.config, this.kinds.map(() => "full"), this.decoder.S);
+    const { cost, all } = this;
+    const percent = (name) => `${(100 * cost[name] / full[name]).toFixed(0)} %`;
+    const is_full = this.decoder.length > this.decoder.size;
+    const rows = [
+      ["cache, bytes", is_full ? 0 : cost.cache_bytes_per_token, cost.cache_bytes, percent("cache_bytes")],
+      ["FLOPs", cost.flops, all.flops, percent("flops")],
+      ["bytes read", cost.read_bytes, all.read_bytes, percent("read_bytes")],
+    ];
+    const body = find("tbody", this.element);
+    while (body.rows.length < rows.length) body.append(document.createElement("tr"));
+    rows.forEach(([name, ...cells], i) => {
+      const texts = cells.map((cell) => `<td>${typeof cell === "string" ? cell : written(cell)}</td>`);
+      body.rows[i].innerHTML = `<th scope=row>${name}</th>${texts.join("")}`;
+    });
+    const bar = this.part("bar");
+    const stored = (name) => this.kinds.filter((kind) => KINDS[kind].makes.includes(name)).length;
+    for (const [i, name] of ["k", "v"].entries()) {
+      bar.children[i].style.width = `${50 * stored(name) / this.kinds.length}%`;
+      bar.children[i].textContent = stored(name) ? ["keys", "values"][i] : "";
+    }
+    bar.ariaLabel = `The cache takes ${percent("cache_bytes")} of what full attention stores`;
+    const speed = Number((1000 / this.ms).toPrecision(2));
+    this.part("speed").textContent = `${written(cost.parameters)} parameters; about ${written(speed)} tokens/s here and now`;
+  }
+
+  show_next() {
+    const p = softmax(this.logits);
+    const likeliest = Array.from(p.keys()).sort((a, b) => p[b] - p[a]).slice(0, SHOWN_TOKENS);
+    const list = find(".next ol", this.element);
+    while (list.children.length < likeliest.length) list.append(document.createElement("li"));
+    likeliest.forEach((id, i) => {
+      const [item, text, share] = [list.children[i], document.createElement("code"), `${(100 * p[id]).toFixed(1)} %`];
+      text.textContent = label(this.model.tokenizer, id);
+      item.replaceChildren(text, share);
+      item.style.setProperty("--p", share.replace(" ", ""));
+    });
+  }
+
+  // ---- the layers ----
+
+  // How wide a column is: as many columns as needed, and no wider than 28 pixels.
+  fit(width) {
+    let columns = this.decoder.size;
+    const needed = Math.max(this.decoder.S, width / 28);
+    while (columns / 2 >= needed) columns /= 2;
+    this.box = width / columns;
+    return Math.floor(columns);
+  }
+
+  show_layers() {
+    const { P, S, H, slot } = this.decoder;
+    const head = control("head").value;
+    const heads = head === "mean" ? Array.from({ length: H }, (_, h) => h) : [Math.min(Number(head), H - 1)];
+    const mean = (P, s) => heads.reduce((sum, h) => sum + P[h * S + s], 0) / heads.length;
+    this.weights = P.map((rows) => Float32Array.from({ length: S }, (_, s) => mean(rows, s)));
+    this.rows.forEach((row, l) => {
+      const paint = new Paint(find("canvas", row), this);
+      const { makes } = KINDS[this.kinds[l]];
+      const from = `layer ${this.reuse.lastIndexOf(false, l)}`;
+      paint.strip("P", makes.includes("q"), (s) => paint.weight(this.weights[l][s]));
+      for (const name of ["K", "V"]) {
+        const kept = makes.includes(name.toLowerCase());
+        const none = { weights: `no keys: P comes from ${from}`, kv: `those of ${from}, not stored again` };
+        paint.strip(name, kept, kept ? () => paint.stored(name) : null, none[this.kinds[l]]);
+      }
+      paint.frame(slot);
+      paint.context.canvas.ariaLabel = `Layer ${l}, ${S} tokens visible. Stored here: `
+        + (makes.includes("k") ? "keys and values" : makes.includes("v") ? "values, no keys" : "nothing");
+    });
+    this.show_axis();
+    if (S === this.decoder.size) {
+      this.part("hint").textContent = "The cache is full: each new token takes the slot of the oldest.";
+    }
+    this.point(this.pointed);
+  }
+
+  show_axis() {
+    const paint = new Paint(find(".axis canvas", this.element), this);
+    if (this.box < 8) return;
+    const { context } = paint;
+    context.fillStyle = paint.color("ink");
+    context.textAlign = "right";
+    for (let s = 0; s < this.decoder.S; s++) {
+      context.save();
+      context.translate(GUTTER + (s + 0.5) * this.box, 3);
+      context.rotate(-Math.PI / 2);
+      context.fillText(label(this.model.tokenizer, this.tokens[this.position(s)]), 0, 0, paint.height - 4);
+      context.restore();
+    }
+  }
+
+  // A slot → the position of the token that it holds.
+  position(slot) {
+    const { length, size } = this.decoder;
+    return length - 1 - (length - 1 - slot) % size;
+  }
+
+  // Says which token is in a column, and how much each layer looks at it.
+  point(column) {
+    const seen = column !== null && column >= 0 && column < this.decoder.S;
+    this.pointed = seen ? column : null;
+    find(".at", this.element)?.classList.remove("at");
+    this.part("pointed").textContent = "";
+    if (!seen) return;
+    const position = this.position(column);
+    this.part("text").children[position]?.classList.add("at");
+    const looks = this.weights.map((row, l) => `layer ${l} ${(100 * row[column]).toFixed(0)} %`);
+    const name = label(this.model.tokenizer, this.tokens[position]);
+    this.part("pointed").textContent = `Token ${position}, “${name}”. Looked at: ${looks.join(", ")}`;
+  }
+
+  show_passage() {
+    const { reading, model } = this;
+    if (!this.changed && reading.done) this.as_trained = reading;
+    this.part("bpb").textContent = reading.n ? reading.bits_per_byte.toFixed(2) : "…";
+    let change = reading.done ? `± ${reading.error().toFixed(2)}` : `after ${reading.n} of ${model.passage_ids.length - 1} tokens`;
+    if (this.changed && this.as_trained && reading.done) {
+      const more = reading.bits_per_byte - this.as_trained.bits_per_byte;
+      const error = reading.error(this.as_trained);
+      change += Math.abs(more) < 2.5 * error ? "; this text shows no difference to the model as trained"
+        : `; as trained ${this.as_trained.bits_per_byte.toFixed(2)}: ${more > 0 ? "+" : "−"}${Math.abs(more).toFixed(2)} ± ${error.toFixed(2)}`;
+    }
+    this.part("change").textContent = change;
+  }
+}
+
+// The loss on the built-in text, token after token.
+class Reading {
+  constructor(model, kinds) {
+    model.passage_ids ??= model.tokenizer.encode(model.passage);
+    this.ids = model.passage_ids;
+    this.tokenizer = model.tokenizer;
+    this.decoder = new Decoder(model, kinds);
+    this.nats = []; // of each token but the first
+    this.bytes = 0;
+  }
+
+  get n() {
+    return this.nats.length;
+  }
+
+  get done() {
+    return this.n === this.ids.length - 1;
+  }
+
+  advance() {
+    const p = softmax(this.decoder.step(this.ids[this.n]));
+    const next = this.ids[this.n + 1];
+    this.nats.push(-Math.log(p[next]));
+    this.bytes += this.tokenizer.bytes(next).length;
+  }
+
+  get bits_per_byte() {
+    return this.nats.reduce((a, b) => a + b) / Math.LN2 / this.bytes;
+  }
+
+  // The standard error of bits_per_byte, or of its difference to another reading of this text.
+  error(other) {
+    const nats = this.nats.map((number, i) => number - (other ? other.nats[i] : 0));
+    const mean = nats.reduce((a, b) => a + b) / this.n;
+    const variance = nats.reduce((sum, number) => sum + (number - mean) ** 2, 0) / (this.n - 1);
+    return Math.sqrt(variance * this.n) / Math.LN2 / this.bytes;
+  }
+}
+
+// ---- drawing ----
+
+const GUTTER = 22; // pixels for the letters on the left
+let colors = {};
+
+// A canvas of strips, one below the other, each with a box for a slot.
+class Paint {
+  constructor(canvas, side) {
+    const [width, height, scale] = [canvas.clientWidth, canvas.clientHeight, devicePixelRatio];
+    if (canvas.width !== Math.round(width * scale)) canvas.width = Math.round(width * scale);
+    if (canvas.height !== Math.round(height * scale)) canvas.height = Math.round(height * scale);
+    this.context = canvas.getContext("2d");
+    this.context.setTransform(scale, 0, 0, scale, 0, 0);
+    this.context.clearRect(0, 0, width, height);
+    this.context.font = "11px system-ui, sans-serif";
+    this.context.textBaseline = "middle";
+    this.columns = side.fit(width - GUTTER - 2);
+    this.S = side.decoder.S;
+    this.box = side.box;
+    this.height = height;
+    this.strip_height = (height - 2) / 3 - 4;
+    this.y = 1;
+  }
+
+  color(name) {
+    return colors[name] ??= getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
+  }
+
+  // A strip with a letter before it. paint(s) fills the box of slot s; its frame is dashed unless the
+  // layer computes it itself. none: what to say where there is nothing.
+  strip(name, own, paint, none) {
+    const { context, strip_height: h } = this;
+    const hue = { P: "ink", K: "keys", V: "values" }[name];
+    context.textAlign = "center";
+    context.fillStyle = this.color(own ? hue : "dim");
+    context.font = `${own ? "bold " : ""}13px system-ui, sans-serif`;
+    context.fillText(name, 9, this.y + h / 2);
+    context.strokeStyle = this.color(own ? "line" : "dim");
+    context.setLineDash(own ? [] : [4, 3]);
+    context.strokeRect(GUTTER - 0.5, this.y - 0.5, this.columns * this.box + 1, h + 1);
+    context.setLineDash([]);
+    this.x = GUTTER;
+    for (let s = 0; paint && s < this.S; s++, this.x += this.box) paint(s);
+    if (!paint) {
+      context.textAlign = "left";
+      context.fillStyle = this.color("dim");
+      context.font = "12px system-ui, sans-serif";
+      context.fillText(none, GUTTER + 8, this.y + h / 2, this.columns * this.box - 12);
+    }
+    this.y += h + 5;
+  }
+
+  weight(p) {
+    this.context.globalAlpha = Math.sqrt(p);
+    this.context.fillStyle = this.color("ink");
+    this.context.fillRect(this.x, this.y, this.box, this.strip_height);
+    this.context.globalAlpha = 1;
+  }
+
+  stored(name) {
+    const { context, x, y, box, strip_height: h } = this;
+    const gap = box > 4 ? 1 : 0.25;
+    context.fillStyle = this.color(name === "K" ? "keys" : "values");
+    context.fillRect(x + gap, y + gap, box - 2 * gap, h - 2 * gap);
+    if (name === "K") {
+      context.fillStyle = this.stripes();
+      context.fillRect(x + gap, y + gap, box - 2 * gap, h - 2 * gap);
+    }
+    if (box < 11) return;
+    context.fillStyle = this.color("on");
+    context.font = "bold 11px system-ui, sans-serif";
+    context.fillText(name, x + box / 2, y + h / 2 + 0.5);
+  }
+
+  stripes() {
+    if (colors.stripes) return colors.stripes;
+    const tile = new OffscreenCanvas(6, 6);
+    const context = tile.getContext("2d");
+    context.strokeStyle = this.color("ground");
+    context.globalAlpha = 0.45;
+    for (const x of [-6, 0, 6]) {
+      context.moveTo(x, 6);
+      context.lineTo(x + 6, 0);
+    }
+    context.stroke();
+    return colors.stripes = this.context.createPattern(tile, "repeat");
+  }
+
+  // A frame around the newest token's column.
+  frame(slot) {
+    const { context, box } = this;
+    context.strokeStyle = this.color("ink");
+    context.lineWidth = 2;
+    context.strokeRect(GUTTER + slot * box, 1, Math.max(box, 3), this.y - 6);
+    context.lineWidth = 1;
+  }
+}
+
+// ---- the loop: work for some milliseconds, draw, and again while there is something to do ----
+
+let asked = false;
+let due = 0;
+
+function wake() {
+  if (!asked) requestAnimationFrame(frame);
+  asked = true;
+}
+
+function frame(now) {
+  asked = false;
+  const interval = 1000 / Number(control("speed").value);
+  if (playing && now >= due && !sides.some((side) => side.behind)) {
+    goal += 1;
+    due = Math.max(due + interval, now);
+  }
+  const end = performance.now() + SLICE;
+  const busy = (is_busy, work) => {
+    const waiting = sides.filter(is_busy);
+    for (const each of waiting) work(each);
+    return waiting.length && performance.now() < end;
+  };
+  while (busy((side) => side.behind, (side) => side.advance()));
+  while (busy((side) => !side.reading.done, (side) => side.reading.advance()));
+  for (const side of sides) side.show();
+  if (goal >= MOST && playing) play(false);
+  say();
+  if (playing || sides.some((side) => side.behind || !side.reading.done)) wake();
+}
+
+function say() {
+  const prompt = control("prompt").value;
+  const notes = [];
+  const left_out = Math.max(...sides.map((side) => side.left_out));
+  if (!prompt) notes.push("The prompt is empty, so the text begins with a line end.");
+  if (left_out) notes.push(`A long prompt: its first ${written(left_out)} tokens cannot influence the text, and were left out.`);
+  if (sides.some((side) => !side.n_prompt)) notes.push("The model has no token for any of this prompt: type another.");
+  if (goal >= MOST) notes.push(`${written(MOST)} tokens are enough: restart, or type another prompt.`);
+  const note = notes.join(" ");
+  if (control("note").textContent !== note) control("note").textContent = note;
+}
+
+// ---- controls ----
+
+function play(on) {
+  playing = on && goal < MOST;
+  due = 0;
+  control("play").textContent = playing ? "Pause" : "Play";
+  wake();
+}
+
+function step() {
+  play(false);
+  goal = Math.min(goal + 1, MOST);
+}
+
+function restart(new_goal = goal) {
+  goal = new_goal;
+  control("degrees").textContent = control("temperature").value;
+  for (const side of sides) side.restart();
+}
+
+control("play").onclick = () => play(!playing);
+control("step").onclick = step;
+control("restart").onclick = () => restart(0);
+control("head").onchange = wake;
+for (const name of ["prompt", "seed", "temperature"]) control(name).oninput = () => restart(Math.min(goal, 100));
+
+document.onkeydown = (event) => {
+  const typing = event.target.matches("input:not([type=radio]), textarea, select");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "ArrowRight" && event.target.type !== "radio") step();
+  else if (event.key === " " && !event.target.matches("button, summary, input")) play(!playing);
+  else if (event.key === "Escape") tour(null);
+  else return;
+  event.preventDefault();
+};
+
+const most_heads = Math.max(...models.map((model) => model.config.n_head));
+const heads = ["mean", ...Array(most_heads).keys()];
+control("head").append(...heads.map((head) => new Option(head === "mean" ? "mean of all" : `head ${head}`, head)));
+
+// ---- the tour ----
+
+const TOUR = [
+  ["#controls", "One token at a time", "A language model writes one token at a time; a token is a piece of a word. "
+    + "Press Step: each model draws its next token from its own probabilities, and reads it."],
+  [".layers", "What is stored", "For the newest token, a full layer computes a query, a key and a value. The query is "
+    + "needed once. Keys (K) and values (V) are needed again by every later token, so they are stored: that is the KV cache. "
+    + "Each token fills one more column."],
+  [".layers", "Where a layer looks", "The query is compared with all stored keys. That gives the row P: how much the newest "
+    + "token looks at each token so far. The layer's output is the sum of the values, weighted by P."],
+  [".layer.reuse", "A reuse layer", "This layer computes no P of its own: it takes the P of the layer below, over values of "
+    + "its own. Without a P to compute, it needs no query and no keys. So it stores values only: half of what a full layer stores."],
+  [".bill", "The bill", "Each token saved in the cache saves bytes, for every token of the text. Queries, keys and comparisons "
+    + "that are not computed save FLOPs, and what is not stored need not be read. The dashed part of the bar is what "
+    + "full attention would store on top."],
+  [".layers", "Now you", "Click a layer of a model that was trained with full attention. It then reuses without having been "
+    + "trained to: its text changes, and it needs more bits per byte of held-out text. A model trained to share has learned "
+    + "to do without those keys. Switch to K and V to see the rival, which stores nothing in a reuse layer."],
+];
+let stop = null; // the step of the tour, or null
+
+function tour(number) {
+  find(".shown")?.classList.remove("shown");
+  const beginning = stop === null;
+  stop = number;
+  control("tour").hidden = stop === null;
+  if (stop === null) return control("tour-start").focus({ preventScroll: true });
+  const [selector, title, text] = TOUR[stop];
+  if (selector === ".layer.reuse" && !find(selector)) sides[0].share(sides[0].reuse.map((_, l) => l === sides[0].rows.length - 1));
+  find("h2", control("tour")).textContent = `${stop + 1} of ${TOUR.length}: ${title}`;
+  find("p", control("tour")).textContent = text;
+  control("tour-back").disabled = stop === 0;
+  control("tour-next").textContent = stop + 1 < TOUR.length ? "Next" : "Done";
+  find(selector).classList.add("shown");
+  find(selector).scrollIntoView({ block: "center" });
+  if (beginning) control("tour-next").focus({ preventScroll: true });
+}
+
+control("tour-start").onclick = () => tour(0);
+control("tour-back").onclick = () => tour(stop - 1);
+control("tour-next").onclick = () => tour(stop + 1 < TOUR.length ? stop + 1 : null);
+control("tour-end").onclick = () => tour(null);
+
+// ---- begin ----
+
+const sides = [];
+models.forEach((model, i) => sides.push(new Side(model, i)));
+matchMedia("(prefers-color-scheme: dark)").onchange = () => { colors = {}; wake(); };
+new ResizeObserver(wake).observe(control("sides"));
