@@ -45,8 +45,6 @@ class Side {
 
   build() {
     const { n_layer, share } = this.model.config;
-    this.part("hint").textContent = share ? "Layers 0 and up, from below. Some were trained to reuse."
-      : "Click a layer: it takes from the layer below, without having been trained to.";
     this.rows = Array.from({ length: n_layer }, () => {
       const row = document.createElement("li");
       row.className = "layer";
@@ -70,7 +68,7 @@ class Side {
     }
     find("summary", this.element).textContent = `The text, ${written(this.model.passage_bytes)} bytes`;
     find("blockquote", this.element).textContent = this.model.passage;
-    this.as_trained = null;
+    this.as_trained = new Reading(this.model, this.model.kinds);
     this.share(this.reuse);
   }
 
@@ -87,7 +85,7 @@ class Side {
     this.changed = this.kinds.some((each, l) => each !== this.model.kinds[l]);
     this.part("as-trained").disabled = !this.changed;
     this.rows.forEach((row, l) => this.describe(row, l));
-    this.reading = new Reading(this.model, this.kinds);
+    this.reading = this.changed ? new Reading(this.model, this.kinds) : this.as_trained;
     this.restart();
   }
 
@@ -97,14 +95,13 @@ class Side {
     const locked = l === 0 || this.model.kinds[l] !== "full";
     row.className = `layer${on ? " reuse" : ""}${on || is_anchor ? " span" : ""}`;
     const button = find("button", row);
+    const taken = this.kind === "weights" ? "P" : "K and V";
     button.disabled = locked;
     button.ariaChecked = String(Boolean(on));
     button.ariaLabel = `Layer ${l} reuses what layer ${l - 1} computes`;
+    button.dataset.taken = taken;
     find("b", button).textContent = `Layer ${l}`;
-    const taken = this.kind === "weights" ? "P" : "K and V";
-    const from = this.reuse.lastIndexOf(false, l);
-    find("small", button).textContent = on ? `takes ${taken} from ${from}`
-      : is_anchor ? `anchor: hands up ${taken}` : "full attention";
+    find("small", button).textContent = on ? "reuse layer" : is_anchor ? "anchor" : "full attention";
     find(".switch", button).textContent = locked ? "" : on ? "make it full" : "make it reuse";
   }
 
@@ -127,6 +124,11 @@ class Side {
 
   get behind() {
     return this.n_prompt > 0 && this.decoder.length < this.n_prompt + goal;
+  }
+
+  // What is still to be read of the held-out text.
+  get unread() {
+    return [this.reading, this.as_trained].find((reading) => !reading.done);
   }
 
   // Reads the next token: of the prompt, or the one that is drawn now.
@@ -165,7 +167,6 @@ class Side {
       if (this.written >= size) box.children[this.written - size].classList.add("gone");
     }
     box.lastChild.classList.add("newest");
-    box.scrollTop = box.scrollHeight;
   }
 
   show_bill() {
@@ -174,7 +175,7 @@ class Side {
     const percent = (name) => `${(100 * cost[name] / full[name]).toFixed(0)} %`;
     const is_full = this.decoder.length > this.decoder.size;
     const rows = [
-      ["cache, bytes", is_full ? 0 : cost.cache_bytes_per_token, cost.cache_bytes, percent("cache_bytes")],
+      ["cache bytes", is_full ? 0 : cost.cache_bytes_per_token, cost.cache_bytes, percent("cache_bytes")],
       ["FLOPs", cost.flops, all.flops, percent("flops")],
       ["bytes read", cost.read_bytes, all.read_bytes, percent("read_bytes")],
     ];
@@ -184,6 +185,8 @@ class Side {
       const texts = cells.map((cell) => `<td>${typeof cell === "string" ? cell : written(cell)}</td>`);
       body.rows[i].innerHTML = `<th scope=row>${name}</th>${texts.join("")}`;
     });
+    this.part("bytes").textContent = `${written(cost.cache_bytes)} bytes`;
+    this.part("of-full").textContent = `${percent("cache_bytes")} of full attention`;
     const bar = this.part("bar");
     const stored = (name) => this.kinds.filter((kind) => KINDS[kind].makes.includes(name)).length;
     for (const [i, name] of ["k", "v"].entries()) {
@@ -229,30 +232,27 @@ class Side {
       const paint = new Paint(find("canvas", row), this);
       const { makes } = KINDS[this.kinds[l]];
       const from = `layer ${this.reuse.lastIndexOf(false, l)}`;
-      paint.strip("P", makes.includes("q"), (s) => paint.weight(this.weights[l][s]));
+      paint.strip("P", makes.includes("q"), () => paint.shades(this.weights[l]));
       for (const name of ["K", "V"]) {
         const kept = makes.includes(name.toLowerCase());
         const none = { weights: `no keys: P comes from ${from}`, kv: `those of ${from}, not stored again` };
-        paint.strip(name, kept, kept ? () => paint.stored(name) : null, none[this.kinds[l]]);
+        paint.strip(name, kept, () => (kept ? paint.boxes(name) : paint.say(none[this.kinds[l]])));
       }
       paint.frame(slot);
       paint.context.canvas.ariaLabel = `Layer ${l}, ${S} tokens visible. Stored here: `
         + (makes.includes("k") ? "keys and values" : makes.includes("v") ? "values, no keys" : "nothing");
     });
     this.show_axis();
-    if (S === this.decoder.size) {
-      this.part("hint").textContent = "The cache is full: each new token takes the slot of the oldest.";
-    }
     this.point(this.pointed);
   }
 
   show_axis() {
     const paint = new Paint(find(".axis canvas", this.element), this);
-    if (this.box < 8) return;
     const { context } = paint;
+    const every = Math.ceil(9 / this.box); // 9 pixels hold a letter
     context.fillStyle = paint.color("ink");
     context.textAlign = "right";
-    for (let s = 0; s < this.decoder.S; s++) {
+    for (let s = 0; s < this.decoder.S; s += every) {
       context.save();
       context.translate(GUTTER + (s + 0.5) * this.box, 3);
       context.rotate(-Math.PI / 2);
@@ -267,30 +267,38 @@ class Side {
     return length - 1 - (length - 1 - slot) % size;
   }
 
+  get hint() {
+    const { length, size } = this.decoder;
+    if (length > size) return `All ${size} slots are taken: each new token overwrites the oldest.`;
+    return this.model.config.share ? "Point at a column to see its token."
+      : "Click a layer: it then reuses what the layer below computes, without having been trained to.";
+  }
+
   // Says which token is in a column, and how much each layer looks at it.
   point(column) {
     const seen = column !== null && column >= 0 && column < this.decoder.S;
     this.pointed = seen ? column : null;
     find(".at", this.element)?.classList.remove("at");
-    this.part("pointed").textContent = "";
+    this.part("hint").textContent = this.hint;
     if (!seen) return;
     const position = this.position(column);
     this.part("text").children[position]?.classList.add("at");
     const looks = this.weights.map((row, l) => `layer ${l} ${(100 * row[column]).toFixed(0)} %`);
     const name = label(this.model.tokenizer, this.tokens[position]);
-    this.part("pointed").textContent = `Token ${position}, “${name}”. Looked at: ${looks.join(", ")}`;
+    this.part("hint").textContent = `Token ${position}, “${name}”. Looked at: ${looks.join(", ")}`;
   }
 
   show_passage() {
     const { reading, model } = this;
-    if (!this.changed && reading.done) this.as_trained = reading;
     this.part("bpb").textContent = reading.n ? reading.bits_per_byte.toFixed(2) : "…";
     let change = reading.done ? `± ${reading.error().toFixed(2)}` : `after ${reading.n} of ${model.passage_ids.length - 1} tokens`;
-    if (this.changed && this.as_trained && reading.done) {
+    if (this.changed && reading.done && this.as_trained.done) {
       const more = reading.bits_per_byte - this.as_trained.bits_per_byte;
       const error = reading.error(this.as_trained);
-      change += Math.abs(more) < 2.5 * error ? "; this text shows no difference to the model as trained"
-        : `; as trained ${this.as_trained.bits_per_byte.toFixed(2)}: ${more > 0 ? "+" : "−"}${Math.abs(more).toFixed(2)} ± ${error.toFixed(2)}`;
+      const sign = more < 0 ? "−" : "+";
+      change += `; as trained ${this.as_trained.bits_per_byte.toFixed(2)}, `
+        + (Math.abs(more) < 2.5 * error ? "too close to tell apart on this text"
+          : `so sharing adds ${sign}${Math.abs(more).toFixed(2)} ± ${error.toFixed(2)}`);
     }
     this.part("change").textContent = change;
   }
@@ -339,13 +347,18 @@ class Reading {
 
 const GUTTER = 22; // pixels for the letters on the left
 let colors = {};
+let resized = 0; // how often the page was: to ask for sizes costs a layout of the page
 
 // A canvas of strips, one below the other, each with a box for a slot.
 class Paint {
   constructor(canvas, side) {
-    const [width, height, scale] = [canvas.clientWidth, canvas.clientHeight, devicePixelRatio];
-    if (canvas.width !== Math.round(width * scale)) canvas.width = Math.round(width * scale);
-    if (canvas.height !== Math.round(height * scale)) canvas.height = Math.round(height * scale);
+    const scale = devicePixelRatio;
+    if (canvas.resized !== resized) {
+      Object.assign(canvas, { resized, css_width: canvas.clientWidth, css_height: canvas.clientHeight });
+      canvas.width = Math.round(canvas.css_width * scale);
+      canvas.height = Math.round(canvas.css_height * scale);
+    }
+    const { css_width: width, css_height: height } = canvas;
     this.context = canvas.getContext("2d");
     this.context.setTransform(scale, 0, 0, scale, 0, 0);
     this.context.clearRect(0, 0, width, height);
@@ -363,9 +376,9 @@ class Paint {
     return colors[name] ??= getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
   }
 
-  // A strip with a letter before it. paint(s) fills the box of slot s; its frame is dashed unless the
-  // layer computes it itself. none: what to say where there is nothing.
-  strip(name, own, paint, none) {
+  // A strip with a letter before it, and what fill() puts into it. Its frame is dashed unless the layer
+  // computes that itself.
+  strip(name, own, fill) {
     const { context, strip_height: h } = this;
     const hue = { P: "ink", K: "keys", V: "values" }[name];
     context.textAlign = "center";
@@ -376,37 +389,44 @@ class Paint {
     context.setLineDash(own ? [] : [4, 3]);
     context.strokeRect(GUTTER - 0.5, this.y - 0.5, this.columns * this.box + 1, h + 1);
     context.setLineDash([]);
-    this.x = GUTTER;
-    for (let s = 0; paint && s < this.S; s++, this.x += this.box) paint(s);
-    if (!paint) {
-      context.textAlign = "left";
-      context.fillStyle = this.color("dim");
-      context.font = "12px system-ui, sans-serif";
-      context.fillText(none, GUTTER + 8, this.y + h / 2, this.columns * this.box - 12);
-    }
+    fill();
     this.y += h + 5;
   }
 
-  weight(p) {
-    this.context.globalAlpha = Math.sqrt(p);
-    this.context.fillStyle = this.color("ink");
-    this.context.fillRect(this.x, this.y, this.box, this.strip_height);
-    this.context.globalAlpha = 1;
+  say(text) {
+    const { context, y, strip_height: h } = this;
+    context.textAlign = "left";
+    context.fillStyle = this.color("dim");
+    context.font = "12px system-ui, sans-serif";
+    context.fillText(text, GUTTER + 8, y + h / 2, this.columns * this.box - 12);
   }
 
-  stored(name) {
-    const { context, x, y, box, strip_height: h } = this;
-    const gap = box > 4 ? 1 : 0.25;
+  shades(weights) {
+    const { context, y, box, strip_height: h } = this;
+    context.fillStyle = this.color("ink");
+    weights.forEach((p, s) => {
+      context.globalAlpha = p ** 0.4; // so that small ones can be seen
+      context.fillRect(GUTTER + s * box, y, box, h);
+    });
+    context.globalAlpha = 1;
+  }
+
+  // A box for each stored key or value: one bar, cut.
+  boxes(name) {
+    const { context, y, box, S, strip_height: h } = this;
+    const bar = [GUTTER, y + 1, S * box, h - 2];
     context.fillStyle = this.color(name === "K" ? "keys" : "values");
-    context.fillRect(x + gap, y + gap, box - 2 * gap, h - 2 * gap);
+    context.fillRect(...bar);
     if (name === "K") {
       context.fillStyle = this.stripes();
-      context.fillRect(x + gap, y + gap, box - 2 * gap, h - 2 * gap);
+      context.fillRect(...bar);
     }
-    if (box < 11) return;
     context.fillStyle = this.color("on");
     context.font = "bold 11px system-ui, sans-serif";
-    context.fillText(name, x + box / 2, y + h / 2 + 0.5);
+    for (let s = 0; s < S; s++) {
+      context.clearRect(GUTTER + (s + 1) * box - 1, y + 1, 1, h - 2);
+      if (box >= 11) context.fillText(name, GUTTER + (s + 0.5) * box, y + h / 2 + 0.5);
+    }
   }
 
   stripes() {
@@ -457,11 +477,11 @@ function frame(now) {
     return waiting.length && performance.now() < end;
   };
   while (busy((side) => side.behind, (side) => side.advance()));
-  while (busy((side) => !side.reading.done, (side) => side.reading.advance()));
+  while (busy((side) => side.unread, (side) => side.unread.advance()));
   for (const side of sides) side.show();
   if (goal >= MOST && playing) play(false);
   say();
-  if (playing || sides.some((side) => side.behind || !side.reading.done)) wake();
+  if (playing || sides.some((side) => side.behind || side.unread)) wake();
 }
 
 function say() {
@@ -564,4 +584,4 @@ control("tour-end").onclick = () => tour(null);
 const sides = [];
 models.forEach((model, i) => sides.push(new Side(model, i)));
 matchMedia("(prefers-color-scheme: dark)").onchange = () => { colors = {}; wake(); };
-new ResizeObserver(wake).observe(control("sides"));
+new ResizeObserver(() => { resized += 1; wake(); }).observe(control("sides"));
