@@ -4,6 +4,7 @@
 // which is how many tokens to generate. Whatever is changed, the text is generated again from the start.
 "use strict";
 
+const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const find = (selector, inside = document) => inside.querySelector(selector);
 const control = (name) => find(`#${name}`);
 const written = (number) => number.toLocaleString("en-US");
@@ -14,6 +15,7 @@ const SHOWN_TOKENS = 6; // of the likeliest next ones
 
 const models = JSON.parse(control("models").textContent).map(open_model);
 let goal = 12;
+let ms = 2; // that a token takes: a mean over the last ones of all models, as it varies too much to compare them
 let playing = false;
 
 // How a token is written where its ends must be seen.
@@ -35,7 +37,6 @@ class Side {
     this.part("name").textContent = `${"AB"[index]}: ${model.name}`;
     this.part("trained").textContent = model.config.share
       ? `trained with --share=${model.config.share}` : "trained with full attention";
-    this.ms = 0;
     this.build();
   }
 
@@ -66,7 +67,7 @@ class Side {
       canvas.onpointermove = (event) => this.point(Math.floor((event.offsetX - GUTTER) / this.box));
       canvas.onpointerleave = () => this.point(null);
     }
-    find("summary", this.element).textContent = `The text, ${written(this.model.passage_bytes)} bytes`;
+    find("summary", this.element).textContent = `The held-out text, ${written(this.model.passage_bytes)} bytes`;
     find("blockquote", this.element).textContent = this.model.passage;
     this.as_trained = new Reading(this.model, this.model.kinds);
     this.share(this.reuse);
@@ -139,8 +140,7 @@ class Side {
     }
     const begin = performance.now();
     this.logits = decoder.step(tokens[decoder.length]);
-    const ms = performance.now() - begin;
-    this.ms = this.ms ? 0.97 * this.ms + 0.03 * ms : ms;
+    ms += 0.02 * (performance.now() - begin - ms);
     this.cost = predict(this.model.config, this.kinds, decoder.S);
     this.all.flops += this.cost.flops;
     this.all.read_bytes += this.cost.read_bytes;
@@ -194,8 +194,8 @@ class Side {
       bar.children[i].textContent = stored(name) ? ["keys", "values"][i] : "";
     }
     bar.ariaLabel = `The cache takes ${percent("cache_bytes")} of what full attention stores`;
-    const speed = Number((1000 / this.ms).toPrecision(2));
-    this.part("speed").textContent = `${written(cost.parameters)} parameters; about ${written(speed)} tokens/s here and now`;
+    const speed = written(Number((1000 / ms).toPrecision(2)));
+    this.part("speed").textContent = `${written(cost.parameters)} parameters; about ${speed} tokens/s, undrawn`;
   }
 
   show_next() {
@@ -226,7 +226,7 @@ class Side {
     const { P, S, H, slot } = this.decoder;
     const head = control("head").value;
     const heads = head === "mean" ? Array.from({ length: H }, (_, h) => h) : [Math.min(Number(head), H - 1)];
-    const mean = (P, s) => heads.reduce((sum, h) => sum + P[h * S + s], 0) / heads.length;
+    const mean = (P, s) => sum(heads.map((h) => P[h * S + s])) / heads.length;
     this.weights = P.map((rows) => Float32Array.from({ length: S }, (_, s) => mean(rows, s)));
     this.rows.forEach((row, l) => {
       const paint = new Paint(find("canvas", row), this);
@@ -289,9 +289,9 @@ class Side {
   }
 
   show_passage() {
-    const { reading, model } = this;
+    const { reading } = this;
     this.part("bpb").textContent = reading.n ? reading.bits_per_byte.toFixed(2) : "…";
-    let change = reading.done ? `± ${reading.error().toFixed(2)}` : `after ${reading.n} of ${model.passage_ids.length - 1} tokens`;
+    let change = reading.done ? ` ± ${reading.error().toFixed(2)}` : ` after ${reading.n} tokens`;
     if (this.changed && reading.done && this.as_trained.done) {
       const more = reading.bits_per_byte - this.as_trained.bits_per_byte;
       const error = reading.error(this.as_trained);
@@ -331,14 +331,14 @@ class Reading {
   }
 
   get bits_per_byte() {
-    return this.nats.reduce((a, b) => a + b) / Math.LN2 / this.bytes;
+    return sum(this.nats) / Math.LN2 / this.bytes;
   }
 
   // The standard error of bits_per_byte, or of its difference to another reading of this text.
   error(other) {
     const nats = this.nats.map((number, i) => number - (other ? other.nats[i] : 0));
-    const mean = nats.reduce((a, b) => a + b) / this.n;
-    const variance = nats.reduce((sum, number) => sum + (number - mean) ** 2, 0) / (this.n - 1);
+    const mean = sum(nats) / this.n;
+    const variance = sum(nats.map((number) => (number - mean) ** 2)) / (this.n - 1);
     return Math.sqrt(variance * this.n) / Math.LN2 / this.bytes;
   }
 }
@@ -489,7 +489,7 @@ function say() {
   const notes = [];
   const left_out = Math.max(...sides.map((side) => side.left_out));
   if (!prompt) notes.push("The prompt is empty, so the text begins with a line end.");
-  if (left_out) notes.push(`A long prompt: its first ${written(left_out)} tokens cannot influence the text, and were left out.`);
+  if (left_out) notes.push(`The first ${written(left_out)} tokens are too far back to influence the text: left out.`);
   if (sides.some((side) => !side.n_prompt)) notes.push("The model has no token for any of this prompt: type another.");
   if (goal >= MOST) notes.push(`${written(MOST)} tokens are enough: restart, or type another prompt.`);
   const note = notes.join(" ");
@@ -538,45 +538,30 @@ control("head").append(...heads.map((head) => new Option(head === "mean" ? "mean
 
 // ---- the tour ----
 
-const TOUR = [
-  ["#controls", "One token at a time", "A language model writes one token at a time; a token is a piece of a word. "
-    + "Press Step: each model draws its next token from its own probabilities, and reads it."],
-  [".layers", "What is stored", "For the newest token, a full layer computes a query, a key and a value. The query is "
-    + "needed once. Keys (K) and values (V) are needed again by every later token, so they are stored: that is the KV cache. "
-    + "Each token fills one more column."],
-  [".layers", "Where a layer looks", "The query is compared with all stored keys. That gives the row P: how much the newest "
-    + "token looks at each token so far. The layer's output is the sum of the values, weighted by P."],
-  [".layer.reuse", "A reuse layer", "This layer computes no P of its own: it takes the P of the layer below, over values of "
-    + "its own. Without a P to compute, it needs no query and no keys. So it stores values only: half of what a full layer stores."],
-  [".bill", "The bill", "Each token saved in the cache saves bytes, for every token of the text. Queries, keys and comparisons "
-    + "that are not computed save FLOPs, and what is not stored need not be read. The dashed part of the bar is what "
-    + "full attention would store on top."],
-  [".layers", "Now you", "Click a layer of a model that was trained with full attention. It then reuses without having been "
-    + "trained to: its text changes, and it needs more bits per byte of held-out text. A model trained to share has learned "
-    + "to do without those keys. Switch to K and V to see the rival, which stores nothing in a reuse layer."],
-];
-let stop = null; // the step of the tour, or null
+const stops = Array.from(document.querySelectorAll("#tour li"));
+let stop = null; // the number of the one that is shown, or null
 
 function tour(number) {
   find(".shown")?.classList.remove("shown");
-  const beginning = stop === null;
+  const begins = stop === null;
   stop = number;
   control("tour").hidden = stop === null;
+  stops.forEach((each, i) => { each.hidden = i !== stop; });
   if (stop === null) return control("tour-start").focus({ preventScroll: true });
-  const [selector, title, text] = TOUR[stop];
-  if (selector === ".layer.reuse" && !find(selector)) sides[0].share(sides[0].reuse.map((_, l) => l === sides[0].rows.length - 1));
-  find("h2", control("tour")).textContent = `${stop + 1} of ${TOUR.length}: ${title}`;
-  find("p", control("tour")).textContent = text;
+  const selector = stops[stop].dataset.shows;
+  const last = sides[0].rows.length - 1;
+  if (!find(selector)) sides[0].share(sides[0].reuse.map((_, l) => l === last)); // no layer reuses yet
+  const target = find(selector) ?? control("sides");
+  target.classList.add("shown");
+  target.scrollIntoView({ block: "center" });
   control("tour-back").disabled = stop === 0;
-  control("tour-next").textContent = stop + 1 < TOUR.length ? "Next" : "Done";
-  find(selector).classList.add("shown");
-  find(selector).scrollIntoView({ block: "center" });
-  if (beginning) control("tour-next").focus({ preventScroll: true });
+  control("tour-next").textContent = stop + 1 < stops.length ? "Next" : "Done";
+  if (begins) control("tour-next").focus({ preventScroll: true });
 }
 
 control("tour-start").onclick = () => tour(0);
 control("tour-back").onclick = () => tour(stop - 1);
-control("tour-next").onclick = () => tour(stop + 1 < TOUR.length ? stop + 1 : null);
+control("tour-next").onclick = () => tour(stop + 1 < stops.length ? stop + 1 : null);
 control("tour-end").onclick = () => tour(null);
 
 // ---- begin ----

@@ -14,13 +14,11 @@ from pathlib import Path
 
 import torch
 
-from minisa.decode import handles
-from minisa.kit.checkpoint import load
+from minisa.kit.checkpoint import changes, load
 from minisa.kit.cli import Parser, command, output
 from minisa.kit.data import data_of
 from minisa.kit.files import write_file
 from minisa.kit.tokenizer import PATTERNS
-from minisa.model import KVCache
 
 FOLDER = Path(__file__).parent
 MOST = 8_000_000        # parameters of a model on a page: 21 MB in base64, and some 50 tokens/s
@@ -32,15 +30,17 @@ def pack(source):
     tensors = model.state_dict()
     size = sum(t.numel() for t in tensors.values())
     if size > MOST:
-        raise ValueError(f"{source}: {size:,} parameters, and a page holds at most {MOST:,}; take a smaller model")
-    if not handles(model, KVCache(model, 1, 1)):
-        raise ValueError(f"{source}: was changed by an axis, which a page does not know; take the model that it "
-                         "came from")
+        raise ValueError(f"{source}: has {size:,} parameters, a page at most {MOST:,}; take a smaller model")
+    if changes(model) or model.config.share_kind not in ("weights", "kv"):
+        raise ValueError(f"{source}: has layers of an axis, which a page does not know; take a model with "
+                         "full attention, Shared Attention or Cross-Layer Attention")
     numbers = torch.cat([t.flatten() for t in tensors.values()]).half()
     if not numbers.isfinite().all():
         raise ValueError(f"{source}: has weights too large for float16; take another model")
     passage = held_out(data_of(info, tokenizer))
-    pattern = PATTERNS[tokenizer.words].replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    pattern = PATTERNS[tokenizer.words]
+    for ours, theirs in ((r"\s", r"\p{White_Space}"), (r"\S", r"\P{White_Space}")):
+        pattern = pattern.replace(ours, theirs)             # \s of JavaScript is another set
     return {
         "name": str(source),
         "config": asdict(model.config),
@@ -54,9 +54,9 @@ def pack(source):
     }
 
 def held_out(data):
-    """→ the first lines of the text that a model was not trained on."""
-    text = data.tokenizer.decode_bytes(data.val[:PASSAGE].tolist())[:PASSAGE]
-    return text.decode("utf-8", "ignore").rpartition("\n")[0] or text.decode("utf-8", "ignore")
+    """→ the first characters of the text that a model was not trained on."""
+    text = data.tokenizer.decode_bytes(data.val[:PASSAGE].tolist())
+    return text[:PASSAGE].decode("utf-8", "ignore")
 
 def build(models):
     """Packed models → the page."""
