@@ -210,7 +210,7 @@ function draw(logits, temperature, u) {
 // alike for seeds that are alike, are left out.
 function uniform(seed) {
   const modulus = 2 ** 31 - 1;
-  let state = seed % (modulus - 1) + 1;
+  let state = Math.abs(Math.trunc(seed)) % (modulus - 1) + 1;
   const next = () => (state = state * 48271 % modulus) / modulus;
   for (let i = 0; i < 10; i++) next();
   return next;

@@ -35,8 +35,10 @@ class Side {
     this.element = control("side").content.cloneNode(true).firstElementChild;
     control("sides").append(this.element);
     this.part("name").textContent = `${"AB"[index]}: ${model.name}`;
-    this.part("trained").textContent = model.config.share
-      ? `trained with --share=${model.config.share}` : "trained with full attention";
+    const names = { weights: "Shared Attention", kv: "Cross-Layer Attention" };
+    const { share, share_kind } = model.config;
+    this.part("trained").textContent = "trained with "
+      + (share ? `${names[share_kind]}, --share=${share}` : "full attention");
     this.build();
   }
 
@@ -195,7 +197,7 @@ class Side {
     }
     bar.ariaLabel = `The cache takes ${percent("cache_bytes")} of what full attention stores`;
     const speed = written(Number((1000 / ms).toPrecision(2)));
-    this.part("speed").textContent = `${written(cost.parameters)} parameters; about ${speed} tokens/s, undrawn`;
+    this.part("speed").textContent = `${written(cost.parameters)} parameters; about ${speed} tokens/s without drawing`;
   }
 
   show_next() {
@@ -424,7 +426,7 @@ class Paint {
     context.fillStyle = this.color("on");
     context.font = "bold 11px system-ui, sans-serif";
     for (let s = 0; s < S; s++) {
-      context.clearRect(GUTTER + (s + 1) * box - 1, y + 1, 1, h - 2);
+      if (box > 2) context.clearRect(GUTTER + (s + 1) * box - 1, y + 1, 1, h - 2);
       if (box >= 11) context.fillText(name, GUTTER + (s + 0.5) * box, y + h / 2 + 0.5);
     }
   }
@@ -456,9 +458,15 @@ class Paint {
 // ---- the loop: work for some milliseconds, draw, and again while there is something to do ----
 
 let asked = false;
-let due = 0;
+let stale = true; // what is drawn
+let due = 0; // when the next token is
 
 function wake() {
+  stale = true;
+  ask();
+}
+
+function ask() {
   if (!asked) requestAnimationFrame(frame);
   asked = true;
 }
@@ -474,14 +482,16 @@ function frame(now) {
   const busy = (is_busy, work) => {
     const waiting = sides.filter(is_busy);
     for (const each of waiting) work(each);
+    stale ||= waiting.length > 0;
     return waiting.length && performance.now() < end;
   };
   while (busy((side) => side.behind, (side) => side.advance()));
   while (busy((side) => side.unread, (side) => side.unread.advance()));
-  for (const side of sides) side.show();
+  if (stale) for (const side of sides) side.show();
+  stale = false;
   if (goal >= MOST && playing) play(false);
   say();
-  if (playing || sides.some((side) => side.behind || side.unread)) wake();
+  if (playing || sides.some((side) => side.behind || side.unread)) ask();
 }
 
 function say() {
