@@ -263,6 +263,38 @@ def test_what_the_cache_forgot_turns_pale_and_a_click_can_be_taken_back(tiny_pag
     assert side.locator(".text").text_content() == before
     assert "--share" not in side.locator(".command").inner_text()
 
+def test_pointing_at_a_column_names_the_token_whose_slot_it_is(tiny_page, open_page):
+    tab = open_page(tiny_page)
+    ids = generate(tab, PROMPT, 40)[0]
+    position = max(p for p in range(len(ids)) if p % 24 == 3)
+    canvas = tab.locator(".layers canvas").first
+    box = (canvas.bounding_box()["width"] - 24) / 24
+    canvas.hover(position={"x": 22 + 3.5 * box, "y": 20})
+    assert tab.locator(".hint").first.inner_text().startswith(f"Token {position}, ")
+    marked = tab.locator(".text .at")
+    assert marked.count() == 1
+    assert marked.evaluate("at => [...at.parentNode.children].indexOf(at)") == position
+
+def painted(tab, index):
+    """Of each layer of a model, from the last to the first: are there boxes of keys, and of values?"""
+    canvases = tab.locator(".side").nth(index).locator(".layers canvas")
+    return canvases.evaluate_all("""all => all.map(canvas => {
+        const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d");
+        copy.drawImage(canvas, 0, 0);
+        const { data } = copy.getImageData(25, 0, canvas.width - 25, canvas.height);    // beside the letters
+        const has = (color) => data.some((_, i) => i % 4 === 0 && color.every((c, j) => data[i + j] === c));
+        return [has([9, 105, 218]), has([188, 76, 0])];
+    })""")
+
+def test_boxes_are_drawn_for_what_a_layer_stores(tiny_page, open_page):
+    tab = open_page(tiny_page, color_scheme="light")
+    both, values, nothing = [True, True], [False, True], [False, False]
+    assert painted(tab, 0) == [both] * 4 and painted(tab, 1) == [values, values, both, both]
+    click(tab, 0, "2-3")
+    assert painted(tab, 0) == [values, both, both, both]
+    click(tab, 0, "1-3", "kv")
+    assert painted(tab, 0) == [nothing, nothing, both, both]
+
 def test_a_layer_trained_to_reuse_stays_so(tiny_page, open_page):
     side = open_page(tiny_page).locator(".side").nth(1)
     buttons = side.locator(".layers button")                    # from layer 3 down to 0
