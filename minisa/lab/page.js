@@ -6,16 +6,16 @@
 
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const find = (selector, inside = document) => inside.querySelector(selector);
-const control = (name) => find(`#${name}`);
+const by_id = (id) => document.getElementById(id);
 const written = (number) => number.toLocaleString("en-US");
 const MOST = 1000; // tokens generated
 const LONGEST = 100000; // characters of a prompt that are looked at
 const SLICE = 12; // ms of work between two pictures
 const SHOWN_TOKENS = 6; // of the likeliest next ones
 
-const models = JSON.parse(control("models").textContent).map(open_model);
+const models = JSON.parse(by_id("models").textContent).map(open_model);
 let goal = 12;
-let ms = 2; // that a token takes: a mean over the last ones of all models, as it varies too much to compare them
+let ms = 2; // that a token takes: a mean over all models, as it varies too much to compare them
 let playing = false;
 
 // How a token is written where its ends must be seen.
@@ -32,8 +32,8 @@ class Side {
     this.model = model;
     this.reuse = model.kinds.map((kind) => kind !== "full");
     this.kind = model.config.share_kind;
-    this.element = control("side").content.cloneNode(true).firstElementChild;
-    control("sides").append(this.element);
+    this.element = by_id("side").content.cloneNode(true).firstElementChild;
+    by_id("sides").append(this.element);
     this.part("name").textContent = `${"AB"[index]}: ${model.name}`;
     const names = { weights: "Shared Attention", kv: "Cross-Layer Attention" };
     const { share, share_kind } = model.config;
@@ -51,20 +51,20 @@ class Side {
     this.rows = Array.from({ length: n_layer }, () => {
       const row = document.createElement("li");
       row.className = "layer";
-      row.innerHTML = "<button type=button role=switch><b></b><small></small><span class=switch></span></button>"
-        + "<canvas role=img></canvas>";
+      row.innerHTML = "<button type=button role=switch><b></b><small></small><span class=switch></span>"
+        + "</button><canvas role=img></canvas>";
       this.part("layers").prepend(row); // layer 0 at the bottom, as each builds on the one below
       return row;
     });
     this.rows.forEach((row, l) => {
-      find("button", row).onclick = () => this.share(this.reuse.map((on, i) => (i === l ? !on : on)));
+      find("button", row).onclick = () => this.set_sharing(this.reuse.map((on, i) => (i === l ? !on : on)));
     });
     for (const radio of this.element.querySelectorAll("[type=radio]")) {
       radio.name = `kind-${this.model.name}-${this.part("name").textContent}`;
       radio.disabled = Boolean(share) && radio.value !== this.kind;
-      radio.onchange = () => this.share(this.reuse, radio.value);
+      radio.onchange = () => this.set_sharing(this.reuse, radio.value);
     }
-    this.part("as-trained").onclick = () => this.share(this.model.kinds.map((kind) => kind !== "full"));
+    this.part("as-trained").onclick = () => this.set_sharing(this.model.kinds.map((kind) => kind !== "full"));
     for (const canvas of this.element.querySelectorAll("canvas")) {
       canvas.onpointermove = (event) => this.point(Math.floor((event.offsetX - GUTTER) / this.box));
       canvas.onpointerleave = () => this.point(null);
@@ -72,11 +72,11 @@ class Side {
     find("summary", this.element).textContent = `The held-out text, ${written(this.model.passage_bytes)} bytes`;
     find("blockquote", this.element).textContent = this.model.passage;
     this.as_trained = new Reading(this.model, this.model.kinds);
-    this.share(this.reuse);
+    this.set_sharing(this.reuse);
   }
 
   // Lets other layers reuse, or reuse something else, and begins again.
-  share(reuse, kind = this.kind) {
+  set_sharing(reuse, kind = this.kind) {
     this.reuse = reuse;
     this.kind = kind;
     this.kinds = kinds_of(reuse, kind);
@@ -111,13 +111,13 @@ class Side {
   // Reads the prompt anew.
   restart() {
     const { tokenizer, config } = this.model;
-    const ids = tokenizer.encode(control("prompt").value.slice(-LONGEST) || "\n");
+    const ids = tokenizer.encode(by_id("prompt").value.slice(-LONGEST) || "\n");
     const farthest = config.block_size * config.n_layer; // what all layers together can see
     this.tokens = ids.slice(-farthest);
     this.left_out = ids.length - this.tokens.length;
     this.n_prompt = this.tokens.length;
     this.decoder = new Decoder(this.model, this.kinds);
-    this.random = uniform(Number(control("seed").value) || 0);
+    this.random = uniform(Number(by_id("seed").value) || 0);
     this.all = { flops: 0, read_bytes: 0 };
     this.written = 0;
     this.part("text").replaceChildren();
@@ -138,7 +138,7 @@ class Side {
   advance() {
     const { tokens, decoder } = this;
     if (decoder.length === tokens.length) {
-      tokens.push(draw(this.logits, Number(control("temperature").value), this.random()));
+      tokens.push(draw(this.logits, Number(by_id("temperature").value), this.random()));
     }
     const begin = performance.now();
     this.logits = decoder.step(tokens[decoder.length]);
@@ -164,7 +164,8 @@ class Side {
     for (; this.written < length; this.written++) {
       const span = document.createElement("span");
       if (this.written < this.n_prompt) span.className = "prompt";
-      span.textContent = this.utf8.decode(this.model.tokenizer.bytes(this.tokens[this.written]), { stream: true });
+      const bytes = this.model.tokenizer.bytes(this.tokens[this.written]);
+      span.textContent = this.utf8.decode(bytes, { stream: true });
       box.append(span);
       if (this.written >= size) box.children[this.written - size].classList.add("gone");
     }
@@ -197,7 +198,8 @@ class Side {
     }
     bar.ariaLabel = `The cache takes ${percent("cache_bytes")} of what full attention stores`;
     const speed = written(Number((1000 / ms).toPrecision(2)));
-    this.part("speed").textContent = `${written(cost.parameters)} parameters; about ${speed} tokens/s without drawing`;
+    this.part("speed").textContent = `${written(cost.parameters)} parameters; `
+      + `about ${speed} tokens/s without drawing`;
   }
 
   show_next() {
@@ -206,10 +208,11 @@ class Side {
     const list = find(".next ol", this.element);
     while (list.children.length < likeliest.length) list.append(document.createElement("li"));
     likeliest.forEach((id, i) => {
-      const [item, text, share] = [list.children[i], document.createElement("code"), `${(100 * p[id]).toFixed(1)} %`];
+      const text = document.createElement("code");
       text.textContent = label(this.model.tokenizer, id);
-      item.replaceChildren(text, share);
-      item.style.setProperty("--p", share.replace(" ", ""));
+      const percent = (100 * p[id]).toFixed(1);
+      list.children[i].replaceChildren(text, `${percent} %`);
+      list.children[i].style.setProperty("--p", `${percent}%`);
     });
   }
 
@@ -226,7 +229,7 @@ class Side {
 
   show_layers() {
     const { P, S, H, slot } = this.decoder;
-    const head = control("head").value;
+    const head = by_id("head").value;
     const heads = head === "mean" ? Array.from({ length: H }, (_, h) => h) : [Math.min(Number(head), H - 1)];
     const mean = (P, s) => sum(heads.map((h) => P[h * S + s])) / heads.length;
     this.weights = P.map((rows) => Float32Array.from({ length: S }, (_, s) => mean(rows, s)));
@@ -322,7 +325,7 @@ class Reading {
   }
 
   get done() {
-    return this.n === this.ids.length - 1;
+    return this.n >= this.ids.length - 1;
   }
 
   advance() {
@@ -473,7 +476,7 @@ function ask() {
 
 function frame(now) {
   asked = false;
-  const interval = 1000 / Number(control("speed").value);
+  const interval = 1000 / Number(by_id("speed").value);
   if (playing && now >= due && !sides.some((side) => side.behind)) {
     goal += 1;
     due = Math.max(due + interval, now);
@@ -495,15 +498,16 @@ function frame(now) {
 }
 
 function say() {
-  const prompt = control("prompt").value;
+  by_id("degrees").textContent = by_id("temperature").value;
+  const prompt = by_id("prompt").value;
   const notes = [];
   const left_out = Math.max(...sides.map((side) => side.left_out));
   if (!prompt) notes.push("The prompt is empty, so the text begins with a line end.");
-  if (left_out) notes.push(`The first ${written(left_out)} tokens are too far back to influence the text: left out.`);
-  if (sides.some((side) => !side.n_prompt)) notes.push("The model has no token for any of this prompt: type another.");
+  if (left_out) notes.push(`The first ${written(left_out)} tokens are too far back to matter: left out.`);
+  if (sides.some((side) => !side.n_prompt)) notes.push("No token for any of this prompt: type another.");
   if (goal >= MOST) notes.push(`${written(MOST)} tokens are enough: restart, or type another prompt.`);
   const note = notes.join(" ");
-  if (control("note").textContent !== note) control("note").textContent = note;
+  if (by_id("note").textContent !== note) by_id("note").textContent = note;
 }
 
 // ---- controls ----
@@ -511,7 +515,7 @@ function say() {
 function play(on) {
   playing = on && goal < MOST;
   due = 0;
-  control("play").textContent = playing ? "Pause" : "Play";
+  by_id("play").textContent = playing ? "Pause" : "Play";
   wake();
 }
 
@@ -522,29 +526,28 @@ function step() {
 
 function restart(new_goal = goal) {
   goal = new_goal;
-  control("degrees").textContent = control("temperature").value;
   for (const side of sides) side.restart();
 }
 
-control("play").onclick = () => play(!playing);
-control("step").onclick = step;
-control("restart").onclick = () => restart(0);
-control("head").onchange = wake;
-for (const name of ["prompt", "seed", "temperature"]) control(name).oninput = () => restart(Math.min(goal, 100));
+by_id("play").onclick = () => play(!playing);
+by_id("step").onclick = step;
+by_id("restart").onclick = () => restart(0);
+by_id("head").onchange = wake;
+for (const name of ["prompt", "seed", "temperature"]) by_id(name).oninput = () => restart(Math.min(goal, 100));
 
 document.onkeydown = (event) => {
   const typing = event.target.matches("input:not([type=radio]), textarea, select");
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "ArrowRight" && event.target.type !== "radio") step();
   else if (event.key === " " && !event.target.matches("button, summary, input")) play(!playing);
-  else if (event.key === "Escape") tour(null);
+  else if (event.key === "Escape" && stop !== null) tour(null);
   else return;
   event.preventDefault();
 };
 
 const most_heads = Math.max(...models.map((model) => model.config.n_head));
-const heads = ["mean", ...Array(most_heads).keys()];
-control("head").append(...heads.map((head) => new Option(head === "mean" ? "mean of all" : `head ${head}`, head)));
+by_id("head").append(new Option("mean of all", "mean"));
+for (let head = 0; head < most_heads; head++) by_id("head").append(new Option(`head ${head}`, head));
 
 // ---- the tour ----
 
@@ -555,28 +558,28 @@ function tour(number) {
   find(".shown")?.classList.remove("shown");
   const begins = stop === null;
   stop = number;
-  control("tour").hidden = stop === null;
+  by_id("tour").hidden = stop === null;
   stops.forEach((each, i) => { each.hidden = i !== stop; });
-  if (stop === null) return control("tour-start").focus({ preventScroll: true });
+  if (stop === null) return by_id("tour-start").focus({ preventScroll: true });
   const selector = stops[stop].dataset.shows;
   const last = sides[0].rows.length - 1;
-  if (!find(selector)) sides[0].share(sides[0].reuse.map((_, l) => l === last)); // no layer reuses yet
-  const target = find(selector) ?? control("sides");
+  if (!find(selector) && last > 0) sides[0].set_sharing(sides[0].reuse.map((_, l) => l === last)); // none yet
+  const target = find(selector) ?? by_id("sides");
   target.classList.add("shown");
   target.scrollIntoView({ block: "center" });
-  control("tour-back").disabled = stop === 0;
-  control("tour-next").textContent = stop + 1 < stops.length ? "Next" : "Done";
-  if (begins) control("tour-next").focus({ preventScroll: true });
+  by_id("tour-back").disabled = stop === 0;
+  by_id("tour-next").textContent = stop + 1 < stops.length ? "Next" : "Done";
+  if (begins) by_id("tour-next").focus({ preventScroll: true });
 }
 
-control("tour-start").onclick = () => tour(0);
-control("tour-back").onclick = () => tour(stop - 1);
-control("tour-next").onclick = () => tour(stop + 1 < stops.length ? stop + 1 : null);
-control("tour-end").onclick = () => tour(null);
+by_id("tour-start").onclick = () => tour(0);
+by_id("tour-back").onclick = () => tour(stop - 1);
+by_id("tour-next").onclick = () => tour(stop + 1 < stops.length ? stop + 1 : null);
+by_id("tour-end").onclick = () => tour(null);
 
 // ---- begin ----
 
 const sides = [];
 models.forEach((model, i) => sides.push(new Side(model, i)));
 matchMedia("(prefers-color-scheme: dark)").onchange = () => { colors = {}; wake(); };
-new ResizeObserver(() => { resized += 1; wake(); }).observe(control("sides"));
+new ResizeObserver(() => { resized += 1; wake(); }).observe(by_id("sides"));

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from minisa import cost
-from minisa.kit import checkpoint
-from minisa.kit.data import tokenize
+from minisa.kit import checkpoint, data
 from minisa.kit.tokenizer import Tokenizer, learn
 from minisa.lab import page
 from minisa.model import GPT, GPTConfig
@@ -77,8 +76,8 @@ def tiny(text, seed=0, **fields):
     return model, tokenizer
 
 def save(folder, text, model, tokenizer):
-    data = tokenize(text, tokenizer=tokenizer, folder=folder.parent / "data")
-    checkpoint.save(folder, model, tokenizer, {**checkpoint.UNKNOWN, "data": str(data)})
+    tokens = data.tokenize(text, tokenizer=tokenizer, folder=folder.parent / "data")
+    checkpoint.save(folder, model, tokenizer, {**checkpoint.UNKNOWN, "data": str(tokens)})
     return folder
 
 @pytest.fixture(scope="module")
@@ -369,6 +368,7 @@ def too_wide(folder, text, monkeypatch):
 def without_text(folder, text, monkeypatch):
     save(folder, text, *tiny(text))
     shutil.rmtree(folder.parent / "data")
+    monkeypatch.setattr(data, "data_folder", lambda: folder)            # nor is it in the usual place
 
 def of_another_architecture(folder, text, monkeypatch):
     save(folder, text, *tiny(text))
