@@ -50,7 +50,8 @@ def layer_flops(block, T, S):
     C, M = attn.qkv.in_features, block.mlp.down.in_features
     n_y = attn.out.in_features                      # numbers per token that the weighted sum gives
     projections = 2 * C * sum(attn.widths) + 2 * n_y * C
-    products = 2 * attn.widths.q * S + 2 * n_y * S  # scores, and weighted sum
+    n_read = attn.tokens_read(T, S)
+    products = 2 * (attn.widths.q + n_y) * n_read   # scores, and weighted sum
     _, more = attn.extra_cost(T, S)
     return T * (projections + products + 6 * C * M) + more
 
@@ -64,7 +65,7 @@ def numbers_read(blocks, rooms):
         values = made.v or anchor_values
         if made.q == 0:                             # Shared Attention: P comes from below
             keys = 0
-        total += room * (keys + values)
+        total += attn.tokens_read(1, room) * (keys + values)
         if made.k:                                  # keys that a layer restores are not read again
             anchor_keys = 0 if attn.restores_keys else made.k
         if made.v:
@@ -102,19 +103,25 @@ def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
         prefill_flops=batch_size * (prefill + head))
 
 class Reads(TorchFunctionMode):
-    """Within it, adds up the bytes of weights and cache that enter matrix products."""
+    """Within it, adds up the bytes of weights and cache that enter matrix products, or are gathered
+    for one."""
 
     def __init__(self, tensors):
         super().__init__()
         self.places = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
         self.bytes = 0
 
+    def knows(self, t):
+        return t.untyped_storage().data_ptr() in self.places
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ in ("matmul", "__matmul__", "linear"):
             for t in args[:2]:
-                known = t.untyped_storage().data_ptr() in self.places
-                self.bytes += t.nbytes if known else 0
-        return function(*args, **kwargs or {})
+                self.bytes += t.nbytes if self.knows(t) else 0
+        result = function(*args, **kwargs or {})
+        if function.__name__ in ("gather", "take_along_dim", "index_select"):
+            self.bytes += result.nbytes if self.knows(args[0]) else 0
+        return result
 
 @torch.inference_mode()
 def measure(model: GPT, context: int, batch_size: int = 1, cache_of=None,

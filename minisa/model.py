@@ -187,6 +187,10 @@ class Attention(nn.Module):
         """→ its parameters beside qkv and out, and their FLOPs for T tokens that see S."""
         return 0, 0
 
+    def tokens_read(self, T, S):
+        """→ with how many of the S visible tokens each of T new ones is multiplied."""
+        return S
+
     def check(self):
         """Raises ValueError if numbers that were loaded from a file cannot be this layer's."""
 
@@ -239,11 +243,14 @@ SHARE_KINDS = {
 def sharing_kind(name):
     """The name of a kind of sharing → the same; the kind is then in SHARE_KINDS. One that is not
     there yet is added by minisa/axes/NAME.py, which is imported by its name, as the core must not
-    depend on an axis. (It adds NAME, or NAME-SETTING.) Raises ValueError if there is none."""
-    axis = name.partition("-")[0]
+    depend on an axis. It adds NAME itself; for NAME-SETTING, its with_setting("SETTING") returns
+    the two classes. Raises ValueError if there is none."""
+    axis, _, setting = name.partition("-")
     file = f"minisa.axes.{axis}"
     if name not in SHARE_KINDS and axis.isidentifier() and importlib.util.find_spec(file):
-        importlib.import_module(file)
+        module = importlib.import_module(file)
+        if setting and hasattr(module, "with_setting"):
+            SHARE_KINDS[name] = module.with_setting(setting)
     if name not in SHARE_KINDS:
         raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)}")
     return name

@@ -9,6 +9,7 @@ from minisa.kit import checkpoint
 from minisa.kit.cli import Parser, add_device, command
 from minisa.kit.data import data_of
 from minisa.kit.files import lock, refuse_taken
+from minisa.model import SharedAttention
 
 # ---- models ----
 
@@ -35,6 +36,24 @@ def resize(attn, widths, n_z):
     attn.qkv = nn.Linear(C, sum(widths), bias=False)
     attn.out = nn.Linear(n_z, C, bias=False)
 
+def replace_reuse_layers(model, kind, flag, **widths):
+    """Put layers of another kind in the place of all reuse layers of plain Shared Attention, as
+    wide as those but for the Widths given. Raises ValueError, naming the flag, if there are none,
+    or they were changed before."""
+    config = model.config
+    if not config.spans or config.share_kind != "weights":
+        raise ValueError(f"--{flag}: is about layers that share attention weights; "
+                         "give --share, and --share_kind=weights")
+    for layer in anchors(config):
+        block, old = model.blocks[layer], model.blocks[layer].attn
+        if type(old) is not SharedAttention:
+            changed = ", ".join(change["by"] for change in checkpoint.changes(model))
+            raise ValueError(f"--{flag}: the reuse layers of this model were changed already, by "
+                             f"{changed}; take the model that it came from")
+        block.attn = kind(config, layer)
+        wanted = old.widths._replace(**widths)
+        resize(block.attn, wanted, old.out.in_features)
+
 def rebuilt(model, by, **settings):
     """→ a copy of a model on the meta device, rebuilt by minisa/axes/BY.py. Raises ValueError if
     that file's rebuild() does."""
@@ -51,7 +70,8 @@ def fill(new, model, tensors):
 def calibration(model, data):
     """Twelve windows (12, T ≤ 512) of the training part of a minisa.kit.data.Data."""
     T = min(512, model.config.block_size)
-    return data.windows("train", 12, T)[:, :-1].to(model.embed.weight.device)
+    windows = data.windows("train", 12, T)
+    return windows[:, :-1].to(model.embed.weight.device)
 
 # ---- commands ----
 

@@ -77,10 +77,11 @@ class Narrow:
         q, k, v = self.qkv(x).split(self.widths, dim=2)
         q = split_heads(q.contiguous(), self.H)                 # rotate() needs rows of even length
         k = split_heads(k.contiguous(), self.G)
-        v = step.remember("v", self.layer, split_heads(v, self.G))
+        v = split_heads(v, self.G)
+        v = step.remember("v", self.layer, v)
         if self.restores_keys:
-            k = step.remember("k", self.layer, k) @ self.restore        # (B, G, S, D)
-            k = rotate(k, self.rope_of_keys(step))
+            k = step.remember("k", self.layer, k)                       # (B, G, S, k_rank)
+            k = rotate(k @ self.restore, self.rope_of_keys(step))       # (B, G, S, D)
         else:
             k = step.remember("k", self.layer, rotate(k, step.rope))
         return rotate(q, step.rope), k, v
@@ -147,16 +148,16 @@ def layer_moments(config, block, x, step, below, generator):
     length = (x + y).float().norm(dim=-1)                       # (N, T): u^-½
     length = length[:, None, :, None]
     z = z.float()
-    W = attn.out.weight.float().unflatten(1, (H, -1))           # (C, H, D)
-    W = W.transpose(0, 1)                                       # (H, C, D)
+    W = attn.out.weight.float()
+    W = W.unflatten(1, (H, -1)).transpose(0, 1)                 # (H, C, D)
     S = outer_sum(z / length, G)
     M = outer_sum(W[None], G) * G / H
     if type(attn) not in NARROW:
         return None, (S, M)
-    q, k, v = attn.qkv(h).float().split(attn.widths, dim=2)
-    q = split_heads(q, H)                                       # (N, H, T, D)
-    k = split_heads(k, G).repeat_interleave(H // G, dim=1)      # (N, H, S, D)
-    v = split_heads(v, G).repeat_interleave(H // G, dim=1)
+    heads = split_heads(attn.qkv(h).float(), H + 2 * G)         # all are D wide
+    q, k, v = heads.split((H, G, G), dim=1)                     # (N, H or G, T, D)
+    k = k.repeat_interleave(H // G, dim=1)                      # (N, H, S, D)
+    v = v.repeat_interleave(H // G, dim=1)
     apart = torch.cdist(z @ W.mT, v @ W.mT)                     # (N, H, T, S)
     P = seen[0].float()
     w = (P * apart / length).square()
@@ -185,10 +186,10 @@ def moments(model, windows):
     spans = config.spans if config.share_kind == "kv" else []
     for a, b in spans:
         keys, _ = found[a]
-        values = [each for _, each in found[a:b + 1]]
-        S = sum(S for S, _ in values)
-        M = sum(M for _, M in values) / len(values)
-        found[a:b + 1] = [(keys, (S, M))] * len(values)
+        _, values = zip(*found[a:b + 1])
+        S, M = zip(*values)
+        n = len(values)
+        found[a:b + 1] = [(keys, (sum(S), sum(M) / n))] * n
     return found
 
 # ---- the best subspaces ----
@@ -203,18 +204,19 @@ def basis(S, M):
     root = (U * scale) @ U.mT
     inverse = (U / scale) @ U.mT
     errors, U = torch.linalg.eigh(root @ S @ root)
-    errors, U = errors.flip(-1), U.flip(-1)
-    return U.mT @ root, U.mT @ inverse, errors.clamp(min=0)
+    errors = errors.flip(-1).clamp(min=0)
+    U = U.flip(-1)
+    return U.mT @ root, U.mT @ inverse, errors
 
 def numbers_to_keep(errors_k, errors_v, budget):
     """What dropping each number of a key and of a value costs, (D,) each, falling → how many of
     either to keep, at least one, so that those dropped cost no more together than the budget."""
     D = len(errors_v)
     errors, order = torch.cat((errors_k, errors_v)).sort()
-    dropped = order[errors.cumsum(0) <= budget]
-    n_k = (dropped < D).sum().item()
-    n_v = len(dropped) - n_k
-    return [max(D - n_k, 1), max(D - n_v, 1)]
+    kept = order[errors.cumsum(0) > budget]
+    n_k = (kept < D).sum().item()
+    n_v = len(kept) - n_k
+    return [max(n_k, 1), max(n_v, 1)]
 
 def fold(E, W):
     """E (G, r, D), the rows W (G·D, C) of G heads → E W of each head (G·r, C)."""
@@ -283,7 +285,8 @@ def main():
         raise ValueError("--rank, --error: give one of them")
 
     def technique(model, windows):
-        ranks = [[args.rank or 1] * 2] * model.config.n_layer
+        any_rank = args.rank or 1
+        ranks = [[any_rank, any_rank]] * model.config.n_layer
         rebuilt(model, "eigen", ranks=ranks)                    # refused early, if at all
         idx = windows()
         small = compress(model, idx[::3], args.rank, args.error)

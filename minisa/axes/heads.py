@@ -24,7 +24,16 @@ where y_t is the output of the same layer in the original model. This costs noth
 import torch
 import torch.nn as nn
 
-from minisa.axes.common import anchors, fill, parser, rebuilt, resize, rewrite, run_main, walk
+from minisa.axes.common import (
+    anchors,
+    fill,
+    parser,
+    rebuilt,
+    replace_reuse_layers,
+    rewrite,
+    run_main,
+    walk,
+)
 from minisa.decode import shared_attention
 from minisa.kit import checkpoint
 from minisa.model import SharedAttention, merge_heads
@@ -36,8 +45,9 @@ def in_numpy_by(recombine):
 
     def attention(now, layer, x, below):
         P, keys, values = below                                 # P (G, H/G, S)
-        heads = recombine(layer, P.reshape(-1, P.shape[-1]))    # (H, S)
-        y, _ = shared_attention(now, layer, x, (heads.reshape(P.shape), keys, values))
+        heads = P.reshape(-1, P.shape[-1])                      # (H, S)
+        recombined = recombine(layer, heads).reshape(P.shape)
+        y, _ = shared_attention(now, layer, x, (recombined, keys, values))
         return y, below
     return attention
 
@@ -82,23 +92,6 @@ class Mixed(Recombined):
 
     in_numpy = in_numpy_by(recombine)
 
-def replace_reuse_layers(model, kind, flag, **widths):
-    """Put layers of another kind in the place of all reuse layers of plain Shared Attention, as
-    wide as those but for the Widths given. Raises ValueError, naming the flag, if there are none,
-    or they were changed before."""
-    config = model.config
-    if not config.spans or config.share_kind != "weights":
-        raise ValueError(f"--{flag}: is about layers that share attention weights; "
-                         "give --share, and --share_kind=weights")
-    for layer in anchors(config):
-        block, old = model.blocks[layer], model.blocks[layer].attn
-        if type(old) is not SharedAttention:
-            changed = ", ".join(change["by"] for change in checkpoint.changes(model))
-            raise ValueError(f"--{flag}: the reuse layers of this model were changed already, by "
-                             f"{changed}; take the model that it came from")
-        block.attn = kind(config, layer)
-        resize(block.attn, old.widths._replace(**widths), old.out.in_features)
-
 def rebuild(model, heads):
     """Make all reuse layers Matched ("match") or Mixed ("mix"). Raises ValueError if `heads` is
     neither, or as replace_reuse_layers()."""
@@ -124,9 +117,11 @@ def nearest_on_simplex(v):
     """v (R, H) → for each row the nearest w with w ≥ 0, Σ w = 1 (Duchi et al. 2008, figure 1)."""
     falling = v.sort(dim=1, descending=True).values
     # if only the k largest stay above 0, each of them must give up this much
-    excess = (falling.cumsum(1) - 1) / torch.arange(1, v.size(1) + 1)
+    counts = torch.arange(1, v.size(1) + 1)
+    excess = (falling.cumsum(1) - 1) / counts
     k = (falling > excess).sum(1, keepdim=True)
-    return (v - excess.gather(1, k - 1)).clamp(min=0)
+    of_k = excess.gather(1, k - 1)
+    return (v - of_k).clamp(min=0)
 
 def nearest_mixture(among, between, steps=1000):
     """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimizes w A wᵀ − 2 w·b,

@@ -16,8 +16,15 @@ numbers per token. q̃ starts at zero, which is plain sharing, and train.py lear
 
 import torch
 
-from minisa.axes.common import anchors, fill, parser, rebuilt, rewrite, run_main
-from minisa.axes.heads import replace_reuse_layers
+from minisa.axes.common import (
+    anchors,
+    fill,
+    parser,
+    rebuilt,
+    replace_reuse_layers,
+    rewrite,
+    run_main,
+)
 from minisa.kit import checkpoint
 from minisa.kit.cli import at_least, count
 from minisa.model import SharedAttention, rotate, split_heads
@@ -69,13 +76,12 @@ def correct(model, spans, rank, seed=1337):
         _, k, _ = own.qkv.weight.split(own.widths)              # (G·D, C), or none
         C = v.size(1)
         if len(k):
-            k = k.view(own.G, -1, C)[:, :rank].flatten(0, 1)
+            of_heads = k.view(own.G, -1, C)
+            k = of_heads[:, :rank].flatten(0, 1)
         else:
-            k = torch.randn(own.G * rank, C, generator=generator)
-            k = 0.02 * k.to(v)
+            k = 0.02 * torch.randn(own.G * rank, C, generator=generator)
         q = v.new_zeros(own.H * rank, C)
-        made = torch.cat((q, k, v))
-        tensors[f"blocks.{layer}.attn.qkv.weight"] = made
+        tensors[f"blocks.{layer}.attn.qkv.weight"] = torch.cat((q, k.to(v), v))
     return fill(new, shared, tensors)
 
 def main():

@@ -14,54 +14,86 @@ token's large numbers) are such outliers that the cosines alone would give them 
 
 The layers of a span attend alike, so they keep the same tokens. They are one unit, with the mean of
 their cosines, the sum of what their attention weights give each token, and one budget. A layer in
-no span is a unit too. Unlike H2O, all heads of a layer keep the same tokens. Unlike StreamingLLM,
-keys keep their original positions. The prompt is read whole, then squeezed, so memory use peaks
-just before.
+no span is a unit too. Unlike in H2O and SnapKV, all heads of a layer keep the same tokens. Unlike
+in StreamingLLM, keys keep their original positions. The prompt is read whole, then squeezed, so
+memory use peaks just before.
 """
 
-import argparse
 import itertools
 import math
+import statistics
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from minisa import cost
-from minisa.kit.cli import at_least, several
+from minisa.kit.cli import at_least, one_of, several
 from minisa.model import PREFILL_CHUNK, KVCache
 
 # ---- policies: which tokens stay ----
 
 class Policy:
     """A rule that says which tokens stay. Each subclass is one: its name in lower case is its value
-    of --squeeze_policy, its docstring the help."""
-    needs_weights = False           # does score() look at `received`?
+    of --squeeze_policy, its docstring the help. It sees one unit of layers at a time."""
+    watches_prompt = False          # must receive() see the attention weights of the prompt?
+    watches_new = False             # and those of every new token?
 
-    def score(self, where, received, length, budget):
-        """Of the tokens at positions where (B, S), after `length` tokens: how much each should stay
-        (B, S). received (B, S): the attention weight given to each so far."""
+    def receive(self, received, P, after):
+        """How much attention each token has received so far (B, S), 0 at first → the same after T
+        more queries, whose attention weights are P (B, H, T, S). after (T,): how many tokens of the
+        prompt follow each query; below 0 for a new token."""
+        return received + P.sum((1, 2), dtype=torch.float32)
+
+    def finish(self, received):
+        """What each token received from the whole prompt (B, T ≥ 1) → what score() should see."""
+        return received
+
+    def score(self, tokens):
+        """A Kept → a number for each of its tokens (B, S): the one with the lowest goes first."""
 
 class Window(Policy):
     """the last"""
 
-    def score(self, where, received, length, budget):
-        return where
+    def score(self, tokens):
+        return tokens.where
 
 class Sinks(Policy):
     """the first 4 and the last"""          # StreamingLLM, arXiv:2309.17453: whatever the first
     SINKS = 4                               # tokens are, much weight falls on them
 
-    def score(self, where, received, length, budget):
-        return where.masked_fill(where < self.SINKS, torch.iinfo(where.dtype).max)
+    def score(self, tokens):
+        most = torch.iinfo(tokens.where.dtype).max
+        return tokens.where.masked_fill(tokens.where < self.SINKS, most)
 
 class Heavy(Policy):
     """half of them the last, half those with most attention weight so far"""
-    needs_weights = True                    # H2O, arXiv:2306.14048: summed over queries and heads
+    watches_prompt = watches_new = True     # H2O, arXiv:2306.14048: summed over queries and heads
 
-    def score(self, where, received, length, budget):
-        newest = where >= length - budget // 2
-        return received.masked_fill(newest, torch.inf)
+    def score(self, tokens):
+        newest = tokens.where >= tokens.length - tokens.room // 2
+        return tokens.received.masked_fill(newest, torch.inf)
+
+class Snap(Policy):
+    """all new tokens, the last 32 of the prompt, and those that these 32 attend to most"""
+    watches_prompt = True                   # SnapKV, arXiv:2404.14469
+    OBSERVERS = 32                          # a prompt often ends with the question
+    POOLED = 7                              # a token stays with its neighbors, not in scraps
+
+    def receive(self, received, P, after):
+        by_observers = P[:, :, after < self.OBSERVERS]
+        return super().receive(received, by_observers, after)
+
+    def finish(self, received):
+        before = received.clone()
+        before[:, -self.OBSERVERS:] = 0.0           # they stay anyway
+        return F.max_pool1d(before, self.POOLED, stride=1, padding=self.POOLED // 2)
+
+    def score(self, tokens):
+        last = tokens.where >= tokens.prompt - self.OBSERVERS
+        above_all = 1e6 + tokens.where              # of the last ones, the oldest goes first
+        return torch.where(last, above_all, tokens.received)
 
 POLICIES = {kind.__name__.lower(): kind() for kind in Policy.__subclasses__()}
 
@@ -69,10 +101,11 @@ POLICIES = {kind.__name__.lower(): kind() for kind in Policy.__subclasses__()}
 
 def units(config):
     """The layers that keep the same tokens: [(0,), (1, 2, 3), (4,)] with share="1-3"."""
-    spans = [tuple(range(a, b + 1)) for a, b in config.spans]
-    shared = {layer for span in spans for layer in span}
-    alone = [(layer,) for layer in range(config.n_layer) if layer not in shared]
-    return sorted(spans + alone)
+    groups = {layer: (layer,) for layer in range(config.n_layer)}
+    for a, b in config.spans:
+        for layer in range(a + 1, b + 1):
+            groups[a] += groups.pop(layer)
+    return list(groups.values())
 
 def third_group(values):
     """The least value of the highest of three groups of numbers on a line: of all ways to cut the
@@ -83,8 +116,9 @@ def third_group(values):
         groups = ordered.tensor_split(cuts)
         return sum((group - group.mean()).square().sum() for group in groups)
 
-    cuts = min(itertools.combinations(range(1, len(values)), 2), key=squares)
-    return ordered[cuts[1]]
+    pairs = itertools.combinations(range(1, len(values)), 2)
+    _, second = min(pairs, key=squares)
+    return ordered[second]
 
 def budgets(groups, cosines, sizes, budget, cut):
     """→ how many tokens each unit keeps, when all take the bytes of `budget` tokens in every layer.
@@ -92,12 +126,13 @@ def budgets(groups, cosines, sizes, budget, cut):
     groups: the units(). cosines, sizes: of each layer its cosine_l, and how many numbers it caches
     of a token. cut: 1 gives all the same, and so do cosines that are all the same.
     """
-    means = [sum(cosines[layer] for layer in unit) / len(unit) for unit in groups]
+    means = [statistics.fmean(cosines[layer] for layer in unit) for unit in groups]
+    size = torch.tensor([sum(sizes[layer] for layer in unit) for unit in groups])
     turns = 1 - torch.tensor(means, dtype=torch.float64)
     calm = -turns.clamp(min=1e-9).log()
-    if cut == 1 or len(groups) < 3 or calm.min() == calm.max():
+    alike = len(groups) < 3 or calm.min() == calm.max()
+    if cut == 1 or alike:
         return [budget] * len(groups)
-    size = torch.tensor([sum(sizes[layer] for layer in unit) for unit in groups])
     small = calm >= third_group(calm)
     low = max(1, int(cut * budget))
     freed = size[small].sum() * (budget - low)
@@ -128,31 +163,45 @@ class Floats:
 
 class Kept:
     """The tokens that the layers of a unit keep, in places of which the first `count` are taken.
+    This is what a Policy sees:
 
-    received (B, T): the attention weight given to each token of a prompt. room: the unit's budget.
+        where (B, S)        the position of each token
+        received (B, S)     what the policy's receive() made of the weights that it received
+        prompt, length      how many tokens the prompt has, and how many were read in all
+        room                how many tokens may stay
     """
 
     def __init__(self, policy, received, room):
         (B, T), device = received.shape, received.device
-        where = torch.arange(T, device=device).expand(B, T)
-        scores = policy.score(where, received, T, room)
-        self.policy, self.room, self.count = policy, room, min(room, T)
-        best = scores.topk(self.count).indices.sort().values            # (B, count)
+        self.policy, self.room = policy, room
+        self.prompt = self.length = T
+        self.where = torch.arange(T, device=device).expand(B, T)
+        self.received = policy.finish(received) if T else received
+        self.count = min(room, T)
+        rising = policy.score(self).argsort(stable=True)        # of two alike, the older goes first
+        best = rising[:, T - self.count:].sort().values         # (B, count)
         free = 0, room - self.count
-        self.where = F.pad(best, free)                                  # (B, room): their positions
-        self.received = F.pad(received.gather(1, best), free)           # (B, room)
+        self.where = F.pad(best, free)
+        self.received = F.pad(self.received.gather(1, best), free)
         self.sequences = torch.arange(B, device=device)
 
-    def admit(self, positions, length):
+    def admit(self, positions):
         """Give the token at positions (1,) a free place, or that of a token which then goes."""
         if self.count < self.room:
-            self.places = torch.full_like(self.sequences, self.count)   # (B,)
+            self.places = torch.full_like(self.sequences, self.count)       # (B,)
             self.count += 1
         else:
-            scores = self.policy.score(self.where, self.received, length, self.room)
-            self.places = scores.argmin(1)
+            self.places = self.policy.score(self).argmin(1)
         self.where[self.sequences, self.places] = positions
         self.received[self.sequences, self.places] = 0.0
+        self.after = self.prompt - 1 - positions
+        self.length += 1
+
+    def receive(self, P):
+        """P (B, H, 1, S): what the token just admitted attends with in one of the layers."""
+        so_far = self.received[:, :self.count]
+        received = self.policy.receive(so_far, P.detach(), self.after)
+        so_far.copy_(received)
 
 class SqueezedCache:
     """What a GPT takes in place of a KVCache: each unit has a budget of tokens of its own. See
@@ -167,7 +216,7 @@ class SqueezedCache:
     @property
     def watch(self):
         policy = self.units[0].policy
-        return self.receive if policy.needs_weights else None   # None: P need not be formed
+        return self.receive if policy.watches_new else None     # None: P need not be formed
 
     @property
     def tensors(self):
@@ -189,7 +238,7 @@ class SqueezedCache:
 
     def advance(self, positions):
         for kept in self.units:
-            kept.admit(positions, self.length)
+            kept.admit(positions)
         self.length += 1
         self.receiving = iter(self.kept)                        # the layers whose P is yet to come
 
@@ -205,9 +254,8 @@ class SqueezedCache:
         return kept.where[:, None, :kept.count]
 
     def receive(self, P):
-        """P (B, H, 1, S), of one layer after the other: what each token received of it."""
-        kept = next(self.receiving)
-        kept.received[:, :kept.count] += P.detach().sum((1, 2), dtype=torch.float32)
+        """P (B, H, 1, S), of one layer after the other."""
+        next(self.receiving).receive(P)
 
 # ---- to read a prompt ----
 
@@ -216,37 +264,48 @@ class Reading:
     """What read() saw of a prompt (B, T)."""
     cache: KVCache                  # which has read it
     cosines: list                   # cosine_l of each layer
-    received: dict                  # unit → the attention weight (B, T) that each token received
+    received: dict                  # Policy → unit → what each token received (B, T)
+
+    def receive(self, of_layers, after, P):
+        """P (B, H, T, S) is of a layer of the next unit. after (T,): see Policy."""
+        unit = next(of_layers)
+        for policy, received in self.received.items():
+            if policy.watches_prompt:
+                so_far = received[unit][:, :P.size(3)]
+                so_far.copy_(policy.receive(so_far, P, after))
 
 @torch.no_grad()
 def read(model, idx, ways=(), room=0):
     """Read a prompt idx (B, T) once for several ways to keep it. → a Reading, whose cache has room
-    for so many more tokens. `received` stays 0 if none of the ways needs it."""
-    (B, T), seen = idx.shape, []
-    cache = KVCache(model, B, max(T + room, 1))
-    cosines = [0.0] * len(model.blocks)
-    received = {unit: torch.zeros(B, T, device=idx.device) for unit in units(model.config)}
-    watch = seen.append if any(way.needs_weights for way in ways) else None
-    for chunk in idx.split(PREFILL_CHUNK, dim=1) if T else ():
-        (x, step), shared = model.start(chunk, cache, watch), None
-        for unit in received:
-            for layer in unit:                                  # as Block.forward(), and look
-                block = model.blocks[layer]
-                y, shared = block.attn(block.norm(x), step, shared)
-                after = x + y
-                cosine = F.cosine_similarity(x.float(), after.float(), dim=2)   # (B, chunk)
-                cosines[layer] += cosine.sum().item() / idx.numel()
-                x = after + block.mlp(block.norm(after))
-                if watch:
-                    P = seen.pop()                              # (B, H, chunk, S)
-                    received[unit][:, :P.size(3)] += P.sum((1, 2), dtype=torch.float32)
-    return Reading(cache, cosines, received)
+    for so many more tokens."""
+    (B, T), device = idx.shape, idx.device
+    groups = units(model.config)
+    of_layers = [unit for unit in groups for _ in unit]
+    policies = {way.keeps for way in ways} - {None}
+    watching = any(policy.watches_prompt for policy in policies)
+    reading = Reading(
+        cache=KVCache(model, B, max(T + room, 1)),
+        cosines=[0.0] * len(model.blocks),
+        received={policy: {unit: torch.zeros(B, T, device=device) for unit in groups}
+                  for policy in policies})
+    after = torch.arange(T, device=device).flip(0)
+    for start in range(0, T, PREFILL_CHUNK):
+        here = slice(start, start + PREFILL_CHUNK)
+        watch = partial(reading.receive, iter(of_layers), after[here]) if watching else None
+        (x, step), shared = model.start(idx[:, here], reading.cache, watch), None
+        for layer, block in enumerate(model.blocks):            # as Block.forward(), and look
+            y, shared = block.attn(block.norm(x), step, shared)
+            turned = x + y
+            cosine = F.cosine_similarity(x.float(), turned.float(), dim=2)      # (B, chunk)
+            reading.cosines[layer] += cosine.sum().item() / idx.numel()
+            x = turned + block.mlp(block.norm(turned))
+    return reading
 
 # ---- ways to keep a cache: what programs ask of each ----
 
 class Whole:
     """The usual way: the cache keeps all tokens."""
-    needs_weights = False
+    keeps = None                    # the Policy that says which tokens, if not all
     facts = {"policy": "", "budget": "", "cut": ""}     # columns of a table of results
 
     def name(self, model):
@@ -268,7 +327,8 @@ class Whole:
         (n,)."""
         prompt = reading.cache.length
         for window in windows:
-            yield model.hidden(window[None, :-1])[0, prompt:], window[prompt + 1:]
+            x = model.hidden(window[None, :-1])
+            yield x[0, prompt:], window[prompt + 1:]
 
     def for_bill(self, model, data, context):
         """→ None, or a cache of another kind than KVCache, which has read context - 1 tokens of
@@ -284,8 +344,8 @@ class Squeezing(Whole):
     storage: type = Floats
 
     @property
-    def needs_weights(self):
-        return POLICIES[self.policy].needs_weights
+    def keeps(self):
+        return POLICIES[self.policy]
 
     @property
     def facts(self):
@@ -297,12 +357,13 @@ class Squeezing(Whole):
 
     @torch.no_grad()
     def of(self, reading):
-        whole, received = reading.cache, reading.received
+        whole, received = reading.cache, reading.received[self.keeps]
         small = SqueezedCache(whole.length)
-        sizes = [k.size(3) + v.size(3) for k, v in zip(whole.k, whole.v)]
-        rooms = budgets(list(received), reading.cosines, sizes, self.budget, self.cut)
+        pairs = zip(whole.k, whole.v)
+        sizes = [k.size(3) + v.size(3) for k, v in pairs]
+        rooms = budgets([*received], reading.cosines, sizes, self.budget, self.cut)
         for unit, room in zip(received, rooms):
-            kept = Kept(POLICIES[self.policy], received[unit], room)
+            kept = Kept(self.keeps, received[unit], room)
             best = kept.where[:, None, :kept.count, None]       # (B, 1, n, 1)
             small.units.append(kept)
             for layer in unit:
@@ -315,24 +376,31 @@ class Squeezing(Whole):
 
     def begin(self, model, ids):
         ids = ids[:, -model.config.block_size:]
-        return ids[:, -1:], self.of(read(model, ids[:, :-1], [self]))
+        reading = read(model, ids[:, :-1], [self])
+        return ids[:, -1:], self.of(reading)
 
     def continuations(self, model, windows, reading):
         cache = self.of(reading)
-        for t in range(cache.length, windows.size(1) - 1):
-            yield model.hidden(windows[:, t:t + 1], cache)[:, 0], windows[:, t + 1]
+        tokens = windows[:, cache.length:].split(1, dim=1)      # (N, 1) each
+        for token, following in itertools.pairwise(tokens):
+            x = model.hidden(token, cache)
+            yield x[:, 0], following[:, 0]
 
     def for_bill(self, model, data, context):
         context = min(context, model.config.block_size)
-        window = data().windows("val", 1, context).to(model.embed.weight.device)
-        return self.begin(model, window[:, :context])[1]
+        window = data().windows("val", 1, context)
+        ids = window[:, :context].to(model.embed.weight.device)
+        _, cache = self.begin(model, ids)
+        return cache
 
 @torch.inference_mode()
 def loss(model, way, windows, reading):
     """→ the mean cross-entropy in nats of what a way's continuations() should predict."""
-    losses = [F.cross_entropy(model.head(x).float(), target).item()
-              for x, target in way.continuations(model, windows, reading)]
-    return sum(losses) / len(losses)
+    losses = []
+    for x, following in way.continuations(model, windows, reading):
+        logits = model.head(x).float()
+        losses.append(F.cross_entropy(logits, following).item())
+    return statistics.fmean(losses)
 
 def bits_per_byte(model, data, context, eval_tokens, ways):
     """Yield the loss with each of some ways to keep the cache: on the last quarters of validation
@@ -354,21 +422,16 @@ def bits_per_byte(model, data, context, eval_tokens, ways):
 
 # ---- flags ----
 
-def policy_name(name):
-    """A type for a flag."""
-    if name not in POLICIES:
-        raise argparse.ArgumentTypeError(f"{name} must be one of {', '.join(POLICIES)}")
-    return name
-
 def add_flags(parser):
     """Give a minisa.kit.cli.Parser the flags that ways_of() reads."""
     stay = ", ".join(f"{name} ({policy.__doc__})" for name, policy in POLICIES.items())
     parser.flag("squeeze", at_least(int, 8), None, "tokens that a layer's cache keeps on average, "
                 "at most --context; the loss is then that of the last quarter of --context, after "
                 "the rest", "all")
-    parser.flag("squeeze_policy", several(policy_name), "heavy", "with --squeeze: which tokens "
-                f"stay: {stay}; or several, as sinks,heavy, a row each", "heavy")
-    parser.flag("squeeze_cut", several(at_least(float, 0.01, 1)), "0.5", "with --squeeze: the "
+    policies, cuts = several(one_of(*POLICIES)), several(at_least(float, 0.01, 1))
+    parser.flag("squeeze_policy", policies, "heavy", "with --squeeze: which tokens stay: "
+                f"{stay}; or several, as sinks,heavy, a row each", "heavy")
+    parser.flag("squeeze_cut", cuts, "0.5", "with --squeeze: the "
                 "fraction of it that the layers which matter least keep, 1 for equal budgets; or "
                 "several, as 1,0.5, a row each", "0.5")
 

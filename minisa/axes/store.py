@@ -56,15 +56,22 @@ class Damaged(Exception):
 class StoredCache(KVCache):
     """A KVCache whose layers are still arriving."""
     in_numpy = True                                     # after a prompt, when all layers are there
-    arriving, loaded = {}, None             # layer → a Future of its k and v; the slots they go to
+    arriving, loaded = {}, None             # layer → a Future of its numbers; their slots
 
     def remember(self, name, layer, new):
         """As KVCache.remember(), once the layer is there. Raises Damaged if it is not as it was
         saved."""
         if layer in self.arriving:
-            for stored, numbers in zip((self.k, self.v), self.arriving.pop(layer).result()):
-                stored[layer][0].index_copy_(1, self.loaded, numbers.to(stored[layer]))
+            k, v = self.k[layer], self.v[layer]             # (1, G, size, d)
+            numbers = self.arriving.pop(layer).result()
+            k[0, :, self.loaded] = numbers[..., :k.size(3)].to(k)
+            v[0, :, self.loaded] = numbers[..., k.size(3):].to(v)
         return super().remember(name, layer, new)
+
+def layers(cache, slots):
+    """What each layer of a cache holds in these slots, k beside v: a list of (G, n, d)."""
+    pairs = zip(cache.k, cache.v)
+    return [torch.cat((k[0, :, slots], v[0, :, slots]), dim=2).cpu() for k, v in pairs]
 
 def raw(t):
     """A tensor → its bytes, as an array."""
@@ -72,7 +79,8 @@ def raw(t):
 
 def root_name(model, size):
     """A hash of all that keys and values depend on but the tokens."""
-    settings = [asdict(model.config), changes(model), str(model.embed.weight.dtype), size, BLOCK]
+    dtype = str(model.embed.weight.dtype)
+    settings = [asdict(model.config), changes(model), dtype, size, BLOCK]
     h = hashlib.sha256(json.dumps(settings).encode())
     for name, t in sorted(model.state_dict().items()):
         h.update(name.encode())
@@ -86,15 +94,16 @@ def digest(name, layer, numbers):
 
 class Disk:
     """Blocks as files of a folder that other processes may use too, up to `limit` bytes. A block is
-    a list of pairs k, v (G, 64, d), one per layer; `like` is one with any numbers.
+    a list of tensors (G, 64, d), one per layer; `like` is one with any numbers.
 
     trouble: None, or what went wrong with the last writing or deleting, in words.
     Raises ValueError if the folder cannot be used.
     """
 
     def __init__(self, folder, limit, like):
-        self.folder, self.limit, self.like, self.trouble = Path(folder), limit, like, None
-        sizes = [DIGEST + k.nbytes + v.nbytes for k, v in like]
+        self.folder, self.limit, self.like = Path(folder), limit, like
+        self.trouble = None
+        sizes = [DIGEST + numbers.nbytes for numbers in like]
         self.starts = list(accumulate(sizes, initial=DIGEST))   # of each layer in a file, the end
         self.damaged = set()            # names of files that could not be deleted: not tried again
         try:
@@ -123,7 +132,7 @@ class Disk:
         return [(path, status) for path, status in found if stat.S_ISREG(status.st_mode)]
 
     def read(self, name, layer):
-        """→ a layer's k and v. Raises Damaged if they are not as they were saved."""
+        """→ a layer's numbers. Raises Damaged if they are not as they were saved."""
         start, end = self.starts[layer:layer + 2]
         found = expected = numbers = b""
         with suppress(OSError), open_file(self.path(name)) as file:
@@ -135,14 +144,14 @@ class Disk:
             if self.has(name):
                 self.damaged.add(name)                          # it could not be deleted
             raise Damaged(name.hex())
-        k, v = self.like[layer]
-        both = torch.from_numpy(np.frombuffer(bytearray(numbers), np.uint8)).view(k.dtype)
-        return both[:k.numel()].view(k.shape), both[k.numel():].view(v.shape)
+        like = self.like[layer]
+        flat = torch.from_numpy(np.frombuffer(bytearray(numbers), np.uint8))
+        return flat.view(like.dtype).view(like.shape)
 
     def write(self, name, block):
         data = bytearray(name)
-        for layer, (k, v) in enumerate(block):
-            numbers = raw(k).tobytes() + raw(v).tobytes()
+        for layer, numbers in enumerate(block):
+            numbers = raw(numbers).tobytes()
             data += digest(name, layer, numbers) + numbers
         try:
             write_file(self.path(name), data, private=True)
@@ -153,8 +162,9 @@ class Disk:
     def delete(self, path, ours=False):
         """Delete a file, if it is `ours`: known to be a block, or it begins as one."""
         try:
+            name = bytes.fromhex(path.name[:2 * DIGEST])
             with open_file(path) as file:
-                ours = ours or file.read(DIGEST) == bytes.fromhex(path.name[:2 * DIGEST])
+                ours = ours or file.read(DIGEST) == name
             if ours:
                 path.unlink(missing_ok=True)
         except FileNotFoundError:                               # another process deleted it
@@ -166,8 +176,9 @@ class Disk:
         """As Store.use(). A file's time is when it was used last."""
         now = time.time()
         for i, name in enumerate(names):
+            modified = now - 1e-3 * i
             with suppress(OSError):                             # another process deleted it
-                os.utime(self.path(name), (now, now - 1e-3 * i))
+                os.utime(self.path(name), (now, modified))
         files = sorted(self.files(), key=lambda file: file[1].st_mtime)
         over = sum(status.st_size for _, status in files) - self.limit
         for path, status in files:
@@ -186,7 +197,8 @@ class Store:
     """
 
     def __init__(self, model, folder=None, memory=2**29, disk=2**32, size=None):
-        self.model, self.device, self.limit = model, model.embed.weight.device, memory
+        self.model, self.limit = model, memory
+        self.device = model.embed.weight.device
         self.size = model.config.block_size if size is None else size
         if self.size < BLOCK:
             raise ValueError(f"--context={self.size}: the store keeps blocks of {BLOCK} tokens; "
@@ -195,9 +207,10 @@ class Store:
         self.block_bytes = like.nbytes
         self.root = root_name(model, self.size)
         self.memory = OrderedDict()     # name → its block; only the background thread removes one
-        pairs = [(k[0], v[0]) for k, v in zip(like.k, like.v)]
-        self.disk = Disk(folder, disk, pairs) if folder else None
-        self.reader, self.background = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        block = layers(like, slice(None))
+        self.disk = Disk(folder, disk, block) if folder else None
+        self.reader = ThreadPoolExecutor(1)
+        self.background = ThreadPoolExecutor(1)
 
     def names(self, tokens):
         """The names of the complete blocks of a list of tokens."""
@@ -207,15 +220,13 @@ class Store:
             names.append(hashlib.sha256(names[-1] + text).digest())
         return names[1:]
 
-    def on_disk(self, name):
-        return self.disk is not None and self.disk.has(name)
-
     def load(self, tokens):
         """tokens: a history and a new turn → a StoredCache that holds the longest known beginning
         of it, at most all but the last token; cache.length says how many. A forward pass with it
         may raise Damaged: then load again."""
         names = self.names(tokens[:-1])
-        have = {name: self.memory.get(name) or self.on_disk(name) for name in names}
+        have = {name: self.memory.get(name) or bool(self.disk and self.disk.has(name))
+                for name in names}
         start, end = self.longest(list(have.values()))
         positions = torch.arange(start, end, device=self.device)
         cache = StoredCache(self.model, 1, self.size)
@@ -238,16 +249,16 @@ class Store:
         return 0, 0
 
     def bring(self, found, n, futures):
-        """Give each layer's future its k and v (G, n, d): of the last n tokens of the blocks found.
+        """Give each layer's future its numbers (G, n, d) of the last n tokens of the blocks found.
         Then keep the blocks in memory. found: their names → what memory holds, or True: a file."""
         blocks = {name: [] for name in found}
         try:
             for layer, future in enumerate(futures):
                 for name, known in found.items():
-                    pair = self.disk.read(name, layer) if known is True else known[layer]
-                    blocks[name].append(pair)
-                k, v = zip(*(block[layer] for block in blocks.values()))
-                future.set_result((torch.cat(k, 1)[:, -n:], torch.cat(v, 1)[:, -n:]))
+                    read = self.disk.read(name, layer) if known is True else known[layer]
+                    blocks[name].append(read)
+                numbers = torch.cat([block[layer] for block in blocks.values()], dim=1)
+                future.set_result(numbers[:, -n:])
         except Exception as error:
             for future in futures[layer:]:
                 future.set_exception(error)
@@ -259,12 +270,13 @@ class Store:
         """Keep what a cache holds of its tokens, a list: in memory now, on disk a little later."""
         names = self.names(tokens[:cache.length])
         for i, name in enumerate(names):
-            kept = name in self.memory and (self.disk is None or self.on_disk(name))
-            overwritten = i * BLOCK < cache.length - self.size
-            if kept or overwritten:
+            start = i * BLOCK
+            overwritten = start < cache.length - self.size
+            on_disk = self.disk is None or self.disk.has(name)
+            if overwritten or (name in self.memory and on_disk):
                 continue
-            slots = torch.arange(i * BLOCK, (i + 1) * BLOCK, device=self.device) % self.size
-            block = [(k[0][:, slots].cpu(), v[0][:, slots].cpu()) for k, v in zip(cache.k, cache.v)]
+            positions = torch.arange(start, start + BLOCK, device=self.device)
+            block = layers(cache, positions % self.size)
             self.memory[name] = block
             if self.disk:
                 self.background.submit(self.disk.write, name, block)

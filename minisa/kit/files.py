@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout  # comes with torch
@@ -140,6 +141,12 @@ def write_folder(folder, files):
             raise OSError(f"{folder}: could not be written ({error.strerror}); free some space, or "
                           "choose another folder") from None
         raise
+
+def set_aside(path):
+    """Rename a file to the first of FILE.1.old, FILE.2.old, … that is free → its new path."""
+    names = (path.with_name(f"{path.name}.{n}.old") for n in count(1))
+    old = next(name for name in names if not os.path.lexists(name))
+    return path.rename(old)
 
 def clean(folder, names):
     """Delete the half-written files that write_file() left when it was killed, for files of these names.

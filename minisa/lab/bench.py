@@ -15,11 +15,10 @@ at which this machine reads a large tensor, measured in the same rounds. What fi
 has no limit.
 """
 
-import argparse
+import math
 import statistics
 import sys
 import time
-from copy import copy
 from functools import partial
 from inspect import getdoc
 
@@ -28,7 +27,17 @@ import torch
 from minisa.cost import predict
 from minisa.decode import handles
 from minisa.kit.checkpoint import load, reconfigure
-from minisa.kit.cli import Parser, add_device, add_dtype, command, count, picture, table
+from minisa.kit.cli import (
+    Parser,
+    add_device,
+    add_dtype,
+    command,
+    count,
+    one_of,
+    picture,
+    several,
+    table,
+)
 from minisa.kit.machine import choose_dtype, keep_memory, number_format
 from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table, write_results
@@ -54,24 +63,33 @@ PAUSE = 0.1             # seconds, in which waiting threads of torch and numpy g
 
 # ---- results: a row says what was measured, and how fast it was ----
 
-COLUMNS = ["model", "library", "share", "share_kind", "dtype", "engine", "work", "context", "batch_size",
-           "tokens_per_s", "ms_per_token", "limit_ms_per_token", "cache_bytes", "read_bytes"]
-SHOWN = [*COLUMNS[:12], "read_bytes"]
+COLUMNS = ("model library share share_kind dtype engine work context batch_size "
+           "tokens_per_s ms_per_token limit_ms_per_token cache_bytes read_bytes").split()
+HIDDEN = "cache_bytes"                                      # in the terminal
 
 def row_of(name, model, work, context, batch_size=1, library="minisa"):
     """→ a row without speed. context: for work = "train" or "prefill" the tokens of a sequence, for "decode"
     those that each new token sees. model: a GPT, or another library's."""
-    weight = next(model.parameters())
-    row = dict.fromkeys(COLUMNS, "") | {
-        "model": name, "library": library, "dtype": str(weight.dtype).removeprefix("torch."),
-        "engine": "torch", "work": work, "context": context, "batch_size": batch_size}
+    dtype = next(model.parameters()).dtype
+    row = dict.fromkeys(COLUMNS, "")
+    row |= {
+        "model": name,
+        "library": library,
+        "dtype": str(dtype).removeprefix("torch."),
+        "engine": "torch",
+        "work": work,
+        "context": context,
+        "batch_size": batch_size,
+    }
     if library != "minisa":
         return row
     if model.config.share:
-        row |= {"share": model.config.share, "share_kind": model.config.share_kind}
+        row["share"] = model.config.share
+        row["share_kind"] = model.config.share_kind
     if work == "decode":
-        cost = predict(model, context, batch_size, weight.element_size())
-        row |= {"cache_bytes": cost.cache_bytes, "read_bytes": cost.read_bytes}
+        cost = predict(model, context, batch_size, dtype.itemsize)
+        row["cache_bytes"] = cost.cache_bytes
+        row["read_bytes"] = cost.read_bytes
         if handles(model, KVCache(model, batch_size, 1)):
             row["engine"] = "numpy"
     return row
@@ -94,11 +112,13 @@ def measure(title, works, rounds, where):
     read_memory = partial(timed, reader(where), where)
     memory, *seconds = medians([read_memory, *clocks], rounds, title)
     for row, took in zip(rows, seconds):
-        tokens = row["batch_size"] * (1 if row["work"] == "decode" else row["context"])
+        each = 1 if row["work"] == "decode" else row["context"]
+        tokens = row["batch_size"] * each
         row["tokens_per_s"] = round(tokens / took, 2)
         row["ms_per_token"] = round(1e3 * took / tokens, 6)
-        if row["read_bytes"] and not in_cache(row["read_bytes"], where):
-            limit = row["read_bytes"] / LARGE * memory
+        read_bytes = row["read_bytes"]
+        if read_bytes and not in_cache(read_bytes, where):
+            limit = read_bytes / LARGE * memory
             row["limit_ms_per_token"] = round(1e3 * limit / tokens, 6)
     print(f"{title}; this machine reads {1e-9 * LARGE / memory:.1f} GB/s")
     show(rows)
@@ -106,11 +126,13 @@ def measure(title, works, rounds, where):
 
 def show(rows):
     """Print rows as a table. "÷ first": speed over that of the first row that does the same work."""
-    lines, first = [[*SHOWN, "÷ first"]], {}
+    shown = [name for name in COLUMNS if name != HIDDEN]
+    lines, first = [[*shown, "÷ first"]], {}
     for row in rows:
         speed = row["tokens_per_s"]
         over_first = speed / first.setdefault(row["work"], speed)
-        lines.append([*(str(row[name]) for name in SHOWN), f"{over_first:.2f}"])
+        cells = [str(row[name]) for name in shown]
+        lines.append([*cells, f"{over_first:.2f}"])
     print_table(lines, words=7)
     print(flush=True)
 
@@ -119,9 +141,12 @@ def show(rows):
 def train_work(name, model, training, dtype, where, library="minisa", optimizer=None):
     """Steps of training in a number format."""
     batch_size, T = training
-    row = row_of(name, model, "train", T, batch_size, library) | {"dtype": dtype}
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x, y = torch.randint(model.config.vocab_size, (2, batch_size, T), device=where)
+    row = row_of(name, model, "train", T, batch_size, library)
+    row["dtype"] = dtype
+    if not optimizer:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    shape = 2, batch_size, T
+    x, y = torch.randint(model.config.vocab_size, shape, device=where)
     autocast = number_format(model, dtype)
 
     def step():
@@ -135,31 +160,31 @@ def train_work(name, model, training, dtype, where, library="minisa", optimizer=
 
 def prompt(model, T, batch_size=1):
     """→ a prompt of token 1 repeated (batch size, T). Not 0, which transformers takes for padding."""
-    return torch.ones(batch_size, T, dtype=torch.long, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    return torch.ones(batch_size, T, dtype=torch.long, device=device)
 
 def decoder(model, context, batch_size):
     """→ a function that generates one token per sequence, which sees `context` keys, as generate() does."""
     cache = KVCache(model, batch_size, context)
-    for t in cache.k + cache.v:
+    for t in cache.tensors:
         t.normal_()
     cache.length = context                                  # full: a new token overwrites the oldest
-    stream = model.stream(prompt(model, 1, batch_size), 2**62, temperature=0.8, cache=cache)
+    idx = prompt(model, 1, batch_size)
+    stream = model.stream(idx, 2**62, temperature=0.8, cache=cache)
     next(stream)                                            # the prompt, read by torch
     return partial(next, stream)
 
 def decode_work(name, model, context, batch_size, where):
     """Decoding with a full cache."""
+    row = row_of(name, model, "decode", context, batch_size)
     step = decoder(model, context, batch_size)
-    return row_of(name, model, "decode", context, batch_size), partial(timed, step, where, LONG_ENOUGH)
+    return row, partial(timed, step, where, LONG_ENOUGH)
 
 class OnTorch(GPT):
-    """A GPT that decode.py does not know, so that it decodes in torch on every machine."""
+    """A GPT of the same layers as another, which decodes in torch: decode.py does not know this class."""
 
-def on_torch(model):
-    """→ the same model, in the same memory, which decodes in torch."""
-    other = copy(model)
-    other.__class__ = OnTorch
-    return other
+    def __init__(self, model):
+        vars(self).update(vars(model))
 
 def token_times(model, T, n):
     """→ the times at which a prompt of T tokens was ready, and each of n tokens after it, in seconds."""
@@ -182,9 +207,12 @@ def per_token(model, T, n, times=token_times):
 def text_works(models, size, times=token_times, library="minisa"):
     """models: [(name, model), ...], with contexts of at least `size` tokens. Decoding after a short prompt,
     and, in float32, prefill of a long one."""
-    short, long, works = min(128, -(-size // 4)), min(2048, -(-size // 2)), []
+    short = min(128, math.ceil(size / 4))
+    long = min(2048, math.ceil(size / 2))
+    context = min(short + DECODED // 2, size)               # of the token in the middle
+    works = []
     for name, model in models:
-        row = row_of(name, model, "decode", min(short + DECODED // 2, size), library=library)
+        row = row_of(name, model, "decode", context, library=library)
         works.append((row, partial(per_token, model, short, DECODED, times)))
         if row["dtype"] == "float32":
             row = row_of(name, model, "prefill", long, library=library)
@@ -196,7 +224,8 @@ def text_works(models, size, times=token_times, library="minisa"):
 def modes_of(full, share):
     """A model → it, and both kinds of sharing made from it, zero-shot."""
     kinds = ("weights", "kv") if share else ()
-    return [full, *(reconfigure(full, share=share, share_kind=kind) for kind in kinds)]
+    shared = [reconfigure(full, share=share, share_kind=kind) for kind in kinds]
+    return [full, *shared]
 
 def random_modes(where, share=None, **fields):
     """The same for random weights. All layers from 1 on share if share is None."""
@@ -206,31 +235,28 @@ def random_modes(where, share=None, **fields):
 
 def shape_works(shape, args):
     """What is timed of a shape."""
-    (fields, training), where = SHAPES[shape], args.device
-    context, works, models = fields["block_size"], [], []
+    fields, training = SHAPES[shape]
+    context, where = fields["block_size"], args.device
     T = min(context, 2048)                                  # of the prompt
+    reading, decoding = [], []
     for model in random_modes(where, **fields):
-        models += [model, on_torch(model)] if args.torch else [model]
         if training:
             dtype = args.dtype or choose_dtype(where, None)
-            works.append(train_work(shape, GPT(model.config).to(where), training, dtype, where))
-        prefill = partial(timed, partial(first_token, model, T), where)
-        works.append((row_of(shape, model, "prefill", T), prefill))
-    return works + [decode_work(shape, model, context, 1, where) for model in models]
-
-def shapes(text):
-    """A type for a flag: names of SHAPES."""
-    names = text.split(",")
-    for name in names:
-        if name not in SHAPES:
-            raise argparse.ArgumentTypeError(f"'{name}' is not one of {', '.join(SHAPES)}")
-    return names
+            trained = GPT(model.config).to(where)
+            reading.append(train_work(shape, trained, training, dtype, where))
+        row = row_of(shape, model, "prefill", T)
+        prefill = partial(first_token, model, T)
+        reading.append((row, partial(timed, prefill, where)))
+        for each in [model, OnTorch(model)] if args.torch else [model]:
+            decoding.append(decode_work(shape, each, context, 1, where))
+    return reading + decoding
 
 def torch_flag(parser):
     parser.switch("torch", "also decode in torch (minisa/model.py), where numpy (minisa/decode.py) does it")
 
 def shape_flags(parser):
-    parser.flag("shapes", shapes, list(SHAPES), "which shapes to measure", shown=",".join(SHAPES))
+    names = several(one_of(*SHAPES))
+    parser.flag("shapes", names, list(SHAPES), "which shapes to measure", shown=",".join(SHAPES))
     add_dtype(parser, "to train in", None, "the faster one")
     torch_flag(parser)
 
@@ -257,7 +283,7 @@ def open_models(source, share, torch_too, where):
     if share:
         models += [reconfigure(full, share=share) for full in models]
     if torch_too:
-        models.append(on_torch(model))
+        models.append(OnTorch(model))
     return [(source, model) for model in models]
 
 def model_flags(parser):
@@ -272,7 +298,8 @@ def model(args):
     models = open_models(first, args.share, args.torch, args.device)
     for source in others:
         models += open_models(source, None, args.torch, args.device)
-    yield "models", text_works(models, min(model.config.block_size for _, model in models))
+    shortest = min(model.config.block_size for _, model in models)
+    yield "models", text_works(models, shortest)
 
 # ---- sweep: what a token costs as context or batch grow ----
 
@@ -282,8 +309,9 @@ def growing_models(args):
         full, _, _ = load(args.model, device=args.device)
         return [(args.model, model) for model in modes_of(full, args.share)]
     heads = random_modes(args.device, args.share, **GROWING)
-    grouped = random_modes(args.device, args.share, **GROWING, n_kv_head=1)[:2]     # full attention, SA
-    return [("6 × 256", model) for model in heads] + [("6 × 256, GQA", model) for model in grouped]
+    full, shared, _ = random_modes(args.device, args.share, **GROWING, n_kv_head=1)
+    named = [("6 × 256", model) for model in heads]
+    return [*named, ("6 × 256, GQA", full), ("6 × 256, GQA", shared)]
 
 def points(args):
     """Yield (context, batch size, [(name, model), ...]) of each point of a sweep."""
@@ -318,7 +346,8 @@ def sweep(args):
         pyplot("--plot")                                    # refused before the work if it is missing
     for context, batch_size, models in points(args):
         title = f"context {context:,}, batch size {batch_size}"
-        yield title, [decode_work(name, model, context, batch_size, args.device) for name, model in models]
+        works = [decode_work(*named, context, batch_size, args.device) for named in models]
+        yield title, works
 
 # ---- the command ----
 
@@ -346,8 +375,11 @@ def run(doc, name, commands):
         plot.token_times(rows, args.over, args.plot)
 
 def main():
-    run(__doc__, "bench", {"modes": (shape_flags, modes), "model": (model_flags, model),
-                           "sweep": (sweep_flags, sweep)})
+    run(__doc__, "bench", {
+        "modes": (shape_flags, modes),
+        "model": (model_flags, model),
+        "sweep": (sweep_flags, sweep),
+    })
 
 if __name__ == "__main__":
     command(main)

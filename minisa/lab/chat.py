@@ -28,7 +28,7 @@ from minisa.axes.store import Damaged, Store
 from minisa.cost import predict
 from minisa.kit.checkpoint import kind, load
 from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count
-from minisa.kit.files import lock, read_file, write_file
+from minisa.kit.files import lock, read_file, set_aside, write_file
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 END = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
@@ -86,10 +86,7 @@ class Chat:
                 return
         except (ValueError, LookupError, TypeError, RecursionError):
             pass
-        old = f"{self.file}.old"
-        while os.path.lexists(old):
-            old += ".old"
-        os.rename(self.file, old)
+        old = set_aside(self.file)
         print(f"{self.file} cannot be continued: it is damaged, or of a model with another tokenizer; it is "
               f"kept as {old}, and this is a new conversation", file=sys.stderr)
 

@@ -22,7 +22,7 @@ import sys
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from itertools import count as count_up
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ import torch
 from minisa.cost import predict
 from minisa.kit import checkpoint
 from minisa.kit.cli import Parser, add_dtype, command, count
-from minisa.kit.files import lock, read_file
+from minisa.kit.files import lock, read_file, set_aside
 from minisa.kit.machine import choose_dtype
 from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table, provenance, write_results
@@ -172,9 +172,10 @@ def run(line, stdout=None):
     """Print a command, and run it. Raises ValueError if it does not end with status 0."""
     print(f"$ {line}", flush=True)
     code = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    path = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     words = [sys.executable, *shlex.split(line)[1:]]
-    done = subprocess.run(words, cwd=tables.ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=stdout)
+    done = subprocess.run(words, cwd=tables.ROOT, env=env, stdout=stdout)
     if done.returncode:
         raise ValueError(f"a command ended with status {done.returncode}; run the study again to continue "
                          f"with it: {line}")
@@ -193,27 +194,26 @@ def run_steps(steps):
         if last.endswith("/done"):
             (tables.ROOT / last).touch()
 
-def set_aside(name):
-    """Rename the files of a study in assets, so that they are made again. Files set aside earlier stay."""
-    made = [file for step in STUDIES.get(name, []) for file in step["makes"] if file.startswith("assets/")]
+def begin_again(name):
+    """Set aside the files of a study in assets, so that they are made again."""
+    files = [tables.ROOT / file for step in STUDIES.get(name, []) for file in step["makes"]
+             if file.startswith("assets/")]
     trained = [result(name), result("learning")] if name == "preset" else [result(name)]
-    for file in [tables.ROOT / file for file in made] or trained:
+    for file in files or trained:
         if file.exists():
-            names = (file.with_name(f"{file.name}.{n}.old") for n in count_up(1))
-            old = next(name for name in names if not name.exists())
-            file.rename(old)
-            print(f"{file} is now {old.name}")
+            print(f"{file} is now {set_aside(file).name}")
 
 def run_study(name, args):
     with lock(tables.ROOT / "out" / "experiments"):         # in the checkout, as the results are
         if args.again:
-            set_aside(name)
+            begin_again(name)
         if name in STUDIES:
             return run_steps(STUDIES[name])
         dtype = args.dtype or choose_dtype(torch.device("cpu"), None)
         if args.jobs > 1:
             os.environ["OMP_NUM_THREADS"] = "1"
-        run_trainings(name, lambda settings: train(name, settings, args.train_flags, dtype), args.jobs)
+        measure = partial(train, name, flags=args.train_flags, dtype=dtype)
+        run_trainings(name, measure, args.jobs)
 
 # ---- main ----
 

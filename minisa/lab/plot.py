@@ -10,6 +10,8 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from minisa.kit.cli import Parser, command, picture
 from minisa.kit.picture import pyplot, save
 from minisa.lab.tables import ATTENTION, at_best, load, pandas
@@ -35,15 +37,13 @@ def similarity_maps(maps):
     width = columns * size + 0.8
     height = max(rows * (size + 0.4), 3.2)
     with style("maps") as plt:
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
-        for axis in axes.flat[n:]:
-            axis.set_axis_off()
-        for axis, title in zip(axes.flat, maps):
-            values = maps[title].numpy()
-            image = axis.imshow(values, vmin=0, vmax=1, cmap="magma", origin="lower")
+        figure = plt.figure(figsize=(width, height))
+        for place, title in enumerate(maps, start=1):
+            axis = figure.add_subplot(rows, columns, place)
+            image = axis.imshow(maps[title].numpy(), vmin=0, vmax=1, origin="lower")
             axis.set(title=title, xlabel="layer", ylabel="layer")
             axis.locator_params(integer=True)
-        figure.colorbar(image, ax=axes, label="mean cosine of attention weights", shrink=0.8)
+        figure.colorbar(image, ax=figure.axes, label="mean cosine of attention weights", shrink=0.8)
     return figure
 
 def attention_maps(models, tokens, first, file):
@@ -56,42 +56,42 @@ def attention_maps(models, tokens, first, file):
     places = range(len(tokens))
     with style("maps") as plt:
         scale = plt.matplotlib.colors.PowerNorm(0.5, 0, 1)
-        figure, axes = plt.subplots(len(models), n_layer, figsize=(width, height),
-                                    squeeze=False, sharey=True)
+        figure, axes = plt.subplots(
+            len(models), n_layer, figsize=(width, height), squeeze=False, sharey=True)
         for (name, layers), row in zip(models.items(), axes):
             for layer, (P, axis) in enumerate(zip(layers, row), start=first):
-                image = axis.imshow(P.numpy(), norm=scale, cmap="magma")
+                image = axis.imshow(P.numpy(), norm=scale)
                 axis.set_title(f"layer {layer}")
                 axis.set_xticks(places, tokens, rotation=90)
             row[0].set_title(f"{name}\nlayer {first}")
             row[0].set_yticks(places, tokens)
-        figure.colorbar(image, ax=axes, label="attention weight, mean over heads", ticks=[0, 0.1, 0.5, 1])
+        bar = figure.colorbar(image, ax=axes, label="attention weight, mean over heads")
+        bar.set_ticks([0, 0.1, 0.5, 1])
         save(figure, file)
 
 def by_layer(values, title, file):
     """values (L,): a number for each layer, as a line."""
-    plt = pyplot("the picture")
-    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
-    axis.plot(range(len(values)), values, marker="o", markersize=3, color=BLUE)
-    axis.set(xlabel="layer", ylabel=title, ylim=(0, None))
-    axis.locator_params("x", integer=True)
-    save(figure, file)
+    with style("maps") as plt:
+        figure, axis = plt.subplots(figsize=(6, 3))
+        axis.plot(values, "o-", color=BLUE)
+        axis.set(xlabel="layer", ylabel=title, ylim=(0, None))
+        axis.locator_params("x", integer=True)
+        save(figure, file)
 
 def span_map(percent, n_layer, title, file):
     """percent: {(a, b): loss of span a..b over full attention, in percent} → a map, anchors across, reuse
     layers up. The color is on a log scale from 0.1 to 100; the number is in the square."""
     most = max(b - a for a, b in percent)
-    grid = [[math.nan] * (n_layer - 1) for _ in range(most)]
+    grid = np.full((most, n_layer - 1), math.nan)
     width = max(0.42 * n_layer + 1.8, 5)                                        # inches
     height = max(0.3 * most + 1.4, 2.6)
     with style("maps") as plt:
         figure, axis = plt.subplots(figsize=(width, height))
         for (a, b), value in percent.items():
             row = b - a - 1
-            grid[row][a] = max(value, 0.1)
+            grid[row, a] = max(value, 0.1)
             digits = "z.1f" if value < 10 else ".0f" if value < 1000 else ".0e"
-            text = format(value, digits)
-            text = text.replace("e+0", "e")
+            text = format(value, digits).replace("e+0", "e")
             color = "white" if value > 3 else "black"
             axis.text(a, row, text, fontsize=7, ha="center", va="center", color=color)
         scale = plt.matplotlib.colors.LogNorm(0.1, 100)
@@ -99,8 +99,8 @@ def span_map(percent, n_layer, title, file):
         axis.set(title=title, xlabel="anchor (first layer of the span)", ylabel="reuse layers")
         axis.set_xticks(range(n_layer - 1))
         axis.set_yticks(range(most), range(1, most + 1))
-        bar = figure.colorbar(image, ax=axis, label="loss over full\nattention, %", format="%g",
-                              extend="both", ticks=[0.1, 1, 10, 100])
+        bar = figure.colorbar(image, label="loss over full\nattention, %", format="%g", extend="both")
+        bar.set_ticks([0.1, 1, 10, 100])
         bar.minorticks_off()
         save(figure, file)
 
@@ -118,14 +118,14 @@ def dot_plot(names, panels, spread, file):
     height = 1.6 + 0.45 * len(names)
     with style("projector") as plt:
         figure, axes = plt.subplots(1, len(panels), figsize=(width, height), sharey=True)
+        loss, *costs = axes
         for axis, title in zip(axes, panels):
             axis.plot(panels[title], places, "o", color=BLUE)
             axis.set_xlabel(title)
-        loss, *costs = axes
         for axis in costs:
             axis.set_xlim(0)
             axis.locator_params("x", nbins=5)
-        loss.errorbar(panels[LOSS], places, xerr=spread, fmt="none", color=BLUE, capsize=4)
+        loss.errorbar(panels[LOSS], places, xerr=spread, fmt="none", color=BLUE)
         loss.axvline(0, color="black", linestyle="--")
         if max(panels[LOSS]) > 5:
             loss.set_xscale("symlog", linthresh=1)
@@ -144,19 +144,21 @@ def line_plot(rows, y, thin, titles, y_title, file, scale="linear"):
         for axis, (x, title) in zip(axes, titles.items()):
             for name, points in rows.groupby("name", sort=False):
                 line, = axis.plot(points[x], points[y], label=name)
-                color = line.get_color()
-                axis.plot(points[x], points[thin], color=color, marker="", linestyle="--", linewidth=1)
+                thin_lines = axis.plot(points[x], points[thin], "--", color=line.get_color())
+                plt.setp(thin_lines, marker="", linewidth=1)
             axis.set(xscale=scale, yscale=scale, xlabel=title)
             axis.xaxis.set_major_formatter("{x:,g}")
             if scale == "log":
-                axis.yaxis.set_major_locator(plt.LogLocator(subs=[1, 2, 3, 5]))
-                axis.yaxis.set_major_formatter("{x:g}")
                 axis.xaxis.set_minor_formatter("")
                 axis.yaxis.set_minor_formatter("")
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_major_locator(plt.LogLocator(subs=[1, 2, 3, 5]))
+        first, *_ = axes
         if scale == "log":
-            axes[0].set_xticks(rows[next(iter(titles))].unique())
-        axes[0].set_ylabel(y_title)
-        axes[0].legend()
+            swept, *_ = titles
+            first.set_xticks(rows[swept].unique())
+        first.set_ylabel(y_title)
+        first.legend()
         save(figure, file)
 
 def frontier(rows, file):
@@ -172,21 +174,22 @@ def frontier(rows, file):
 def learning(rows, file):
     """Rows of learning.csv → the mean loss of each mode over steps and over seconds; thin: the lowest and
     highest loss among its seeds."""
-    bpb = rows["val_bpb"]
-    rows = rows.assign(name=rows["mode"], least=bpb, largest=bpb)
-    ways = {"seconds": "mean", "val_bpb": "mean", "least": "min", "largest": "max"}
-    means = rows.groupby(["name", "step"], sort=False).agg(ways).reset_index()
+    points = rows.rename(columns={"mode": "name"}).groupby(["name", "step"], sort=False)
+    means = points[["seconds", "val_bpb"]].mean()
+    means["least"] = points["val_bpb"].min()
+    means["largest"] = points["val_bpb"].max()
     titles = {"step": "steps", "seconds": "seconds, two runs at a time, one thread each"}
-    line_plot(means, "val_bpb", ["least", "largest"], titles, "bits per byte", file)
+    thin = ["least", "largest"]
+    line_plot(means.reset_index(), "val_bpb", thin, titles, "bits per byte", file)
 
 def loss_against_cache(rows, file):
     """Rows of bills → the loss of each over that of the largest cache, lowest first, and its cache."""
     names = [bill_name(row) for row in rows.to_dict("records")]
     rows = rows.assign(name=names).drop_duplicates("name").sort_values("val_bpb")
-    cache = rows["cache_bytes"] / rows["context"]
-    full = rows["val_bpb"][cache.idxmax()]
-    loss = 100 * rows["val_bpb"] / full - 100
-    dot_plot(rows["name"], {LOSS: loss, "cache, bytes per token": cache}, None, file)
+    cache, loss = rows["cache_bytes"] / rows["context"], rows["val_bpb"]
+    over = 100 * loss / loss[cache.idxmax()] - 100
+    panels = {LOSS: over, "cache, bytes per token": cache}
+    dot_plot(rows["name"], panels, None, file)
 
 def bill_name(row):
     """A row of a bill → its model, what changed that or what it shares zero-shot, and what its cache
@@ -204,16 +207,14 @@ def token_times(rows, over, file):
     """Rows of minisa.lab.bench, dicts → ms per token over what grows, "context" or "batch_size", and over
     the cache; thin: the machine's limit."""
     rows = pandas().DataFrame(rows)
-    measured = "ms_per_token", "limit_ms_per_token"
-    for column in measured:
-        rows[column] = pandas().to_numeric(rows[column])
     first = rows["model"][0]
     variants = [name.removeprefix(first) for name in rows["model"]]             # such as ", GQA"
     rows["name"] = rows["share_kind"].replace(ATTENTION) + variants
     rows["cache"] = rows["cache_bytes"] / 1e6
-    y, *thin = measured
+    rows["limit"] = pandas().to_numeric(rows["limit_ms_per_token"])             # some have none
     titles = {over: over.replace("_", " "), "cache": "cache, MB"}
-    line_plot(rows, y, thin, titles, "ms per token (thin: the limit)", file, "log")
+    y_title = "ms per token (thin: the limit)"
+    line_plot(rows, "ms_per_token", ["limit"], titles, y_title, file, "log")
 
 # ---- the command ----
 
@@ -231,12 +232,14 @@ def draw(rows, file):
 
 def read_results(files):
     """CSV files of results → their rows. Raises ValueError if they cannot be drawn."""
-    rows = pandas().concat([load(file).assign(file=file) for file in files], ignore_index=True)
-    names = rows.filter(["mode", "model", "changes"]).sum(axis=1).str.len()
-    if not 0 < len(rows) <= 1000 or names.max() > 100:
+    frames = [load(file).assign(file=file) for file in files]
+    rows = pandas().concat(frames, ignore_index=True)
+    names = rows.filter(["mode", "model", "changes"]).sum(axis=1)
+    if not 0 < len(rows) <= 1000 or names.str.len().max() > 100:
         raise ValueError("it has no rows, or more of them or longer names than can be drawn")
     numbers = rows.filter(["val_bpb", "ms_per_token", "cache_bytes", "context"]).astype(float)
-    if numbers.empty or not ((numbers > 0) & (numbers < math.inf)).all(axis=None):
+    positive = (numbers > 0) & (numbers < math.inf)
+    if numbers.empty or not positive.all(axis=None):
         raise ValueError("it has no results, or one that is not above 0")
     return rows
 
@@ -244,10 +247,9 @@ def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.plot RESULTS.csv ... --file=PICTURE")
     parser.add_argument("results", nargs="+", metavar="RESULTS.csv", help="files of one kind; bills: with "
                         "the same measure of loss (--squeeze, --context, --eval_tokens)")
-    parser.flag("file", picture, shown="none, must be given", help="the picture to write, .png, .svg or .pdf")
+    parser.add_argument("--file", type=picture, required=True, metavar="PICTURE",
+                        help="the picture to write, .png, .svg or .pdf")
     args = parser.parse_args()
-    if not args.file:
-        raise ValueError("--file: name the picture to write, as in --file=axes.png")
     pyplot("minisa.lab.plot")
     try:
         draw(read_results(args.results), args.file)

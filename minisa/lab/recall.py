@@ -21,6 +21,7 @@ from minisa.kit.cli import Parser, add_device, add_dtype, at_least, command, cou
 from minisa.kit.data import data_of
 from minisa.kit.machine import keep_memory
 from minisa.kit.results import write_results
+from minisa.lab.tables import share_of
 
 FACT = "\n\nThe secret number is {}.\n\n"
 QUESTION = "\n\nThe secret number is"
@@ -32,10 +33,10 @@ def draw_numbers(encode, n, seed):
     digits; only numbers of the most frequent count of tokens are taken."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(1000, 10000, (20 * n,), generator=generator).tolist()
-    answers = [encode(f" {number}") for number in numbers]
-    lengths = [len(answer) for answer in answers]
-    fitting = [i for i, length in enumerate(lengths) if length == mode(lengths)]
-    return [numbers[i] for i in fitting[:n]], torch.tensor([answers[i] for i in fitting[:n]])
+    answers = {number: encode(f" {number}") for number in numbers}
+    D = mode(len(answers[number]) for number in numbers)
+    chosen = [number for number in numbers if len(answers[number]) == D][:n]
+    return chosen, torch.tensor([answers[number] for number in chosen])
 
 def make_prompts(data, n, length, seed):
     """→ n prompts of `length` tokens (n, length), and the right answer to each (n, D). Raises ValueError if
@@ -67,9 +68,10 @@ def right_answers(model, prompts, answers, ways):
         reading = squeeze.read(model, batch[:, :-1], ways, min(D, free))    # once for all ways
         caches = [way.of(reading) for way in ways]                          # before one goes on
         for i, cache in enumerate(caches):
-            tokens = list(model.stream(batch[:, -1:], D, temperature=0, cache=cache))
-            given = torch.cat(tokens, dim=1).cpu()                      # (B, D)
-            right[i] += (given == expected).all(dim=1).sum().item()
+            stream = model.stream(batch[:, -1:], D, temperature=0, cache=cache)
+            given = torch.cat([*stream], dim=1).cpu()                   # (B, D)
+            correct = (given == expected).all(dim=1)
+            right[i] += correct.sum().item()
     return right
 
 def ask(args, source, model, data):
@@ -93,21 +95,15 @@ def ask_all(args):
     for source in args.models:
         dtype = getattr(torch, args.dtype)
         model, tokenizer, info = load(source, device=args.device, dtype=dtype)
-        longest = max(args.lengths)
-        block_size = model.config.block_size
+        longest, block_size = max(args.lengths), model.config.block_size
         if longest > block_size:
             raise ValueError(f"--lengths: {longest} tokens are more than the context of {source}, "
                              f"{block_size}")
         data = data_of(info, tokenizer, args.text)
         yield from ask(args, source, model, data)
         if args.share and not model.config.share:
-            yield from ask(args, source, reconfigure(model, share=args.share), data)
-
-def accuracy(right, n):
-    """→ the fraction of right answers and its standard error, as text."""
-    near = (right + 2) / (n + 4)
-    error = (near * (1 - near) / (n + 4))**0.5
-    return f"{right / n:.1%} ± {error:.1%}"
+            shared = reconfigure(model, share=args.share)
+            yield from ask(args, source, shared, data)
 
 # ---- the command ----
 
@@ -133,7 +129,7 @@ def main():
     for row in ask_all(args):
         rows.append(row)
         known = ", ".join(f"{name} {value}" for name, value in row.items() if value != "")
-        print(f"{known}: {accuracy(row['right'], row['prompts'])}", flush=True)
+        print(f"{known}: {share_of(row['right'], row['prompts'])}", flush=True)
     if args.csv:
         write_results(args.csv, rows)
 

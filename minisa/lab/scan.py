@@ -12,7 +12,7 @@ Ctrl-C stops a scan, and the same command continues it. For --heads=mix it write
 .png (each span), spans-weights-mix.csv (by number of reuse layers) and sets-weights-mix.csv (the best sets).
 """
 
-import csv
+import itertools
 import math
 import os
 import statistics
@@ -32,13 +32,17 @@ from minisa.kit.files import read_file
 from minisa.kit.results import print_table, write_results
 from minisa.lab import plot
 from minisa.lab.similarity import open_data, parser
+from minisa.lab.tables import load
 
 FULL = (-1, -1)             # the "span" of full attention in a .csv file
 
 @torch.inference_mode()
 def mean_loss(model, windows):
     """windows (N, T + 1) → mean cross-entropy of their last T tokens, in nats."""
-    losses = [model(window[None, :-1], window[None, 1:])[1].item() for window in windows]
+    losses = []
+    for window in windows.split(1):
+        _, loss = model(window[:, :-1], window[:, 1:])
+        losses.append(loss.item())
     return statistics.fmean(losses)
 
 def percent(loss, full):
@@ -100,55 +104,46 @@ def spans_text(spans):
     """[(1, 3), (5, 7)] → "1-3,5-7"."""
     return ",".join(f"{a}-{b}" for a, b in spans)
 
-# ---- a scan on disk ----
-
-def span_of(row):
-    return int(row["anchor"]), int(row["last"])
-
-def column(rows, name):
-    """→ {(a, b): the number in this column}, without full attention."""
-    return {span_of(row): float(row[name]) for row in rows if span_of(row) != FULL}
-
-def is_valid(row, origin, n_layer):
-    """Is a row of text of this origin, and are its numbers possible? May raise ValueError."""
-    a, b = span_of(row)
-    known_span = 0 <= a < b < n_layer or (a, b) == FULL
-    finite = math.isfinite(float(row["loss"]) + float(row["divergence"]))
-    whole = None not in row and None not in row.values()    # as many cells as columns
-    return row.items() >= origin.items() and known_span and finite and whole
+# ---- a scan on disk: rows by span ----
 
 def read_scan(file, origin, n_layer):
-    """The rows that an earlier scan wrote, or none. Raises ValueError unless all are valid. origin: a dict of
-    their first columns."""
-    if not os.path.lexists(file):
-        return []
+    """→ {(a, b): row} of an earlier scan, or of none. Raises ValueError unless all rows are valid and begin
+    with `origin`, the columns that say what was scanned."""
+    if not os.path.lexists(file) or not read_file(file):
+        return {}
+    known = {FULL, *itertools.combinations(range(n_layer), 2)}
     try:
-        rows = list(csv.DictReader(read_file(file).decode().splitlines()))
-        valid = all(is_valid(row, origin, n_layer) for row in rows)
-    except (KeyError, TypeError, ValueError, csv.Error):
+        rows = load(file)
+        ends = rows[["anchor", "last"]].astype(int)
+        spans = [*ends.itertuples(index=False, name=None)]
+        same = rows[[*origin]] == [*origin.values()]
+        finite = rows[["loss", "divergence"]].abs() < math.inf
+        valid = same.all(axis=None) and finite.all(axis=None) and known.issuperset(spans)
+    except (KeyError, ValueError):
         valid = False
     if not valid:
         raise ValueError(f"{file}: cannot be continued: it is damaged, or of another model, text, --windows "
                          "or --context; delete it, or take another --out_dir")
-    return rows
+    return dict(zip(spans, rows.to_dict("records")))
 
 def continue_scan(rows, file, origin, model, sharing, windows, spans):
-    """Measure the spans that are missing from rows; print and write them one by one. → the loss of full
-    attention."""
-    full = mean_loss(model, windows)
-    if not rows:
-        rows.append({**origin, "anchor": -1, "last": -1, "loss": full, "divergence": 0.0})
-    left = [span for span in spans if span not in column(rows, "loss")]
+    """Measure the spans that are missing from rows, {(a, b): row}; print and write them one by one."""
+    def add(a, b, loss, divergence):
+        rows[a, b] = {**origin, "anchor": a, "last": b, "loss": loss, "divergence": divergence}
+
+    if FULL not in rows:
+        add(*FULL, mean_loss(model, windows), 0.0)
+    left = [span for span in spans if span not in rows]
     ahead, begun = len(left), time.perf_counter()
     for a, b, loss, divergence in scan(model, sharing, windows, left):
-        rows.append({**origin, "anchor": a, "last": b, "loss": loss, "divergence": divergence})
-        write_results(file, rows)
+        add(a, b, loss, divergence)
+        write_results(file, [*rows.values()])
         ahead -= 1
         seconds = (time.perf_counter() - begun) / (len(left) - ahead)   # of each; later spans take less
         minutes = seconds * ahead / 60
-        print(f"span {a}-{b}: loss {loss:.4f} ({percent(loss, full):+.2f} %), divergence {divergence:.4f}; "
+        over = percent(loss, rows[FULL]["loss"])
+        print(f"span {a}-{b}: loss {loss:.4f} ({over:+.2f} %), divergence {divergence:.4f}; "
               f"{ahead} spans left, at most {minutes:.0f} minutes", flush=True)
-    return full
 
 # ---- what it shows ----
 
@@ -180,7 +175,8 @@ def summarize(percents, divergences, model, sharing, context):
 def measure_sets(sets, model, sharing, held_out, refit_on=None):
     """sets: those of best_sets(). → a row for each, measured on held_out (N, T + 1), and again after a refit
     on refit_on (N, T)."""
-    full, rows = mean_loss(model, held_out), []
+    full, context = mean_loss(model, held_out), held_out.size(1) - 1
+    rows = []
     for r, (_, spans) in sets.items():
         name = spans_text(spans)
         print(f"measuring {name}", file=sys.stderr, flush=True)
@@ -190,7 +186,7 @@ def measure_sets(sets, model, sharing, held_out, refit_on=None):
         if refit_on is not None:
             refit(shared, model, refit_on)
             row["percent_refitted"] = percent(mean_loss(shared, held_out), full)
-        row["cache_saved"], _ = saved(model, shared, held_out.size(1) - 1)
+        row["cache_saved"], _ = saved(model, shared, context)
         rows.append(row)
     return rows
 
@@ -198,7 +194,8 @@ def report(rows, file):
     """Print rows as a table, and write them."""
     table = [list(rows[0])]
     for row in rows:
-        table.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()])
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+        table.append(cells)
     print_table(table)
     write_results(file, rows)
 
@@ -232,18 +229,21 @@ def main():
     origin = {
         "model": f"{args.model} {sha256[:8]}",
         "windows": f"{args.windows} of {data.name}",
-        "context": str(T),
+        "context": T,
     }
     L = model.config.n_layer
     rows = read_scan(file, origin, L)
 
     windows = data.windows("train", 2 * args.windows, T).to(args.device)
     if args.heads != "same":
-        sharing = partial(sharing, products=head_products(model, windows[::2, :-1]))
-    spans = [(a, b) for a in range(L) for b in range(a + 1, min(a + args.longest, L))]
-    full = continue_scan(rows, file, origin, model, sharing, windows[1::2], spans)
-    percents = {span: percent(loss, full) for span, loss in column(rows, "loss").items()}
-    divergences = column(rows, "divergence")
+        products = head_products(model, windows[::2, :-1])
+        sharing = partial(sharing, products=products)
+    pairs = itertools.combinations(range(L), 2)
+    spans = [(a, b) for a, b in pairs if b - a < args.longest]
+    continue_scan(rows, file, origin, model, sharing, windows[1::2], spans)
+    full = rows.pop(FULL)["loss"]
+    percents = {span: percent(row["loss"], full) for span, row in rows.items()}
+    divergences = {span: row["divergence"] for span, row in rows.items()}
     plot.span_map(percents, L, f"loss of each span, zero-shot, {name}", file.with_suffix(".png"))
     print(f"wrote {file} and scan-{name}.png; full attention: {full:.4f} nats per token")
 

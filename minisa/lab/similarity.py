@@ -39,37 +39,36 @@ def weight_variance(model, idx):
     """idx (B, T ≥ 2) → (L,): var(l) above."""
     P = torch.stack(model.attention_weights(idx)).float()           # (L, B, H, T, T)
     visible = torch.arange(1, idx.size(1) + 1, device=P.device)     # (T,): tokens that a row can see
-    variance = P.square().sum(-1) / visible - 1 / visible**2        # the mean of a row is 1 / visible
+    mean = 1 / visible
+    variance = P.square().sum(-1) * mean - mean**2                  # (L, B, H, T)
     return variance[..., 1:].mean((1, 2, 3))
 
 def mean_over(windows, measure, model):
     """windows (N, T) → the mean of measure(model, window (1, T)), in the memory of one window."""
     print(f"reading the attention weights of {len(windows)} windows", file=sys.stderr, flush=True)
-    return torch.stack([measure(model, window[None]).cpu() for window in windows]).mean(0)
+    found = [measure(model, window).cpu() for window in windows.split(1)]
+    return torch.stack(found).mean(0)
 
 # ---- what the command does ----
 
 def pairs(similarity, **facts):
     """similarity (L, L) → a row for a CSV file for each pair of layers."""
-    rows = []
-    for layer, cosines in enumerate(similarity.tolist()):
-        for other, cosine in enumerate(cosines):
-            rows.append({**facts, "layer": layer, "other_layer": other, "cosine": cosine})
-    return rows
+    L = range(len(similarity))
+    return [{**facts, "layer": layer, "other_layer": other, "cosine": similarity[layer, other].item()}
+            for layer in L for other in L]
 
 def show_layers(model, windows, folder):
     """Print, write and draw the similarity of all layers, and the variance of each."""
     similarity = mean_over(windows, layer_similarity, model)
     variances = mean_over(windows, weight_variance, model).tolist()
     table = [["layer", "variance", "mean cosine with each layer, in hundredths"]]
-    rows = []
     for layer, variance in enumerate(variances):
         hundredths = (100 * similarity[layer]).tolist()
         cosines = "".join(f"{value:4.0f}" for value in hundredths)
         table.append([str(layer), f"{variance:.6f}", cosines])
-        rows.append({"layer": layer, "variance": variance})
     print_table(table, words=3)
     write_results(folder / "similarity.csv", pairs(similarity))
+    rows = [{"layer": layer, "variance": variance} for layer, variance in enumerate(variances)]
     write_results(folder / "variance.csv", rows)
     save(plot.similarity_maps({"similarity of layers": similarity}), folder / "similarity.png")
     plot.by_layer(variances, "variance of attention weights", folder / "variance.png")
@@ -86,7 +85,7 @@ def show_history(checkpoints, windows, folder):
         rows += pairs(similarity, step=step)
     write_results(folder / "history.csv", rows)
     save(plot.similarity_maps(maps), folder / "history.png")
-    frames = (plot.similarity_maps({title: similarity}) for title, similarity in maps.items())
+    frames = (plot.similarity_maps({title: maps[title]}) for title in maps)
     save_film(frames, folder / "history.gif")
     print(f"wrote {folder}/history.csv, history.png and history.gif: {len(maps)} maps")
 
@@ -104,8 +103,9 @@ def show_attention(args, model, tokenizer, folder):
         first = max(0, min(anchor, model.config.n_layer - 4))
     weights, idx = {}, torch.tensor([ids], device=args.device)
     for name, each in models.items():
-        P = torch.stack(each.attention_weights(idx)[first:first + 4])       # (4, 1, H, T, T)
-        weights[name] = P.float().mean((1, 2)).cpu()                        # (4, T, T)
+        of_layers = each.attention_weights(idx)[first:first + 4]
+        P = torch.stack(of_layers).float()                                  # (4, 1, H, T, T)
+        weights[name] = P.mean((1, 2)).cpu()                                # (4, T, T)
     labels = [repr(tokenizer.decode([i]))[1:-1] for i in ids]
     plot.attention_maps(weights, labels, first, folder / "attention.png")
     print(f"wrote {folder}/attention.png: {len(P)} layers from {first} on, {len(ids)} tokens")
@@ -157,7 +157,8 @@ def read_args():
 
 def main():
     args = read_args()
-    checkpoints = sorted(path.parent for path in Path(args.model).glob("steps/[0-9]*/config.json"))
+    configs = Path(args.model).glob("steps/[0-9]*/config.json")
+    checkpoints = sorted(path.parent for path in configs)
     if args.history and not checkpoints:
         raise ValueError(f"{args.model}/steps: no weights of past steps; train with: "
                          "python train.py --keep_every=200")
@@ -166,8 +167,8 @@ def main():
         show_attention(args, model, tokenizer, folder)
         return
     model, data, folder, T = open_data(args)
-    windows = data.windows("train", 2 * args.windows, T).to(args.device)
-    windows = windows[::2, :-1]                             # scan.py measures on the others
+    windows = data.windows("train", 2 * args.windows, T)
+    windows = windows[::2, :-1].to(args.device)             # scan.py measures on the others
     if args.history:
         show_history(checkpoints, windows, folder)
     else:

@@ -11,11 +11,12 @@ import tomllib
 from pathlib import Path
 
 from minisa.kit.files import read_file, write_file
+from minisa.model import parse_spans
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
-TEXT = ["mode", "equal", "model", "share", "share_kind", "changes", "policy", "library", "dtype", "engine",
-        "work", "spans", "best_span", "commit", "processor", "torch", "date"]     # columns of words
+TEXT = ("mode equal model share share_kind changes policy library dtype engine work windows spans best_span "
+        "commit processor torch date").split()                                  # columns of words
 
 # ---- reading ----
 
@@ -35,8 +36,9 @@ def load(file):
     the file is damaged, OSError if it cannot be read."""
     library = pandas()
     try:
-        head, *lines = csv.reader(read_file(file, 2**20).decode().splitlines())
-        if {len(line) for line in lines} - {len(set(head))}:
+        text = read_file(file, 2**20).decode()
+        head, *lines = csv.reader(text.splitlines())
+        if any(len(line) != len(set(head)) for line in lines):
             raise ValueError("a line does not have as many cells as there are columns")
         rows = library.DataFrame(lines, columns=head)
         numbers = rows.columns.difference(TEXT)
@@ -50,7 +52,9 @@ def read(*names):
     """The rows of files of assets/results, with a column `file` that says which; none if none is there."""
     files = {name: result(name) for name in names}
     frames = [load(file).assign(file=name) for name, file in files.items() if file.exists()]
-    return pandas().concat(frames, ignore_index=True) if frames else pandas().DataFrame()
+    if not frames:
+        return pandas().DataFrame()
+    return pandas().concat(frames, ignore_index=True)
 
 # ---- trainings ----
 
@@ -60,8 +64,9 @@ MODE = ["file", "mode", "equal"]
 def over(rows, value, reference, pair):
     """The value of each row, divided by that of the row that meets the condition `reference`, among the rows
     that agree with it in the columns `pair`."""
-    base = rows.query(reference).drop_duplicates(pair).set_index(pair)[value]
-    return rows[value] / base.reindex(rows.set_index(pair).index).to_numpy()
+    base = rows.query(reference).drop_duplicates(pair).set_index(pair)
+    of_each = base[value].reindex(rows.set_index(pair).index)
+    return rows[value] / of_each.to_numpy()
 
 def percent(mean, deviation=math.nan):
     """A difference in percent, as text; nothing for 0, where full attention is compared to itself."""
@@ -89,18 +94,18 @@ def at_best(rows):
     best = rows.merge(first[[*MODE, *SETTINGS]])
 
     ratio = over(best, "val_bpb", "mode == 'full'", ["file", "seed"])
-    best = best.assign(percent=100 * ratio - 100, shares=best["mode"] != "full")
+    best["percent"] = 100 * ratio - 100
+    best["shares"] = best["mode"] != "full"
     modes = best.groupby(MODE)
-    difference, deviation = (modes["percent"].transform(how) for how in ("mean", "std"))
-    best = best.assign(
-        mean=modes["val_bpb"].transform("mean"),
-        difference=difference,
-        deviation=deviation,
-        times=difference.abs() / deviation,
-        over=list(map(percent, difference, deviation)))
+    best["mean"] = modes["val_bpb"].transform("mean")
+    best["difference"] = modes["percent"].transform("mean")
+    best["deviation"] = modes["percent"].transform("std")
+    best["times"] = best["difference"].abs() / best["deviation"]
+    best["over"] = list(map(percent, best["difference"], best["deviation"]))
 
-    name = best["file"].map({"depth": "8 layers, "}).fillna("") + best["mode"]
-    best = best.assign(name=name, what=name + ", equal " + best["equal"])
+    depth = best["file"].map({"depth": "8 layers, "}).fillna("")
+    best["name"] = depth + best["mode"]
+    best["what"] = best["name"] + ", equal " + best["equal"]
     return best.sort_values(["shares", "mean", "seed"])
 
 def standing_out(rows):
@@ -122,9 +127,8 @@ def over_whole(rows):
 def spans(rows):
     """Rows of the bill of spans, starting with those that lose least with mixed heads."""
     rows = over_whole(rows).query("share != ''").sort_values("val_bpb")
-    ends = rows["share"].str.findall(r"(\d+)-(\d+)")
-    reuse_layers = ends.map(lambda pairs: sum(int(b) - int(a) for a, b in pairs))
-    rows = rows.assign(reuse_layers=reuse_layers, mixed=rows["changes"] == "heads mix")
+    rows["reuse_layers"] = [sum(b - a for a, b in parse_spans(share)) for share in rows["share"]]
+    rows["mixed"] = rows["changes"] == "heads mix"
     return rows.sort_values("mixed", ascending=False, kind="stable")
 
 # ---- speeds and answers ----
@@ -145,24 +149,28 @@ def speeds_smollm2(rows):
 
 def speeds_nanogpt(rows):
     ratio = over(rows, SPEED, "library == 'nanoGPT'", ["file", "model", "work"])
-    return rows.assign(over=[f"{value:.2f}" if value < 10 else f"{value:.1f}" for value in ratio])
+    shown = [f"{value:.2f}" if value < 10 else f"{value:.1f}" for value in ratio]
+    return rows.assign(over=shown)
 
 def latencies(rows):
-    time, size = (over(rows, value, "share == ''", ["model", "context"])
-                  for value in ("ms_per_token", "read_bytes"))
+    pair = ["model", "context"]
     part = rows["limit_ms_per_token"] / rows["ms_per_token"]
-    limit = ["in cache" if math.isnan(value) else f"{100 * value:.0f} %" for value in part]
     return rows.assign(
-        attention=rows["share_kind"].replace(ATTENTION), megabytes=rows["read_bytes"] / 1e6,
-        over=1 / time, predicted=1 / size, limit=limit)
+        attention=rows["share_kind"].replace(ATTENTION),
+        megabytes=rows["read_bytes"] / 1e6,
+        over=1 / over(rows, "ms_per_token", "share == ''", pair),
+        predicted=1 / over(rows, "read_bytes", "share == ''", pair),
+        limit=["in cache" if math.isnan(value) else f"{100 * value:.0f} %" for value in part])
 
 def share_of(right, n):
     """How many of n are right → the fraction and its standard error after Agresti and Coull, as text."""
     near = (right + 2) / (n + 4)
-    return f"{right / n:.1%} ± {(near * (1 - near) / (n + 4))**0.5:.1%}"
+    error = (near * (1 - near) / (n + 4))**0.5
+    return f"{right / n:.1%} ± {error:.1%}"
 
 def answers(rows):
-    return rows.assign(answers=list(map(share_of, rows["right"], rows["prompts"])))
+    shares = map(share_of, rows["right"], rows["prompts"])
+    return rows.assign(answers=list(shares))
 
 # ---- the tables ----
 
@@ -175,11 +183,12 @@ def pivot(rows, table):
         values = rows[names].unique().tolist()
         names = {f"{names} == {value!r}": str(value) for value in values}
     columns = table["columns"]
-    cells = [[table["head"], *columns]]
+    lines = [[table["head"], *columns]]
     for condition, name in names.items():
         chosen = rows.query(condition)
-        cells.append([name, *(fill(chosen, column) for column in columns.values())])
-    return cells
+        cells = [fill(chosen, column) for column in columns.values()]
+        lines.append([name, *cells])
+    return lines
 
 def fill(rows, column):
     """The text of a cell: the format, of the last of the rows that meet its condition."""

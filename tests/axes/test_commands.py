@@ -26,9 +26,10 @@ COMMANDS = {
     "eigen": (eigen, ["--rank=6"], Narrow),
 }
 
-@pytest.fixture
-def full(text, tmp_path):
-    """The folder of a model whose heads attend differently."""
+@pytest.fixture(scope="module")
+def full(text, tmp_path_factory):
+    """The folder of a model whose heads attend differently; its tokens lie beside it."""
+    tmp_path = tmp_path_factory.mktemp("full")
     folder = tokenize(text, vocab_size=300, folder=tmp_path)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=3, n_head=4, n_kv_head=2, n_embd=64))
@@ -72,10 +73,9 @@ KINDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_axis_changes_a_kind_or_refuses_it_in_one_line(run, full, tmp_path, kind, name, monkeypatch):
     monkeypatch.setitem(SHARE_KINDS, "sliding", (SlidingAttention, SlidingAttention))
-    info = {**checkpoint.UNKNOWN, "data": str(next(tmp_path.glob("text-*")))}
+    _, tokenizer, info = minisa.load(full)
     fields = {"n_kv_head": 2, **KINDS[kind]}
     model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=3, n_head=4, n_embd=64, **fields))
-    tokenizer = minisa.load(full)[1]
     checkpoint.save(tmp_path / "kind", model, tokenizer, info)
     module, flags, _ = COMMANDS[name]
     status, _, err = run(module.main, tmp_path / "kind", f"--out={tmp_path}/new", *flags)

@@ -17,7 +17,7 @@ from minisa import cost
 from minisa.axes import eigen, heads, lowrank
 from minisa.kit import checkpoint
 from minisa.kit.tokenizer import Tokenizer
-from minisa.model import GPT, SHARE_KINDS, GPTConfig, KVCache, sharing_kind
+from minisa.model import GPT, SHARE_KINDS, CrossLayerAttention, GPTConfig, KVCache, sharing_kind
 
 PAGE = Path(__file__).resolve().parent.parent.parent / ".github" / "CONTRIBUTING.md"
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
@@ -123,16 +123,51 @@ def test_commands_take_it_by_name_and_axes_that_cannot_refuse_it(values, run, te
         status, _, err = run(axis.main, "out/values-0-2", *more, "--out=x")
         assert status == 2 and err.count("\n") == 1 and "--" in err, err
 
-def test_a_kind_may_have_a_setting(axes_folder):
-    (axes_folder / "nearest.py").write_text(
-        "from minisa.model import SHARE_KINDS, Anchor, SharedAttention\n"
-        "for n in (2, 8):\n"
-        "    kind = type(f'Nearest{n}', (SharedAttention,), {'n': n})\n"
-        "    SHARE_KINDS[f'nearest-{n}'] = Anchor, kind\n")
-    model = make(share_kind="nearest-8")
-    assert model.blocks[2].attn.n == 8
-    with pytest.raises(ValueError, match="--share_kind=nearest-4: must be weights or kv or nearest-2 or "):
-        GPTConfig(share_kind="nearest-4")
+NEAREST = """
+from minisa.model import SHARE_KINDS, CrossLayerAttention, KVAnchor
+
+class Nearest(CrossLayerAttention):
+    '''A reuse layer that, once the prompt is read, attends to n of the anchor's tokens only.'''
+
+    def heads(self, x, step, kv):
+        if x.size(1) > 1:
+            return super().heads(x, step, kv)
+        k, v = kv
+        size = min(self.n, k.size(2))
+        newest = step.cache.key_positions(self.layer).argsort()[-size:].view(1, 1, -1, 1)
+        z, _ = super().heads(x, step, (k.take_along_dim(newest, 2), v.take_along_dim(newest, 2)))
+        return z, kv
+
+    def tokens_read(self, T, S):
+        return min(self.n, S) if T == 1 else S
+
+SHARE_KINDS["nearest"] = KVAnchor, CrossLayerAttention
+
+def with_setting(text):
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"--share_kind=nearest-{text}: give a number from 1 up, as in nearest-8")
+    return KVAnchor, type("Nearest", (Nearest,), {"n": int(text)})
+"""
+
+def test_a_kind_may_have_a_setting_of_any_value(axes_folder):
+    (axes_folder / "nearest.py").write_text(NEAREST, encoding="utf-8")
+    assert [make(share_kind=f"nearest-{n}").blocks[2].attn.n for n in (8, 3)] == [8, 3]
+    assert make(share_kind="nearest-8").config.share_kind == "nearest-8"
+    with pytest.raises(ValueError, match="^--share_kind=nearest-x: give a number from 1 up"):
+        GPTConfig(share_kind="nearest-x")
+    assert type(make(share_kind="nearest").blocks[2].attn) is CrossLayerAttention       # without a setting
+
+@pytest.mark.parametrize("n, context, batch_size", [(3, 12, 1), (3, 2, 3), (12, 12, 2), (5, 7, 2)])
+def test_a_layer_that_reads_few_tokens_is_billed_for_those(axes_folder, n, context, batch_size):
+    (axes_folder / "nearest.py").write_text(NEAREST, encoding="utf-8")
+    model = make(share_kind=f"nearest-{n}")
+    bill = cost.predict(model, context, batch_size)
+    assert bill == cost.measure(model, context, batch_size)
+    all_read = cost.predict(make(share_kind="kv"), context, batch_size)
+    unread = context - min(n, context)                          # in two layers; H = 4, G = 2, D = 8
+    assert all_read.read_bytes - bill.read_bytes == batch_size * 2 * unread * 2 * 2 * 8 * 4
+    assert all_read.decode_flops - bill.decode_flops == batch_size * 2 * unread * 4 * 4 * 8
+    assert all_read.cache_bytes == bill.cache_bytes and all_read.prefill_flops >= bill.prefill_flops
 
 @pytest.mark.parametrize("name", ["", "heads", "os", "values.x", "../axes/heads", "__init__", "a b", "\0"])
 def test_any_other_name_is_refused_and_runs_nothing(name, monkeypatch):

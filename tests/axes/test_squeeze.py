@@ -11,7 +11,7 @@ from minisa import cost
 from minisa.axes import eigen, heads, lowrank, squeeze
 from minisa.axes.heads import Matched, Mixed
 from minisa.axes.lowrank import Corrected
-from minisa.axes.squeeze import POLICIES, Floats, Squeezing, Whole, budgets, loss, read, units
+from minisa.axes.squeeze import POLICIES, Floats, Snap, Squeezing, Whole, budgets, loss, read, units
 from minisa.kit import cli
 from minisa.kit.data import Data, tokenize
 from minisa.kit.tokenizer import Tokenizer
@@ -55,6 +55,11 @@ models = pytest.mark.parametrize("kind", MODELS)
 policies = pytest.mark.parametrize("policy", POLICIES)
 
 SINKS = 4
+OBSERVERS = 6                   # in place of 32, so that a short prompt has tokens before them
+
+@pytest.fixture
+def few_observers(monkeypatch):
+    monkeypatch.setattr(Snap, "OBSERVERS", OBSERVERS)
 
 class Plain:
     """One sequence through a model, token by token. After `prompt` tokens each unit u keeps rooms[u], by sets
@@ -69,12 +74,17 @@ class Plain:
 
     def evict(self, u, length, room):
         kept, got = self.kept[u], self.got[u]
+        first = self.prompt - OBSERVERS
         while len(kept) > room:
             if self.policy == "heavy":
                 old = [p for p in kept if p < length - self.rooms[u] // 2]
                 kept.remove(min(old, key=lambda p: got[p]))
+            elif self.policy == "snap" and min(kept) < first:
+                pooled = {p: max(got[near] for near in range(max(0, p - 3), min(p + 4, first)))
+                          for p in sorted(kept) if p < first}      # of two alike, the older goes
+                kept.remove(min(pooled, key=pooled.get))
             else:
-                kept.remove(min(p for p in kept if self.policy == "window" or p >= SINKS))
+                kept.remove(min(p for p in kept if self.policy != "sinks" or p >= SINKS))
 
     def rotated(self, x, n, t):
         """x (n·d,) of position t → (n, d), turned by every (D/d)-th of RoPE's angles."""
@@ -112,8 +122,9 @@ class Plain:
         if len(v):
             self.v[layer][t] = v.view(G, -1)
         P = self.weights(block.attn, self.rotated(q, H, t) if len(q) else None, layer, anchor, places)
-        for p, weight in zip(places, P.sum(0).tolist()):
-            self.got[u][p] += weight
+        if self.policy == "heavy" or self.prompt - OBSERVERS <= t < self.prompt:
+            for p, weight in zip(places, P.sum(0).tolist()):
+                self.got[u][p] += weight
         source = layer if len(v) else anchor
         values = torch.stack([self.v[source][p] for p in places])           # (S, G, D)
         y = torch.cat([P[h] @ values[:, h * G // H] for h in range(H)])
@@ -151,13 +162,13 @@ def one_by_one(model, cache, idx):
 @models
 @policies
 @torch.no_grad()
-def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy):
-    model = MODELS[kind]()
-    cache = squeezed(model, IDX[:, :25], 12, policy, 0.5)
+def test_a_squeezed_cache_attends_to_what_the_policy_keeps(kind, policy, few_observers):
+    model, idx = MODELS[kind](), IDX[:, :32]
+    cache = squeezed(model, idx[:, :20], 10, policy, 0.5)
     rooms = [kept.where.size(1) for kept in cache.units]
-    got = one_by_one(model, cache, IDX[:, 25:])
-    for row, tokens in zip(got, IDX):
-        expected = Plain(model, 25, policy, rooms).logits(tokens)[25:]
+    got = one_by_one(model, cache, idx[:, 20:])
+    for row, tokens in zip(got, idx):
+        expected = Plain(model, 20, policy, rooms).logits(tokens)[20:]
         torch.testing.assert_close(row, expected, atol=2e-3, rtol=1e-3)
 
 @models
@@ -206,21 +217,24 @@ def test_generation_goes_on_past_the_prompt_and_the_budget():
     out = model.generate(IDX[:, -1:], 50, temperature=0, cache=cache)
     assert out.shape == (2, 51) and cache.length == 39 + 50
 
+@policies
 @pytest.mark.parametrize("n", [0, 1, 5])
-def test_a_prompt_may_be_shorter_than_the_budget(n):
+def test_a_prompt_may_be_shorter_than_the_budget(n, policy):
     model = make(share="1-3")
-    cache = squeezed(model, IDX[:, :n], 24)       # at least 12 in each layer
+    cache = squeezed(model, IDX[:, :n], 24, policy)     # at least 12 in each layer
     got = model.generate(IDX[:, n:n + 1], 4, temperature=0, cache=cache)
     assert torch.equal(got, model.generate(IDX[:, :n + 1], 4, temperature=0)[:, n:])
 
-@pytest.mark.parametrize("policy, forms_P", [("window", False), ("sinks", False), ("heavy", True)])
-def test_attention_weights_are_formed_only_for_the_policy_that_needs_them(policy, forms_P, monkeypatch):
-    model = make()
+FORMS_P = {"window": (False, False), "sinks": (False, False), "heavy": (True, True), "snap": (True, False)}
+
+@pytest.mark.parametrize("policy", FORMS_P)
+def test_attention_weights_are_formed_only_where_the_policy_needs_them(policy, monkeypatch):
+    model, calls, fused = make(), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
     cache = squeezed(model, IDX, 12, policy)
-    fused, formed = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: formed.append(1) or fused(*a, **k))
+    of_prompt = len(calls)
     model(IDX[:, :1], cache=cache)
-    assert (len(formed) == 0) == forms_P
+    assert (of_prompt == 0, len(calls) == of_prompt) == FORMS_P[policy]
 
 class Halves(Floats):
     """Another storage: the first and the second half of the numbers, apart."""
@@ -247,7 +261,7 @@ class Halves(Floats):
 def test_another_storage_combines_with_every_policy_and_model(kind, policy):
     model = MODELS[kind]()
     floats, halves = (squeezed(model, IDX[:, :25], 12, policy, 0.5, storage) for storage in (Floats, Halves))
-    expected, got = (one_by_one(model, cache, IDX[:, 25:]) for cache in (floats, halves))
+    expected, got = (one_by_one(model, cache, IDX[:, 25:32]) for cache in (floats, halves))
     torch.testing.assert_close(got, expected)
     assert halves.nbytes == floats.nbytes
 
@@ -274,8 +288,9 @@ def test_without_a_cut_or_a_difference_all_budgets_are_the_same(cosines, cut):
 def test_memory_is_freed_and_the_same_for_equal_and_unequal_budgets():
     model = make(block_size=256)
     idx = torch.randint(50, (3, 200))
-    reading = read(model, idx)
-    equal, unequal = (Squeezing(60, "sinks", cut).of(reading) for cut in (1, 0.5))
+    ways = [Squeezing(60, "sinks", cut) for cut in (1, 0.5)]
+    reading = read(model, idx, ways)
+    equal, unequal = (way.of(reading) for way in ways)
     assert equal.nbytes == reading.cache.nbytes * 60 // 200
     assert 0.97 * equal.nbytes < unequal.nbytes <= equal.nbytes
     assert len(set(unequal.rooms)) == 2
@@ -311,17 +326,49 @@ def test_importance_is_the_cosine_before_and_after_attention():
         x = after + block.mlp(block.norm(after))
     reading = read(model, idx, [Squeezing(8, "heavy")])
     assert reading.cosines == pytest.approx(expected, abs=1e-5) and reading.cache.length == 290
+    received = reading.received[POLICIES["heavy"]]
     for layer in range(5):
-        torch.testing.assert_close(reading.received[layer,], P[layer].sum((1, 2)), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(received[layer,], P[layer].sum((1, 2)), atol=1e-3, rtol=1e-4)
     again = read(model, idx, [Whole(), Squeezing(8, "sinks")])
     assert again.cosines == pytest.approx(expected, abs=1e-5)
-    assert not any(got.any() for got in again.received.values())
 
 def test_a_span_receives_the_weights_of_all_its_layers():
     model = make(share="1-3", share_kind="kv")
-    P, received = model.attention_weights(IDX), read(model, IDX, [Squeezing(8, "heavy")]).received
+    reading = read(model, IDX, [Squeezing(8, "heavy")])
+    P, received = model.attention_weights(IDX), reading.received[POLICIES["heavy"]]
     assert list(received) == [(0,), (1, 2, 3), (4,)]
     torch.testing.assert_close(received[1, 2, 3], sum(P[1:4]).sum((1, 2)))
+
+@torch.no_grad()
+def test_snap_keeps_the_last_32_and_the_neighborhoods_that_these_attend_to():
+    model, T, room = make(block_size=300), 270, 50              # two chunks; both hold some of the last 32
+    idx = torch.randint(50, (2, T), generator=torch.Generator().manual_seed(2))
+    way = Squeezing(room, "snap", 1)
+    cache = way.of(read(model, idx, [way, Squeezing(room, "heavy", 1)]))
+    for kept, P in zip(cache.units, model.attention_weights(idx)):
+        for row, got in zip(kept.where, P[:, :, -32:].sum((1, 2)).tolist()):
+            got = got[:T - 32]
+            pooled = [max(got[max(0, p - 3):p + 4]) for p in range(T - 32)]
+            least = sorted(pooled)[-(room - 32)]
+            before = [p for p in row.tolist() if p < T - 32]
+            assert row.tolist()[-32:] == [*range(T - 32, T)] and len(before) == room - 32
+            assert min(pooled[p] for p in before) > least - 1e-4
+            assert max(pooled[p] for p in {*range(T - 32)} - {*before}) < least + 1e-4
+
+@torch.no_grad()
+def test_snap_lets_new_tokens_go_last():
+    model = make(block_size=100)
+    idx = torch.randint(50, (1, 90), generator=torch.Generator().manual_seed(3))
+    cache = squeezed(model, idx[:, :50], 40, "snap", 1)
+    one_by_one(model, cache, idx[:, 50:58])                     # the 8 that stayed from before the last 32 go
+    assert all(sorted(kept.where[0].tolist()) == [*range(18, 58)] for kept in cache.units)
+    one_by_one(model, cache, idx[:, 58:])                       # then the 32; all that stays is new
+    assert all(sorted(kept.where[0].tolist()) == [*range(50, 90)] for kept in cache.units)
+
+@pytest.mark.parametrize("room", [8, 31, 32, 33])
+def test_snap_keeps_the_newest_of_the_32_if_there_is_room_for_fewer(room):
+    cache, n = squeezed(make(block_size=100), torch.randint(50, (2, 60)), room, "snap", 1), min(room, 32)
+    assert all(kept.where[0].tolist()[-n:] == [*range(60 - n, 60)] for kept in cache.units)
 
 # ---- loss ----
 
@@ -400,7 +447,9 @@ def test_several_policies_and_cuts_may_be_given():
     assert (args.squeeze, args.squeeze_policy, args.squeeze_cut) == (None, ["heavy"], [0.5])
 
 WRONG = {"--squeeze=7": "7 is not a number from 8 up",
-         "--squeeze_policy=oldest": "must be one of window, sinks, heavy",
+         "--squeeze_policy=oldest": f"invalid choice: 'oldest' .choose from {', '.join(POLICIES)}",
+         "--squeeze_policy=snap,": "invalid choice: ''",
+         "--squeeze_policy=policy": "invalid choice: 'policy'",
          "--squeeze_cut=0": "0 is not a number from 0.01 up", "--squeeze_cut=half": "invalid float value",
          "--squeeze_cut=0.5,2": "2 is more than 1", "--squeeze_cut=nan": "nan is not a number"}
 

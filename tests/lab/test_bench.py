@@ -70,7 +70,7 @@ def test_the_prompt_and_the_first_token_are_not_counted_as_decoding(monkeypatch)
 
 @pytest.mark.parametrize("fields, batch_size", [({}, 1), ({"share": "0-2"}, 1), ({"n_kv_head": 1}, 3)])
 def test_a_decode_step_sees_a_full_cache(fields, batch_size):
-    model = bench.on_torch(GPT(GPTConfig(**TINY, **fields)).eval())
+    model = bench.OnTorch(GPT(GPTConfig(**TINY, **fields)).eval())
     step = bench.decoder(model, 32, batch_size)
     for _ in range(3):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -189,7 +189,7 @@ def test_shapes_are_swept_at_their_full_context(rows_of, monkeypatch):
 @pytest.mark.parametrize("words, message", [
     ("", "are required: command"),
     ("all", "invalid choice: 'all'"),
-    ("modes --shapes=huge", "'huge' is not one of small, large, long, recipe"),
+    ("modes --shapes=huge", "--shapes: invalid choice: 'huge' (choose from small, large, long, recipe)"),
     ("modes --rounds=0", "0 is not a number"),
     ("modes --device=tpu", "tpu is not on this machine"),
     ("modes run", "unrecognized arguments: run"),

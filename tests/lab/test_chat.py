@@ -159,13 +159,12 @@ DAMAGED = ["", "{", "[]", "\0\xff", '{"parts": [[1]]}', "[" * 10**5, *(
 
 @pytest.mark.parametrize("content", DAMAGED, ids=lambda content: content[:30])
 def test_a_damaged_history_is_left_behind_in_one_line(talk, tmp_path, content):
-    talk(["Hello"], "--store=s")
-    file = tmp_path / "s" / "chat.json"
-    tokenizer = json.loads(file.read_text())["tokenizer"]
-    file.write_bytes(content.replace("TOK", tokenizer).encode("latin-1"))
+    (tmp_path / "s").mkdir()
+    content = content.replace("TOK", TOKENIZER.identity)
+    (tmp_path / "s" / "chat.json").write_bytes(content.encode("latin-1"))
     status, out, err = talk(["Hello"], "--store=s")
     assert status == 0 and "cannot be continued" in err and one_line(err) and len(answers(out)) == 1
-    assert (tmp_path / "s" / "chat.json.old").exists()
+    assert (tmp_path / "s" / "chat.json.1.old").exists()
 
 def test_a_store_that_cannot_save_says_so_and_the_chat_goes_on(talk, monkeypatch):
     def full(path, data, private):
@@ -212,7 +211,7 @@ def test_no_conversation_replaces_another_that_was_kept(talk, tmp_path):
         (tmp_path / "s" / "chat.json").write_text("damaged")
     talk(["Hello"], "--store=s")
     assert sorted(path.name for path in (tmp_path / "s").glob("chat.json.*")) == [
-        "chat.json.old", "chat.json.old.old", "chat.json.old.old.old"]
+        "chat.json.1.old", "chat.json.2.old", "chat.json.3.old"]
 
 @pytest.mark.skipif(os.name == "nt", reason="needs permissions as Unix has them")
 def test_a_conversation_is_the_users_alone(talk, tmp_path):

@@ -1,12 +1,13 @@
 """Studies run what is missing, in stages, and continue where they were stopped; nothing measured is lost."""
 
 import csv
+import multiprocessing
+import os
 import random
 import shlex
 import signal
-import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
@@ -14,12 +15,11 @@ import torch
 pytest.importorskip("pandas", reason="needs pandas: pip install pandas")
 import train  # noqa: E402
 from minisa.axes import heads  # noqa: E402
+from minisa.kit.cli import command  # noqa: E402
 from minisa.kit.files import lock  # noqa: E402
 from minisa.lab import experiments, tables  # noqa: E402
 from minisa.lab.experiments import RATES, SEEDS, TRAININGS, WARMUPS, WIDER  # noqa: E402
 from minisa.model import GPT, GPTConfig  # noqa: E402
-
-CODE = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
@@ -236,26 +236,27 @@ def test_beside_a_running_study_none_starts_and_nothing_is_moved(run, checkout, 
     assert (checkout / file).read_text() == "measured"
     assert [path.name for path in (checkout / "assets" / "results").iterdir()] == ["a.csv"]
 
-def test_two_studies_at_once_lose_no_row(checkout):
-    code = f"""if True:
-        import sys, time
-        from pathlib import Path
-        from minisa.kit.cli import command
-        from minisa.lab import experiments, tables
-        tables.ROOT = Path({str(checkout)!r})
-        experiments.FIGURES.clear()
-        experiments.TRAININGS["preset"] = {{"full": ""}}
-        def train(name, settings, flags, dtype):
-            time.sleep(0.3)
-            return {{**settings, "val_bpb": 2, "cache_bytes_per_token": 1, "flops": 1}}, []
-        experiments.train = train
-        sys.argv = ["experiments", "preset", "--dtype=float32"]
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_two_studies_at_once_lose_no_row(checkout, monkeypatch):
+    def train(name, settings, flags, dtype):
+        time.sleep(0.1)
+        return {**settings, "val_bpb": 2, "cache_bytes_per_token": 1, "flops": 1}, []
+
+    def study(errors):
+        sys.stdout, sys.stderr = open(os.devnull, "w"), errors.open("w")
         command(experiments.main)
-    """
-    begun = [subprocess.Popen([sys.executable, "-c", code], cwd=CODE, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate()[1] for process in begun]
-    assert "another program is writing there" in "".join(errors)
+
+    monkeypatch.setattr(experiments, "FIGURES", {})
+    monkeypatch.setitem(experiments.TRAININGS, "preset", {"full": ""})
+    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr(sys, "argv", ["experiments", "preset", "--dtype=float32"])
+    fork, errors = multiprocessing.get_context("fork"), [checkout / "first", checkout / "second"]
+    processes = [fork.Process(target=study, args=(file,)) for file in errors]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert "another program is writing there" in "".join(file.read_text() for file in errors)
     assert len(rows_of(checkout, "preset")) == len(SEEDS)
 
 # ---- flags ----

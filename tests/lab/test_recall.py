@@ -94,8 +94,8 @@ def test_every_model_length_and_cache_is_a_row_of_its_own(run, model, tmp_path):
     assert all(0 <= int(row["right"]) <= 3 for row in rows)
 
 def test_the_standard_error_is_that_of_two_right_and_two_wrong_answers_more():
-    assert recall.accuracy(98, 196) == "50.0% ± 3.5%"       # (98 + 2) / 200, and √(0.5 · 0.5 / 200)
-    assert recall.accuracy(0, 196) == "0.0% ± 0.7%"         # 2 / 200
+    assert recall.share_of(98, 196) == "50.0% ± 3.5%"       # (98 + 2) / 200, and √(0.5 · 0.5 / 200)
+    assert recall.share_of(0, 196) == "0.0% ± 0.7%"         # 2 / 200
 
 @pytest.mark.parametrize("flags, message", [
     (["--lengths=64,5"], "--lengths: 5 is not a number from 64 up"), (["--lengths=x"], "--lengths"),
