@@ -10,7 +10,7 @@ const by_id = (id) => document.getElementById(id);
 const written = (number) => number.toLocaleString("en-US");
 const MOST = 1000; // tokens generated
 const LONGEST = 100000; // characters of a prompt that are looked at
-const SLICE = 12; // ms of work between two pictures
+const SLICE = 30; // ms of work between two pictures
 const SHOWN_TOKENS = 6; // of the likeliest next ones
 
 const models = JSON.parse(by_id("models").textContent).map(open_model);
@@ -140,6 +140,7 @@ class Side {
     if (decoder.length === tokens.length) {
       tokens.push(draw(this.logits, Number(by_id("temperature").value), this.random()));
     }
+    stale = true;
     const begin = performance.now();
     this.logits = decoder.step(tokens[decoder.length]);
     ms += 0.02 * (performance.now() - begin - ms);
@@ -148,9 +149,9 @@ class Side {
     this.all.read_bytes += this.cost.read_bytes;
   }
 
-  show() {
+  show(all) {
     this.show_passage();
-    if (!this.decoder.length) return;
+    if (!all || !this.decoder.length) return;
     this.show_text();
     this.show_layers();
     this.show_bill();
@@ -295,8 +296,10 @@ class Side {
 
   show_passage() {
     const { reading } = this;
-    this.part("bpb").textContent = reading.n ? reading.bits_per_byte.toFixed(2) : "…";
-    let change = reading.done ? ` ± ${reading.error().toFixed(2)}` : ` after ${reading.n} tokens`;
+    const known = reading.n > 1;
+    this.part("bpb").textContent = known ? reading.bits_per_byte.toFixed(2) : "…";
+    let change = known ? ` ± ${reading.error().toFixed(2)}` : "";
+    if (!reading.done) change += " so far";
     if (this.changed && reading.done && this.as_trained.done) {
       const more = reading.bits_per_byte - this.as_trained.bits_per_byte;
       const error = reading.error(this.as_trained);
@@ -485,12 +488,11 @@ function frame(now) {
   const busy = (is_busy, work) => {
     const waiting = sides.filter(is_busy);
     for (const each of waiting) work(each);
-    stale ||= waiting.length > 0;
     return waiting.length && performance.now() < end;
   };
   while (busy((side) => side.behind, (side) => side.advance()));
   while (busy((side) => side.unread, (side) => side.unread.advance()));
-  if (stale) for (const side of sides) side.show();
+  for (const side of sides) side.show(stale);
   stale = false;
   if (goal >= MOST && playing) play(false);
   say();
