@@ -76,7 +76,7 @@ def tiny(text, seed=0, **fields):
     return model, tokenizer
 
 def save(folder, text, model, tokenizer):
-    tokens = data.tokenize(text, tokenizer=tokenizer, folder=folder.parent / "data")
+    tokens = data.tokenize(text, tokenizer=tokenizer, folder=folder.parent / "data").folder
     checkpoint.save(folder, model, tokenizer, {**checkpoint.UNKNOWN, "data": str(tokens)})
     return folder
 
