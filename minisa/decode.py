@@ -90,7 +90,7 @@ def rms_norm(x, eps):
 def mlp(layer, x):
     """SwiGLU: x (C,) → (C,)."""
     gate, up = (layer.gate_up @ x).reshape(2, -1)           # (M,) each
-    gate /= 1 + np.exp(-gate)                               # if exp overflows to inf, gate becomes 0: correct
+    gate /= 1 + np.exp(-gate)           # if exp overflows to inf, gate correctly becomes 0
     return layer.down @ (gate * up)
 
 class Decoder:
@@ -125,8 +125,8 @@ class Decoder:
 
         The cache is a ring: when it is full, a new token takes the oldest one's slot. All else can
         stay as it is: the order of slots does not affect a sum, and as each key was rotated by its
-        position, q·k depends only on the distance between two tokens. The logits are exactly those
-        of plain.gpt(window=size), up to rounding: see KVCache.
+        position, q·k depends only on the distance between two tokens. The logits are those of
+        plain.gpt(window=size), up to rounding: see KVCache.
         """
         position = self.cache.length
         size = self.cache.size
