@@ -76,6 +76,7 @@ def test_a_run_is_saved_under_the_name_of_its_mode_and_learns(run, text, flags, 
     status, out, err = run(train.main, *TINY, f"--text={text}", *flags, *longer)
     assert (status, err) == (0, "")
     assert "tokens/s" in out and "left" in out and "bits per byte" in out
+    assert out.endswith(f"Next: python sample.py {folder}\n")
     losses = log(folder, "val_loss")
     assert list(losses) == [*range(5, 61, 5)] and losses[60] < losses[5] - 0.3
     model, tokenizer, info = checkpoint.load(folder)
