@@ -171,7 +171,7 @@ def facts(case):
     """→ the columns of the bill on what was sampled."""
     config = case.model.config
     steps = []
-    for change in changes(case.model):
+    for change in changes(case.model):                          # that axes made to a trained model
         settings = [value for value in change["settings"].values() if isinstance(value, (str, int))]
         steps.append(" ".join(map(str, [change["by"], *settings])))
     return {"model": case.source, "share": config.share, "share_kind": config.share and config.share_kind,
@@ -206,6 +206,7 @@ COSTS = {       # column → the field of a minisa.cost.Cost
 def costs_of(case, args):
     """→ the columns of the bill that are predicted and counted; where the two differ, both."""
     context = min(args.context, case.model.config.block_size)
+    # what generates on: decode.py in numpy, or model.py in torch
     engine = "numpy" if handles(case.model, case.cache or KVCache(case.model, 1, 1)) else "torch"
     cache_of = case.cache and (lambda prompt: case.cache)
     predicted = predict(case, context)
@@ -260,15 +261,14 @@ def main():
         names.append(case.name)
         rows.append(row)
     show(names, rows)
-    # whether predictions and measurements agree
-    met = not any(str(value).startswith("ERROR") for row in rows for value in row.values())
+    agree = not any(str(value).startswith("ERROR") for row in rows for value in row.values())
     print("Parameters, cache, bytes read and FLOPs were predicted in closed form, and counted on the real "
-          f"model: {'they agree' if met else 'THEY DIFFER'}.")
+          f"model: {'they agree' if agree else 'THEY DIFFER'}.")
     if args.csv:
         write_results(args.csv, rows)
     if args.json:
-        print(json.dumps({"bill": rows, "predictions_met": met}))
-    return 0 if met else 1
+        print(json.dumps({"bill": rows, "predictions_met": agree}))
+    return 0 if agree else 1
 
 if __name__ == "__main__":
     command(main)

@@ -75,7 +75,7 @@ class Settings:
     compile: bool = False                   # compile the model with torch.compile
 
     # the run
-    out_dir: str = None                     # folder of the run; default: named by its settings, as out/full
+    out_dir: str = None                     # folder of the run; default: named for its settings, as out/full
     data_dir: str = None                    # folder where the tokenized text is kept; default: data/
     eval_interval: count = 500              # steps between evaluations, which also save the run
     eval_tokens: whole = None               # validation tokens read, 0: all; default: 20,000, at the end all
@@ -85,7 +85,7 @@ class Settings:
     overwrite: bool = False                 # rename an existing out_dir to out_dir.old and start over
 
 PRESETS = {
-    "cpu": {},
+    "cpu": {},                      # the defaults above
     "gpu": {                        # the shape of nanoGPT's Shakespeare recipe
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
         "dropout": 0.2,             # each token is seen sixty times
@@ -107,6 +107,8 @@ PRESETS = {
         "beta2": 0.95},             # forgets old gradients sooner
 }
 EVAL_TOKENS = 20_000        # per evaluation during training; the last one reads all
+
+# the settings that are fields of a GPTConfig, and those that the model of --init_from has settled
 SHAPE = ["n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "share", "share_kind",
          "dropout", "rope_base", "norm_eps"]
 FIXED_BY_MODEL = {*SHAPE, "tokenizer", "vocab_size"} - {"share", "share_kind", "dropout", "block_size"}
@@ -263,7 +265,7 @@ def settle(given, device):
     return settings
 
 def folder_of(settings, given):
-    """The folder of a run, by default named from its settings."""
+    """The folder of a run, by default named for its settings: out/weights-1-3 with --share=1-3."""
     if settings.out_dir:
         return Path(settings.out_dir)
     parts = [f"{settings.share_kind}-{settings.share}" if settings.share else "full"]

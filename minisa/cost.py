@@ -32,7 +32,7 @@ class Cost:
     params: int                 # numbers
     cache_bytes_per_token: int  # bytes for one token of one sequence, all layers
     cache_bytes: int            # bytes for `context` tokens of `batch_size` sequences
-    read_bytes: int             # bytes of weights and cache that a decode step reads in products
+    read_bytes: int             # bytes of weights and cache read by a decode step's products
     decode_flops: int           # for one more token of each sequence, which sees `context` keys
     prefill_flops: int          # for reading a prompt of `context` tokens and predicting the next
 
@@ -66,12 +66,12 @@ def numbers_read(blocks, tokens_seen):
     anchor_keys = anchor_values = 0                 # numbers per token
     for block, n_seen in zip(blocks, tokens_seen):
         attn, made = block.attn, block.attn.widths
-        keys = made.k or anchor_keys                # 0 made: those of the anchor below
+        keys = made.k or anchor_keys                # its own, or those of the anchor below
         values = made.v or anchor_values
         if made.q == 0:                             # no q: P is handed up, and no key is read
             keys = 0
         total += attn.tokens_read(1, n_seen) * (keys + values)
-        if made.k:                                  # restored keys (axes only) are not read again
+        if made.k:                                  # axes: restored keys are handed up, not reread
             anchor_keys = 0 if attn.restores_keys else made.k
         if made.v:
             anchor_values = made.v

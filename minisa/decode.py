@@ -44,10 +44,11 @@ def weighted_sum(P, values):
     return (P @ values).reshape(-1)
 
 # A function for each kind of layer: x (C,) → y (C,), and the (P, keys, values) that it hands up for
-# reuse. below: those handed up by the layer below. `now` is the Decoder below: it knows S, the turn
-# for rotate(), and the newest token's slot, its place in the cache of `size` slots. layer.qkv holds
-# those of W_q, W_k and W_v that the layer has; layer.k and layer.v (G, size, D) are its cache, 0
-# wide where it has none. k and v are stored before they are used, as a token attends to itself too.
+# reuse. below: those handed up by the layer below. `now` is the Decoder, further down: it knows S,
+# the turn for rotate(), and the newest token's slot, its place in the cache of `size` slots.
+# layer.qkv holds those of W_q, W_k and W_v that the layer has; layer.k and layer.v (G, size, D) are
+# its cache (a reuse layer has no k, and in CLA no v). The newest k and v are stored before they are
+# used, as a token attends to itself too.
 
 def full_attention(now, layer, x, below):
     """A full layer, or an anchor: computes q, k and v, and stores k and v."""
@@ -138,7 +139,7 @@ class Decoder:
 
         x = self.weights.embed[token].copy()                # (C,), to which the layers add
         handed_up = None
-        for layer in self.layers:                           # layer.attention: see "attention" above
+        for layer in self.layers:                           # .attention: a function from above
             h = rms_norm(x, layer.eps)
             y, handed_up = layer.attention(self, layer, h, handed_up)
             x += layer.out @ y

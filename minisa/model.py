@@ -148,7 +148,7 @@ class Attention(nn.Module):
     heads(), and in what they make."""
     makes = "qkv"                   # what it computes itself: its widths, the shape of qkv, what
                                     # the cache stores and what the layer costs follow from this
-    in_numpy = decode.full_attention    # the function of decode.py for this kind
+    in_numpy = decode.full_attention    # its function in decode.py; a subclass names its own
 
     def __init__(self, config, layer):
         super().__init__()
@@ -400,7 +400,7 @@ class GPT(nn.Module):
             distance = positions[:, None] - key_positions       # (T, S)
             visible = (distance >= 0) & (distance < size)
             mask = torch.where(visible, 0.0, -torch.inf).to(x.dtype)
-            # if nothing was cached before; MPS needs the mask itself
+            # if nothing was cached before; on MPS, the kernel needs the mask itself
             causal = len(key_positions) == T and not x.is_mps
         watch = watch or (cache and cache.watch) or self.watch
         return x, Step(rope_angles(self.config, positions), mask, causal, cache, watch)
@@ -408,7 +408,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, watch=None):
         """idx (B, T) → the last hidden states (B, T, C), which head() turns into logits."""
         x, step = self.start(idx, cache, watch)
-        handed_up = None                                        # then None, P or (k, v)
+        handed_up = None                                        # by each kind: None, P or (k, v)
         for block in self.blocks:
             x, handed_up = block(x, step, handed_up)
         return self.norm(x)

@@ -64,8 +64,9 @@ def weighted_sum(P, v):
 
 # A span a-b of layers shares: layer a, its anchor, is a full layer; the others are reuse layers.
 # Each kind is a function: h (T, C) → y (T, C), and the P, k and v that it hands up for reuse.
-# W: the layer's matrix, see project(). config: see gpt(). mask: (T, T), added to the scores.
-# below: the P, k and v handed up by the layer below.
+# below: the P, k and v handed up by the layer below; a full layer ignores them.
+# W: the layer's matrix, see project(). config: see gpt(). mask (T, T): 0 where a token may look,
+# else -inf.
 
 def full_attention(h, W, config, mask, below):
     """A full layer, or the anchor of a span: queries, keys and values of its own."""
