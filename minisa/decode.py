@@ -1,4 +1,4 @@
-"""The GPT of plain.py, generating text one token at a time, in numpy. Explains the KV cache.
+"""The GPT of plain.py, generating text one token at a time, in numpy. Also explains the KV cache.
 
 The keys and values of a token stay the same while the text grows, as no token sees a later one. So
 they are computed once and stored: that is the KV cache. A step computes q, k and v of the newest
@@ -115,7 +115,7 @@ class Decoder:
         self.positions = cache.where.view(-1).numpy()       # (size,): slot → position
         self.layers = []
         for prepared, k, v in zip(self.weights.layers, cache.k, cache.v):
-            layer = SimpleNamespace(**vars(prepared))
+            layer = SimpleNamespace(**vars(prepared))       # a copy, to which the cache is added
             layer.k = k[0].numpy()                          # of sequence 0: (G, size, D)
             layer.v = v[0].numpy()
             self.layers.append(layer)
@@ -139,7 +139,7 @@ class Decoder:
 
         x = self.weights.embed[token].copy()                # (C,), to which the layers add
         handed_up = None
-        for layer in self.layers:                           # .attention: a function from above
+        for layer in self.layers:                           # .attention: one of the three above
             h = rms_norm(x, layer.eps)
             y, handed_up = layer.attention(self, layer, h, handed_up)
             x += layer.out @ y

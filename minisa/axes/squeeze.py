@@ -433,7 +433,8 @@ def add_flags(parser):
     parser.flag("squeeze_policy", policies, "heavy", "with --squeeze: which tokens are kept: "
                 f"{stay}; or several, as sinks,heavy, a row each", "heavy")
     parser.flag("squeeze_cut", cuts, "0.5", "with --squeeze: fraction of the budget given to the "
-                "least important layers, 1 for equal budgets; or several, as 1,0.5, a row each", "0.5")
+                "least important layers, 1 for equal budgets; or several, as 1,0.5, a row each",
+                "0.5")
 
 def ways_of(args, model):
     """The flags → all ways to keep the cache: Whole, and with --squeeze a Squeezing for each policy
