@@ -1,4 +1,5 @@
-"""Generate text with trained models, and bill each: parameters, loss, cache, FLOPs, speed.
+"""Generate text with trained models, and report what each costs: parameters, loss, cache, FLOPs, speed.
+That table is the bill.
 
     python sample.py                          every run in out/
     python sample.py out/full out/weights-1-3 --prompt="ROMEO:" --temperature=0.8
@@ -41,27 +42,32 @@ from minisa.model import GPT, KVCache
 def read_flags():
     parser = Parser(__doc__, usage="python sample.py [MODEL ...] [--FLAG=VALUE ...]")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folders of runs or models, .gguf files, "
-                        "or smollm2, which is downloaded once (default every run in out/)")
+                        "or smollm2, which is downloaded once (default: every run in out/)")
     flag = parser.flag
-    flag("share", str, "", "spans to share in models trained without: each is billed both ways, zero-shot")
+    flag("share", str, "", "spans to share, zero-shot (with no more training), in models trained without: "
+         "each is reported with and without sharing", "none")
     flag("share_kind", kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
-         "Attention) or the NAME of a kind in minisa/axes")
+         "Attention) or one that you added, see CONTRIBUTING")
     flag("prompt", prompt, "\n", "text to continue; - is standard input, FILE:NAME the text of a file")
     flag("num_samples", count, 1, "texts per model")
     flag("max_new_tokens", count, 200, "length of a text, in tokens")
-    flag("temperature", amount, 0.8, "0 takes the likeliest token, 1 the model's own distribution")
-    flag("top_k", count, None, "draw from so many likeliest tokens only", "all")
-    flag("seed", whole, 1337, "of the sampling: same seed, same text")
-    flag("context", count, 1024, "tokens in the cache that the bill is for; at most block_size count")
-    flag("eval_tokens", count, 4096, "validation tokens for the loss of a downloaded model, or --squeeze")
+    flag("temperature", amount, 0.8, "0 picks the most likely token; 1 samples unmodified")
+    flag("top_k", count, None, "sample only from the N most likely tokens", "all")
+    flag("seed", whole, 1337, "random seed for sampling: same seed, same text")
+    flag("context", count, 1024, "context length for the bill, in tokens; capped at block_size")
+    flag("eval_tokens", count, 4096, "validation tokens used to measure the loss of a downloaded model, or "
+         "with --squeeze")
     squeeze.add_flags(parser)
     add_dtype(parser)
     add_device(parser)
-    flag("csv", table, None, "file to write the bill to, as .csv; python -m minisa.lab.plot draws it")
-    parser.switch("json", "print the bill once more as the last line, as JSON for programs")
+    flag("csv", table, None, "file to write the bill to, as .csv; python -m minisa.lab.plot draws it", "none")
+    parser.switch("json", "also print the bill as one line of JSON, the last")
     return parser.parse_intermixed_args()
 
 # ---- what is sampled: models, each with one or more ways to keep its cache ----
+
+# A way says which tokens a model's cache keeps. Without --squeeze there is one, squeeze.Whole: all of
+# them. With it there is also a squeeze.Squeezing for each policy, a rule that says which tokens to keep.
 
 @dataclass
 class Case:
@@ -69,13 +75,13 @@ class Case:
     source: str
     model: GPT
     tokenizer: object
-    keeping: squeeze.Whole      # how the cache is kept: all tokens (Whole), or some (Squeezing)
-    val_bpb: float | None       # bits per byte of validation text; None: not known
-    cache: object               # one of another kind than KVCache, to bill; None: a KVCache
+    way: squeeze.Whole          # which tokens the cache keeps: all (Whole), or some (Squeezing)
+    val_bpb: float | None       # loss in bits per byte of validation text; None: not known
+    cache: object               # the cache to bill; None: an ordinary KVCache
 
     @property
     def name(self):
-        return self.keeping.name(self.source)
+        return self.way.name(self.source)
 
 def sources(args):
     """The models that the flags name, or every run in out/."""
@@ -87,7 +93,7 @@ def sources(args):
     return found
 
 def cases(args):
-    """Yield a Case for each model as it is, and as --share and --squeeze want it."""
+    """Yield a Case for each model unchanged, and as changed by --share and --squeeze."""
     for source in sources(args):
         dtype = getattr(torch, args.dtype)
         model, tokenizer, info = load(source, device=args.device, dtype=dtype)
@@ -97,15 +103,16 @@ def cases(args):
             models.append((shared, {**info, "val_bpb": None}))
         for model, info in models:
             context = min(args.context, model.config.block_size)
-            keepings = squeeze.ways_of(args, model)
-            all_bpb = losses(source, model, tokenizer, info, args, keepings)
-            for keeping, bpb in zip(keepings, all_bpb):
+            ways = squeeze.ways_of(args, model)
+            all_bpb = losses(source, model, tokenizer, info, args, ways)
+            for way, bpb in zip(ways, all_bpb):
                 if bpb is not None and not math.isfinite(bpb):
-                    raise ValueError(f"{source}: its loss is {bpb}: its weights are damaged; make it again")
-                cache = keeping.for_bill(model, partial(data_of, info, tokenizer), context)
-                yield Case(source, model, tokenizer, keeping, bpb, cache)
+                    raise ValueError(f"{source}: its loss is {bpb}, so its weights are damaged; train or "
+                                     "convert it again")
+                cache = way.for_bill(model, partial(data_of, info, tokenizer), context)
+                yield Case(source, model, tokenizer, way, bpb, cache)
 
-def losses(source, model, tokenizer, info, args, keepings):
+def losses(source, model, tokenizer, info, args, ways):
     """→ the bits per byte of validation text with each way to keep the cache; None if the text that the
     model was trained on is gone. Raises ValueError if it is, with --squeeze."""
     if info["val_bpb"] and not args.squeeze:
@@ -119,7 +126,7 @@ def losses(source, model, tokenizer, info, args, keepings):
         return [None]
     print(f"measuring the loss of {source} on {data.name}", file=sys.stderr, flush=True)
     if args.squeeze:
-        return squeeze.bits_per_byte(model, data, args.context, args.eval_tokens, keepings)
+        return squeeze.bits_per_byte(model, data, args.context, args.eval_tokens, ways)
     tokens = None if info["data"] else args.eval_tokens
     return [data.evaluate(model, tokens)[1]]
 
@@ -127,25 +134,28 @@ def losses(source, model, tokenizer, info, args, keepings):
 
 def generate(case, args):
     """Stream the texts to stdout. → the length of the prompt in tokens, and seconds from the second token
-    of each text to its last, added up. (The first token takes reading the prompt, and the second making
-    the weights ready.)"""
+    of each text to its last, added up. (The first token includes reading the prompt, and the second
+    preparing the weights.)"""
     model, tokenizer = case.model, case.tokenizer
     tokens = tokenizer.encode(args.prompt)
     if not tokens:
         raise ValueError("--prompt: this model has no token for any of it; take another text")
-    farthest = model.config.block_size * len(model.blocks)      # what all layers together can see
+    # each layer sees block_size tokens back, and what those saw in the layer below
+    farthest = model.config.block_size * len(model.blocks)
     ids = torch.tensor([tokens[-farthest:]], device=args.device)
     seconds = 0.0
     for sample in range(args.num_samples):
         generator = torch.Generator(args.device).manual_seed(args.seed + sample)
-        unread, cache = case.keeping.begin(model, ids)
+        # without --squeeze, all of ids is unread and cache is None: stream() then makes a KVCache
+        unread, cache = case.way.begin(model, ids)
         stream = model.stream(unread, args.max_new_tokens, args.temperature, args.top_k, generator, cache)
         times = []
         print(args.prompt, end="", flush=True)
         for text in tokenizer.decode_stream(timed(stream, times)):
             print(text, end="", flush=True)
         print("\n" + "-" * 80, flush=True)
-        seconds += times[-1] - times[:2][-1]
+        start = times[:2][-1]                   # that of the second token, or of an only one
+        seconds += times[-1] - start
     return ids.size(1), seconds
 
 def timed(stream, times):
@@ -159,12 +169,13 @@ def timed(stream, times):
 
 def facts(case):
     """→ the columns of the bill on what was sampled."""
-    config, steps = case.model.config, []
-    for change in changes(case.model):
+    config = case.model.config
+    steps = []
+    for change in changes(case.model):                          # that axes made to a trained model
         settings = [value for value in change["settings"].values() if isinstance(value, (str, int))]
         steps.append(" ".join(map(str, [change["by"], *settings])))
     return {"model": case.source, "share": config.share, "share_kind": config.share and config.share_kind,
-            "changes": ", ".join(steps), **case.keeping.facts, "val_bpb": case.val_bpb}
+            "changes": ", ".join(steps), **case.way.facts, "val_bpb": case.val_bpb}
 
 def predict(case, context):
     """→ the Cost of a token with this context, in closed form."""
@@ -195,6 +206,7 @@ COSTS = {       # column → the field of a minisa.cost.Cost
 def costs_of(case, args):
     """→ the columns of the bill that are predicted and counted; where the two differ, both."""
     context = min(args.context, case.model.config.block_size)
+    # what generates on: decode.py in numpy, or model.py in torch
     engine = "numpy" if handles(case.model, case.cache or KVCache(case.model, 1, 1)) else "torch"
     cache_of = case.cache and (lambda prompt: case.cache)
     predicted = predict(case, context)
@@ -239,7 +251,8 @@ def form(value, layout):
     return value if isinstance(value, str) else layout.format(value)
 
 def main():
-    args, names, rows = read_flags(), [], []
+    args = read_flags()
+    names, rows = [], []
     for case in cases(args):
         row = facts(case)
         print(f"{case.name}, sharing {sharing(row)}\n" + "-" * 80)
@@ -248,14 +261,14 @@ def main():
         names.append(case.name)
         rows.append(row)
     show(names, rows)
-    met = not any(str(value).startswith("ERROR") for row in rows for value in row.values())
+    agree = not any(str(value).startswith("ERROR") for row in rows for value in row.values())
     print("Parameters, cache, bytes read and FLOPs were predicted in closed form, and counted on the real "
-          f"model: {'they agree' if met else 'THEY DIFFER'}.")
+          f"model: {'they agree' if agree else 'THEY DIFFER'}.")
     if args.csv:
         write_results(args.csv, rows)
     if args.json:
-        print(json.dumps({"bill": rows, "predictions_met": met}))
-    return 0 if met else 1
+        print(json.dumps({"bill": rows, "predictions_met": agree}))
+    return 0 if agree else 1
 
 if __name__ == "__main__":
     command(main)

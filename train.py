@@ -1,11 +1,11 @@
 """Train a GPT on Shakespeare, with or without shared attention.
 
-    python train.py                     full attention, saved in out/full
-    python train.py --share=1-3         Shared Attention, saved in out/weights-1-3
-    python train.py --resume            continue an interrupted run (and its --share or --out_dir)
+    python train.py                         full attention, saved in out/full
+    python train.py --share=1-3             Shared Attention, saved in out/weights-1-3
+    python train.py --share=1-3 --resume    continue that run, if it was interrupted
     torchrun --standalone --nproc_per_node=2 train.py
 
-Without other flags it takes the preset of this machine: one or two minutes on a laptop's CPU, or a larger
+Without other flags it uses the preset for your hardware: one or two minutes on a laptop's CPU, or a larger
 model on a GPU. --preset=long trains three times as long.
 """
 
@@ -33,59 +33,59 @@ from minisa.model import GPT, GPTConfig
 class Settings:
     """Each field is a flag, as --n_layer=6, and its comment is the help text. A `count` is an int from 1
     up, `whole` an int from 0 up, an `amount` a float from 0 up. The defaults are the preset for a CPU: a
-    minute or two on two cores."""
-    preset: Literal["cpu", "gpu", "long", "tinyshakespeare"] = None # settings to start from; None: by device
+    minute or two on two cores. The other presets, in PRESETS, change some of them."""
+    preset: Literal["cpu", "gpu", "long", "tinyshakespeare"] = None # preset to start from; default: by device
 
     # the model: heads of 32 numbers, and with 4 layers a million parameters
-    n_layer: count = 4                      # number of layers; with 4, the span 1-3 leaves a full layer
+    n_layer: count = 4                      # number of layers
     n_head: count = 4                       # number of query heads
-    n_kv_head: count = None                 # number of key/value heads; None: as many as query heads
+    n_kv_head: count = None                 # number of key/value heads; default: as many as query heads
     n_embd: count = 128                     # width of the model, in numbers per token
-    n_hidden: count = None                  # width of the MLP, in numbers per token; None: 8/3 n_embd
+    n_hidden: count = None                  # width of the MLP, in numbers per token; default: 8/3 n_embd
     block_size: count = 128                 # context, in tokens; with --init_from at most 512 unless given
-    share: str = ""                         # spans that share attention, as 1-3 or 1-3,5-7; '' for none
-    share_kind: checkpoint.kind = "weights" # weights (Shared Attention), kv (Cross-Layer), or of an axis
+    share: str = ""                         # spans that share attention, as 1-3 or 1-3,5-7; default: none
+    share_kind: checkpoint.kind = "weights" # weights (Shared Attention), kv (Cross-Layer) or one you added
     dropout: amount = 0.0                   # fraction of activations dropped in training
     rope_base: amount = 10000.0             # base of RoPE's wavelengths
-    norm_eps: amount = 1e-5                 # what RMSNorm adds to the mean square
-    init_from: str = ""                     # folder, .gguf file or smollm2 to start from; '': random weights
+    norm_eps: amount = 1e-5                 # epsilon added to the mean square in RMSNorm
+    init_from: str = ""                     # folder, .gguf or smollm2 to start from; default: random weights
 
     # the text
-    text: str = ""                          # UTF-8 file to train on; '': plays of Shakespeare
+    text: str = ""                          # UTF-8 file to train on; default: plays of Shakespeare
     tokenizer: Literal["bpe", "gpt2"] = "bpe"   # bpe is learned on the text, gpt2 is downloaded
-    vocab_size: count = 1024                # number of tokens that bpe learns; 256 for single bytes
+    vocab_size: count = 1024                # number of tokens that bpe learns; 256 means raw bytes
 
-    # training: many small steps learn most in so little time; a high rate needs a long warm-up, and noisy
-    # gradients a mean over many of them
+    # training: in a short run, many small steps work best; a high rate needs a long warm-up, and noisy
+    # gradients need longer averaging (beta2)
     batch_size: count = 8                   # sequences per step, over all processes and micro-batches
-    gradient_accumulation_steps: count = 1  # micro-batches of a step, to save memory
+    gradient_accumulation_steps: count = 1  # micro-batches, the parts a batch is read in to save memory
     max_iters: whole = 2000                 # number of steps; 0 saves the untrained model
-    learning_rate: amount = 2e-3            # highest learning rate
+    learning_rate: amount = 2e-3            # peak learning rate
     min_lr: amount = 0.0                    # learning rate of the last step
-    warmup_iters: count = 500               # steps in which the learning rate rises
-    weight_decay: amount = 0.3              # AdamW's, for matrices
-    beta1: amount = 0.9                     # AdamW's decay of the mean gradient, per step
-    beta2: amount = 0.99                    # AdamW's decay of its mean square, per step
-    grad_clip: amount = 1.0                 # largest norm of the gradient; 0: any
-    seed: whole = 1337                      # of weights, batches and dropout
+    warmup_iters: count = 500               # warm-up steps, in which the learning rate rises
+    weight_decay: amount = 0.3              # AdamW weight decay, matrices only
+    beta1: amount = 0.9                     # AdamW decay rate of the gradient average, per step
+    beta2: amount = 0.99                    # AdamW decay rate of the squared-gradient average, per step
+    grad_clip: amount = 1.0                 # largest norm of the gradient; 0: no clipping
+    seed: whole = 1337                      # random seed for weights, batches and dropout
 
     # the machine
-    dtype: Literal["float32", "bfloat16"] = None        # to multiply in; None: the faster one here
-    device: cli.device = None               # cpu, cuda, cuda:1 or mps; None: the fastest there is
+    dtype: Literal["float32", "bfloat16"] = None # number format for matrix products; default: faster one here
+    device: cli.device = None               # cpu, cuda, cuda:1 or mps; default: the fastest there is
     compile: bool = False                   # compile the model with torch.compile
 
     # the run
-    out_dir: str = None                     # folder of the run; None: out/ and its mode, as out/full
-    data_dir: str = None                    # folder of the token files; None: data/
+    out_dir: str = None                     # folder of the run; default: named for its settings, as out/full
+    data_dir: str = None                    # folder where the tokenized text is kept; default: data/
     eval_interval: count = 500              # steps between evaluations, which also save the run
-    eval_tokens: whole = None               # validation tokens read; 0: all; None: 20,000, then all at last
+    eval_tokens: whole = None               # validation tokens read, 0: all; default: 20,000, at the end all
     log_interval: count = 50                # steps between log lines
-    keep_every: whole = 0                   # steps between models kept in out_dir/steps; 0: none
-    resume: bool = False                    # continue the run of out_dir from its last checkpoint
-    overwrite: bool = False                 # set aside what is in out_dir, as out_dir.old
+    keep_every: whole = 0                   # also keep a model every N steps, in out_dir/steps; 0: none
+    resume: bool = False                    # continue a run: repeat its command with --resume
+    overwrite: bool = False                 # rename an existing out_dir to out_dir.old and start over
 
 PRESETS = {
-    "cpu": {},
+    "cpu": {},                      # the defaults above
     "gpu": {                        # the shape of nanoGPT's Shakespeare recipe
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
         "dropout": 0.2,             # each token is seen sixty times
@@ -93,20 +93,22 @@ PRESETS = {
         "learning_rate": 1e-3, "warmup_iters": 100, "weight_decay": 0.1},
     # three times as many steps, for the tables of the pages: each token is seen four times
     "long": {"max_iters": 6000, "learning_rate": 2.5e-3, "warmup_iters": 1000},
-    # With --text=FILE, the original Tiny Shakespeare: on two cores in two to five minutes below the
-    # 1.4697 nats per character that nanoGPT's recipe reaches on an A100 in three.
+    # With --text=FILE, the original Tiny Shakespeare: on two cores, reaches a lower loss than nanoGPT's
+    # 1.4697 nats per character (three minutes on an A100) in two to five minutes.
     "tinyshakespeare": {
         "n_layer": 4, "n_head": 5,  # heads of 32 numbers
         "n_embd": 160,              # as good as 6 layers of 144 after as many steps, in 5/6 of the time
         "block_size": 128,
         "share": "1-3",             # faster, and no worse: see the lab
         "dropout": 0.1,             # each token is seen eight times
-        "batch_size": 8,            # half as many steps of 16 learn less
+        "batch_size": 8,            # batches of 16 for half the steps do worse
         "max_iters": 3000, "eval_interval": 1000,
         "learning_rate": 2e-3, "warmup_iters": 300, "weight_decay": 0.1,
         "beta2": 0.95},             # forgets old gradients sooner
 }
-EVAL_TOKENS = 20_000        # of an evaluation on the way; the last one reads all
+EVAL_TOKENS = 20_000        # per evaluation during training; the last one reads all
+
+# the settings that are fields of a GPTConfig, and those that the model of --init_from has settled
 SHAPE = ["n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "share", "share_kind",
          "dropout", "rope_base", "norm_eps"]
 FIXED_BY_MODEL = {*SHAPE, "tokenizer", "vocab_size"} - {"share", "share_kind", "dropout", "block_size"}
@@ -140,8 +142,8 @@ def make_model(settings, given, saved, processes):
     with processes.first():
         data = tokenize(settings.text, settings.tokenizer, settings.vocab_size, own, settings.data_dir)
     if saved and data.digest != saved.info["data_digest"]:
-        raise ValueError(f"the text is not the one that the run was trained on ({saved.info['data']}); name "
-                         "that with --text=FILE, or start a new run without --resume")
+        raise ValueError(f"the text is not the one that the run was trained on ({saved.info['data']}); give "
+                         "it with --text=FILE, or start a new run without --resume")
     torch.manual_seed(settings.seed)
     if model is None:
         config.vocab_size = data.tokenizer.vocab_size
@@ -206,7 +208,7 @@ def train_step(settings, run, forward, autocast):
         seed = (settings.seed << 40) + (step << 12) + processes.rank
         torch.manual_seed(seed % 2**63)
     for micro in range(n_micro):
-        first = rows * (processes.rank * n_micro + micro)
+        first = rows * (processes.rank * n_micro + micro)       # rank: the number of this process
         x, y = run.data.batch(step, settings.seed, settings.batch_size, run.model.config.block_size,
                               slice(first, first + rows))
         more = processes.world > 1 and micro + 1 < n_micro      # gradients are not complete yet
@@ -221,7 +223,7 @@ def train_step(settings, run, forward, autocast):
     run.progress.step += 1
 
 def save_if_due(settings, run):
-    """Evaluate and save a run every so many steps, and at its end."""
+    """Evaluate and save a run every eval_interval steps, and at its end."""
     step, at_end = run.progress.step, run.progress.step == settings.max_iters
     due = at_end or (step > 0 and step % settings.eval_interval == 0)
     if due and run.progress.evaluated != step:
@@ -241,7 +243,7 @@ def train(settings, run, forward, autocast):
             break
         train_step(settings, run, forward, autocast)
         to_log = progress.step % settings.log_interval == 0 or progress.step == last_step
-        if to_log or (run.signal and alone):                # several processes hear of it at a log line
+        if to_log or (run.signal and alone):                # several processes check only at log lines
             run.meter.log(run, last_step)
             status = run.stop()
     return status
@@ -249,7 +251,7 @@ def train(settings, run, forward, autocast):
 # ---- the whole run: its settings, what it continues, and its parts in order ----
 
 NOT_SAVED = {"device", "compile", "resume", "overwrite"}
-FREE = NOT_SAVED | {        # what may be another when a run is continued
+FREE = NOT_SAVED | {        # what may differ when a run is continued
     "out_dir", "text", "data_dir", "eval_interval", "eval_tokens", "log_interval", "keep_every"}
 
 def settle(given, device):
@@ -263,7 +265,7 @@ def settle(given, device):
     return settings
 
 def folder_of(settings, given):
-    """The folder of a run, named for its mode."""
+    """The folder of a run, by default named for its settings: out/weights-1-3 with --share=1-3."""
     if settings.out_dir:
         return Path(settings.out_dir)
     parts = [f"{settings.share_kind}-{settings.share}" if settings.share else "full"]
@@ -294,8 +296,10 @@ def continued(given, saved, folder):
     return {**before, **given}
 
 def prepare(settings, model, data, processes):
-    """→ what computes a loss, and the context to run it in."""
-    autocast, forward = machine.number_format(model, settings.dtype), model
+    """→ the callable that computes the loss, and the context to run it in."""
+    # on a CPU in bfloat16, this also makes every layer form P: its fused kernel is slow
+    autocast = machine.number_format(model, settings.dtype)
+    forward = model
     if settings.compile:
         batch = data.batch(0, settings.seed, rows_of(settings, processes), model.config.block_size)
         forward, seconds = machine.compiled(model, *(part.to(processes.device) for part in batch), autocast)
@@ -312,22 +316,29 @@ def describe(settings, folder, model, data, processes):
                   f"{processes.device.type}, {settings.dtype}")
 
 def main():
+    # what was asked for, and where it runs
     usage = "python train.py [--FLAG=VALUE ...]"
     given = cli.read_settings(Settings, None, __doc__, usage, PRESETS["gpu"])
     device, no_gpu = (given["device"], "") if "device" in given else machine.choose_device()
-    processes = Processes(device)
+    processes = Processes(device)                           # one, or several started by torchrun
     settings = settle(given, device)
     folder = folder_of(settings, given)
     with open_run(folder, processes, settings.resume, settings.overwrite) as saved:
+
+        # settings are merged again with those saved, which can be read only once the folder is known
         if saved:
             settings = settle(continued(given, saved, folder), device)
         settings.dtype = settings.dtype or machine.choose_dtype(device, settings.init_from)
-        rows_of(settings, processes)                        # or refused, before work
+        rows_of(settings, processes)                        # fail early
+
+        # what is trained, on what, and by what
         model, data = make_model(settings, given, saved, processes)
         optimizer = make_optimizer(settings, model)
         if saved:
             restore_optimizer(optimizer, saved.moments, folder / STATE)
         forward, autocast = prepare(settings, model, data, processes)
+
+        # the run; before this, nothing was written to its folder
         describe(settings, folder, model, data, processes)
         if no_gpu:
             processes.say(f"on the CPU, as no GPU can be used: {no_gpu}")

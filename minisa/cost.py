@@ -6,13 +6,13 @@ that sees S keys, a layer spends
     q 2·C·H·D    k 2·C·G·D    v 2·C·G·D    scores 2·H·D·S    weighted sum 2·H·D·S    out 2·H·D·C
     MLP 6·C·M
 
-and the model 2·C·V once, for the logits. Cached per token and layer, with b bytes per number: G·D·b
-for k and G·D·b for v. What a layer does not make drops out: q, k and scores in a reuse layer of
-Shared Attention, k and v in one of Cross-Layer Attention.
+and the model 2·C·V once, for the logits. Each layer caches, per token, G·D·b bytes for k and G·D·b
+for v, with b bytes per number. Terms for what a layer does not compute drop out: q, k and scores in
+a reuse layer of Shared Attention, k and v in one of Cross-Layer Attention.
 
 A decode step also reads: each weight matrix once, and for each sequence S keys and S values in a
 full layer. A reuse layer of Shared Attention reads S values. One of Cross-Layer Attention stores
-nothing, but reads S keys and S values, the anchor's, once more.
+nothing, but re-reads the anchor's S keys and S values.
 """
 
 from copy import copy
@@ -32,41 +32,46 @@ class Cost:
     params: int                 # numbers
     cache_bytes_per_token: int  # bytes for one token of one sequence, all layers
     cache_bytes: int            # bytes for `context` tokens of `batch_size` sequences
-    read_bytes: int             # bytes of weights and cache that a decode step multiplies with
+    read_bytes: int             # bytes of weights and cache read by a decode step's products
     decode_flops: int           # for one more token of each sequence, which sees `context` keys
-    prefill_flops: int          # for reading a prompt of `context` tokens, and the token after it
+    prefill_flops: int          # for reading a prompt of `context` tokens and predicting the next
 
 def layer_params(block):
     """Parameters of a block: attention, MLP."""
     attn = block.attn
     C, M = attn.qkv.in_features, block.mlp.down.in_features
-    more, _ = attn.extra_cost(0, 0)
+    more, _ = attn.extra_cost(0, 0)                 # of layers of minisa/axes
     return C * sum(attn.widths) + C * attn.out.in_features + 3 * C * M + more
 
 def layer_flops(block, T, S):
-    """FLOPs of a block for T tokens of one sequence, each against S keys, also those that the mask
-    hides."""
+    """FLOPs of a block for T tokens of one sequence, each against S keys, including masked ones."""
     attn = block.attn
     C, M = attn.qkv.in_features, block.mlp.down.in_features
     n_y = attn.out.in_features                      # numbers per token that the weighted sum gives
     projections = 2 * C * sum(attn.widths) + 2 * n_y * C
-    n_read = attn.tokens_read(T, S)
+    n_read = attn.tokens_read(T, S)                 # S, or fewer in layers of minisa/axes
     products = 2 * (attn.widths.q + n_y) * n_read   # scores, and weighted sum
     _, more = attn.extra_cost(T, S)
     return T * (projections + products + 6 * C * M) + more
 
-def numbers_read(blocks, rooms):
-    """Numbers that a decode step reads of a sequence's cache. rooms: tokens in each layer."""
+def numbers_read(blocks, tokens_seen):
+    """Numbers that a decode step reads of a sequence's cache. tokens_seen: those in each layer's
+    cache. For each of them, with g = G·D,
+
+        a full layer or an anchor reads     its own k and v         g + g
+        SharedAttention                     its own v               g       no q, so it needs no k
+        CrossLayerAttention                 the anchor's k and v    g + g
+    """
     total = 0
     anchor_keys = anchor_values = 0                 # numbers per token
-    for block, room in zip(blocks, rooms):
+    for block, n_seen in zip(blocks, tokens_seen):
         attn, made = block.attn, block.attn.widths
         keys = made.k or anchor_keys                # its own, or those of the anchor below
         values = made.v or anchor_values
-        if made.q == 0:                             # Shared Attention: P comes from below
+        if made.q == 0:                             # no q: P is handed up, and no key is read
             keys = 0
-        total += attn.tokens_read(1, room) * (keys + values)
-        if made.k:                                  # keys that a layer restores are not read again
+        total += attn.tokens_read(1, n_seen) * (keys + values)
+        if made.k:                                  # axes: restored keys are handed up, not reread
             anchor_keys = 0 if attn.restores_keys else made.k
         if made.v:
             anchor_values = made.v
@@ -74,9 +79,9 @@ def numbers_read(blocks, rooms):
 
 def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
             bytes_per_number: int = 4, kept: list[int] | None = None) -> Cost:
-    """→ the Cost of a GPT, or of one with this GPTConfig, with `context` tokens in the cache.
+    """→ the Cost of a model or config, with `context` tokens in the cache.
 
-    kept: for each layer how many tokens its cache has room for, if not all.
+    kept: how many tokens the cache of each layer can hold; default: all.
     Raises ValueError unless 1 ≤ context ≤ block_size.
     """
     with torch.device("meta"):
@@ -84,21 +89,22 @@ def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
     config, blocks = model.config, model.blocks
     if not 1 <= context <= config.block_size:
         raise ValueError(f"--context={context}: must be from 1 to block_size = {config.block_size}")
-    C, V, kept = config.n_embd, config.vocab_size, kept or [context] * len(blocks)
+    C, V = config.n_embd, config.vocab_size
     head = 2 * C * V
-    rooms = [min(room, context) for room in kept]
+    kept = kept or [context] * len(blocks)
+    tokens_seen = [min(n, context) for n in kept]
     matrices = V * C + sum(map(layer_params, blocks))
     made = [block.attn.widths for block in blocks]
     cached = [bytes_per_number * (n.k + n.v) for n in made]     # bytes per token
     starts = range(0, context, PREFILL_CHUNK)
     chunks = [(start, min(start + PREFILL_CHUNK, context)) for start in starts]
-    decode = sum(layer_flops(block, 1, room) for block, room in zip(blocks, rooms))
+    decode = sum(layer_flops(block, 1, n_seen) for block, n_seen in zip(blocks, tokens_seen))
     prefill = sum(layer_flops(block, end - start, end) for block in blocks for start, end in chunks)
     return Cost(
         params=matrices + C + (0 if config.tied else V * C),
         cache_bytes_per_token=sum(cached),
-        cache_bytes=batch_size * sum(size * room for size, room in zip(cached, kept)),
-        read_bytes=bytes_per_number * (matrices + batch_size * numbers_read(blocks, rooms)),
+        cache_bytes=batch_size * sum(size * n for size, n in zip(cached, kept)),
+        read_bytes=bytes_per_number * (matrices + batch_size * numbers_read(blocks, tokens_seen)),
         decode_flops=batch_size * (decode + head),
         prefill_flops=batch_size * (prefill + head))
 
@@ -126,12 +132,12 @@ class Reads(TorchFunctionMode):
 @torch.inference_mode()
 def measure(model: GPT, context: int, batch_size: int = 1, cache_of=None,
             engine: str = "torch") -> Cost:
-    """→ the same Cost, counted: parameters, the cache's storage, the matrix products of a real run.
+    """→ the same figures, measured: parameters, the cache's storage, the products of a real run.
 
     cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured.
     engine: what decodes, "torch" (model.py) or "numpy" (decode.py).
     """
-    weight, explicit = model.embed.weight, copy(model)
+    explicit = copy(model)
     explicit.watch = lambda P: None                 # the counter can't see into fused kernels
 
     def run(cache, tokens):
@@ -141,13 +147,14 @@ def measure(model: GPT, context: int, batch_size: int = 1, cache_of=None,
             explicit.read(tokens, cache)
         return counter.get_total_flops(), reads.bytes
 
-    tokens = torch.zeros(batch_size, context, dtype=torch.long, device=weight.device)
+    tokens = torch.zeros(batch_size, context, dtype=torch.long, device=model.embed.weight.device)
     cache = KVCache(model, batch_size, context)
-    (prefill, _), per_token = run(cache, tokens), cache.nbytes // (context * batch_size)
+    prefill, _ = run(cache, tokens)
+    per_token = cache.nbytes // (context * batch_size)
     if cache_of:
         cache = cache_of(tokens[:, :-1])
     else:
-        cache.length = context - 1                  # forget the last token, and decode it once more
+        cache.length = context - 1                  # drop the last token and decode it again
     last = tokens[:, -1:]
     decode, read = run(cache, last) if engine == "torch" else run_in_numpy(Decoder(model, cache))
     params = sum(p.numel() for p in model.parameters())

@@ -1,14 +1,15 @@
-"""The GPT of plain.py, generating text one token at a time, in numpy. And what a KV cache is.
+"""The GPT of plain.py, generating text one token at a time, in numpy. Also explains the KV cache.
 
 The keys and values of a token stay the same while the text grows, as no token sees a later one. So
 they are computed once and stored: that is the KV cache. A step computes q, k and v of the newest
 token only, stores its k and v, and lets its q attend to all stored keys; q is needed only once. In
-a reuse layer of Shared Attention q and k would have no use: they only serve to make the attention
-weights P, and those come from the layer below. Such a layer makes and stores a v, nothing else.
+a reuse layer of Shared Attention, q and k would have no use: they only serve to form the attention
+weights P, which are handed up by the layer below. Such a layer computes and stores only v.
 
-model.py does the same for training, GPUs and batches. In a step every matrix is multiplied by a
-single vector, so most of the time is spent reading memory: the matrices (see by_columns) and the
-cache. The rest is the overhead of each call, which in numpy is a tenth of what it is in torch.
+model.py does the same for training, GPUs and batches, and its class KVCache holds the arrays used
+here. In a step every matrix is multiplied by a single vector, so most of the time is spent reading
+memory: the matrices (see by_columns) and the cache. The rest is the overhead of each call, which in
+numpy is a tenth of what it is in torch.
 
 Shapes: S visible tokens, the newest included; H query heads, G key/value heads, D head dim, C = H·D
 width of the model, M width of the MLP, V vocabulary.
@@ -28,10 +29,10 @@ def rotate(heads, turn):
     return (heads.view(np.complex64) * turn).view(np.float32)
 
 def attention_weights(q, keys):
-    """q (H, D), keys (G, S, D) → P (G, H/G, S): heads that share keys stand together."""
+    """q (H, D), keys (G, S, D) → P (G, H/G, S): heads that share keys are grouped."""
     G, S, D = keys.shape
     q = q.reshape(G, -1, D) / math.sqrt(D)
-    scores = keys @ q.swapaxes(1, 2)                        # (G, S, H/G): faster this way round
+    scores = keys @ q.swapaxes(1, 2)                        # (G, S, H/G): faster in this order
     P = np.ascontiguousarray(scores.swapaxes(1, 2))
     P -= np.maximum.reduce(P, axis=-1, keepdims=True)       # so that exp() cannot overflow
     np.exp(P, out=P)
@@ -42,13 +43,15 @@ def weighted_sum(P, values):
     """P (G, H/G, S), values (G, S, D) → y (C,)."""
     return (P @ values).reshape(-1)
 
-# A function for each kind of layer: x (C,) → y (C,), and the (P, keys, values) that a reuse layer
-# above may take. `now` is the Decoder: it knows the newest token's slot in the cache, S, and its
-# turn for rotate(). layer.qkv has rows for what the layer makes; layer.k and layer.v (G, size, D)
-# are its cache. The token's own k and v are stored first, as it attends to itself too.
+# A function for each kind of layer: x (C,) → y (C,), and the (P, keys, values) that it hands up for
+# reuse. below: those handed up by the layer below. `now` is the Decoder, further down: it knows S,
+# the turn for rotate(), and the newest token's slot, its place in the cache of `size` slots.
+# layer.qkv holds those of W_q, W_k and W_v that the layer has; layer.k and layer.v (G, size, D) are
+# its cache (a reuse layer has no k, and in CLA no v). The newest k and v are stored before they are
+# used, as a token attends to itself too.
 
 def full_attention(now, layer, x, below):
-    """A full layer, or an anchor: makes q, k and v, and stores k and v."""
+    """A full layer, or an anchor: computes q, k and v, and stores k and v."""
     heads = (layer.qkv @ x).reshape(-1, now.D)              # (H + G + G, D)
     G = len(layer.k)
     qk, v = heads[:-G], heads[-G:]
@@ -62,7 +65,7 @@ def full_attention(now, layer, x, below):
     return weighted_sum(P, values), (P, keys, values)
 
 def shared_attention(now, layer, x, below):
-    """A reuse layer of Shared Attention: makes v and stores v. P is the anchor's."""
+    """A reuse layer of Shared Attention: computes and stores v. P is the anchor's."""
     P, _, _ = below
     v = layer.qkv @ x                                       # qkv is W_v alone: (G·D, C)
     layer.v[:, now.slot] = v.reshape(-1, now.D)
@@ -70,12 +73,12 @@ def shared_attention(now, layer, x, below):
     return weighted_sum(P, values), below
 
 def cross_layer_attention(now, layer, x, below):
-    """A reuse layer of Cross-Layer Attention: makes q, stores nothing. Keys and values are the
+    """A reuse layer of Cross-Layer Attention: computes q, stores nothing. Keys and values are the
     anchor's."""
     _, keys, values = below
     q = layer.qkv @ x                                       # qkv is W_q alone: (C, C)
     q = rotate(q.reshape(-1, now.D), now.turn)              # (H, D)
-    P = attention_weights(q, keys)
+    P = attention_weights(q, keys)                          # not handed up: nobody reuses it
     return weighted_sum(P, values), below
 
 # ---- the whole model ----
@@ -88,16 +91,15 @@ def rms_norm(x, eps):
 def mlp(layer, x):
     """SwiGLU: x (C,) → (C,)."""
     gate, up = (layer.gate_up @ x).reshape(2, -1)           # (M,) each
-    gate /= 1 + np.exp(-gate)                               # if that is inf, gate becomes 0: right
+    gate /= 1 + np.exp(-gate)           # if exp overflows to inf, gate correctly becomes 0
     return layer.down @ (gate * up)
 
 class Decoder:
     """Decoder(model, cache).step(token) → logits (V,), continuing the text that a cache holds.
 
-    model: a GPT in eval mode, in float32 on the CPU. cache: its KVCache of one sequence, empty or
-    not. The arrays here are the tensors' own memory, so model.py can go on from what a Decoder
-    leaves.
-    Raises ValueError if they are anything else: see handles().
+    model: a GPT in eval mode, in float32 on the CPU. cache: its KVCache (see model.py) of one
+    sequence, empty or not. The arrays here are the tensors' own memory, so model.py can go on from
+    what a Decoder leaves. Raises ValueError if model or cache is anything else: see handles().
     """
 
     def __init__(self, model, cache):
@@ -113,7 +115,7 @@ class Decoder:
         self.positions = cache.where.view(-1).numpy()       # (size,): slot → position
         self.layers = []
         for prepared, k, v in zip(self.weights.layers, cache.k, cache.v):
-            layer = SimpleNamespace(**vars(prepared))
+            layer = SimpleNamespace(**vars(prepared))       # a copy, to which the cache is added
             layer.k = k[0].numpy()                          # of sequence 0: (G, size, D)
             layer.v = v[0].numpy()
             self.layers.append(layer)
@@ -122,20 +124,22 @@ class Decoder:
     def step(self, token: int) -> np.ndarray:
         """The newest token's id → logits (V,) of the next one.
 
-        The cache is a ring: when it is full, a new token takes the oldest one's slot. The others
-        stay valid: a sum needs no order of slots, and as each key was rotated by its position, q·k
-        depends on the distance between the two tokens alone.
+        The cache is a ring: when it is full, a new token takes the oldest one's slot. All else can
+        stay as it is: the order of slots does not affect a sum, and as each key was rotated by its
+        position, q·k depends only on the distance between two tokens. The logits are those of
+        plain.gpt(window=size), up to rounding: see KVCache.
         """
-        position, size = self.cache.length, self.cache.size
+        position = self.cache.length
+        size = self.cache.size
         self.slot = position % size
         self.S = min(position + 1, size)
         angles = position * self.frequencies
         self.turn = np.exp(1j * angles).astype(np.complex64)
-        self.positions[self.slot] = position                # not needed here, but by model.py
+        self.positions[self.slot] = position                # used only by model.py
 
         x = self.weights.embed[token].copy()                # (C,), to which the layers add
         handed_up = None
-        for layer in self.layers:
+        for layer in self.layers:                           # .attention: one of the three above
             h = rms_norm(x, layer.eps)
             y, handed_up = layer.attention(self, layer, h, handed_up)
             x += layer.out @ y
@@ -148,7 +152,7 @@ class Decoder:
 
 def draw(logits, temperature, top_k, u):
     """logits (V,) → a token's id: the first at which the sum of all probabilities up to it exceeds
-    u, a random number in [0, 1). As model.py's draw() with the same u, up to rounding."""
+    u, a random number in [0, 1). Same as model.py's draw() with that u, up to rounding."""
     if temperature < 1e-6:
         return int(logits.argmax())
     if top_k:
@@ -159,15 +163,15 @@ def draw(logits, temperature, top_k, u):
     total = p.cumsum(dtype=np.float64)
     return np.count_nonzero(total <= u * total[-1])
 
-# ---- skip this when you read it first: what is decoded here, and its weights as arrays ----
+# ---- skip on a first reading: which models are handled here, and their weights as arrays ----
 
 TORCH = "Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList"
 MLP = ["mlp.gate.weight", "mlp.up.weight", "mlp.down.weight"]
 
 def known(part):
-    """Whether this file knows what a part of a model, or a cache, computes. Its class must be one
-    of model.py or torch, or name its numpy counterpart in in_numpy itself, as a subclass may
-    compute something else."""
+    """Whether this file has a numpy counterpart for a part of a model, or a cache. Its class must
+    be one of model.py or torch, or name the counterpart in an in_numpy of its own: an inherited one
+    does not count, as a subclass may compute something else."""
     kind = type(part)
     if vars(part).keys() & dir(kind):                       # such as a forward() of its own
         return False
@@ -176,11 +180,11 @@ def known(part):
     return kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in TORCH
 
 def watched(part):
-    """Whether something sees or changes what a part computes: dropout, hooks."""
+    """Whether a hook or dropout would see or change what a part computes."""
     return part.training or part._forward_hooks or part._forward_pre_hooks
 
 def in_float32(tensor):
-    """Whether numpy can use a tensor where it lies."""
+    """Whether numpy can use a tensor without copying."""
     return tensor.is_cpu and str(tensor.dtype) in ("torch.float32", "torch.int64")
 
 def fits(index, block, cache):
@@ -206,11 +210,11 @@ def handles(model, cache):
 
 def by_columns(matrix):
     """A matrix with more rows than columns is multiplied fastest column by column, each added to
-    all of y, so a copy is stored that way. Any other array stays what and where it is."""
+    all of y, so a copy is stored that way. Any other array is returned unchanged."""
     return np.asfortranarray(matrix) if len(matrix) > matrix.shape[-1] else matrix
 
 def fingerprint(array):
-    """Its product with a vector. If that is as before, so are other products, up to rounding."""
+    """An array's product with a vector. If it is as before, the array almost certainly is too."""
     array = np.atleast_1d(array)
     numbers = np.arange(1, array.shape[-1] + 1, dtype=np.float32)
     return (array @ np.sqrt(numbers)).tobytes()
@@ -218,7 +222,7 @@ def fingerprint(array):
 PREPARED = WeakKeyDictionary()      # model → its weights, and what they were made of
 
 def prepare(model):
-    """→ the weights of a model, kept as long as it is, and rebuilt when they have changed."""
+    """→ the weights of a model, cached for its lifetime, and rebuilt when they have changed."""
     tensors = model.state_dict()
     state = [(t.data_ptr(), fingerprint(t.numpy())) for t in tensors.values()]
     weights, made_of = PREPARED.get(model, (None, None))

@@ -1,9 +1,10 @@
 """A small GPT (the Llama architecture) in which layers can share attention. The whole model.
 
 Shared Attention (Liao & Vargas 2024, arXiv:2407.12866): the first layer of a span, its anchor,
-makes attention weights P; the others reuse them over values of their own, and cache values only.
-Cross-Layer Attention (CLA, arXiv:2405.12981), the rival: the others make a q and a P of their own,
-over the k and v of the anchor. They cache nothing.
+forms attention weights P; the others apply them to their own values, and cache only values.
+Cross-Layer Attention (CLA, arXiv:2405.12981), the rival: the others compute their own q and P, over
+the k and v of the anchor. They cache nothing. Each of these is a kind of sharing. minisa/axes holds
+axes, ideas that change a trained model or its cache; a few lines here are for them, and say so.
 
 Shapes: B batch, T new tokens, S visible tokens (cached and new), H query heads, G key/value heads,
 D head dim, C = H·D width of the model, M width of the MLP, V vocabulary.
@@ -29,17 +30,17 @@ SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd",
 
 @dataclass
 class GPTConfig:
-    block_size: int = 256           # most tokens that a token can see, itself included
+    block_size: int = 256           # maximum number of tokens visible to each, itself included
     vocab_size: int = 1024          # V
     n_layer: int = 4
     n_head: int = 4                 # H
-    n_kv_head: int | None = None    # G: None = H; fewer is GQA (arXiv:2305.13245), 1 is MQA
+    n_kv_head: int | None = None    # G: None = H; fewer is grouped-query attention
     n_embd: int = 128               # C
     n_hidden: int | None = None     # M: None = 8/3 C, rounded up to a multiple of 32
     dropout: float = 0.0
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
-    tied: bool = True               # the output head is the token embedding
+    tied: bool = True               # the token embedding also serves as the output matrix
     share: str = ""                 # spans of layers, as "1-3,5-7"; the first of each is its anchor
     share_kind: str = "weights"     # what they share: a key of SHARE_KINDS
 
@@ -54,7 +55,7 @@ class GPTConfig:
         self.head_dim = self.n_embd // self.n_head  # D
 
 def check(config):
-    """Raises ValueError, which names the flag, unless a config's sizes fit together."""
+    """Raises a ValueError naming the flag if the fields of a config do not fit together."""
     def must(holds, name, rule):
         if not holds:
             raise ValueError(f"--{name}={getattr(config, name)}: {rule}")
@@ -70,7 +71,7 @@ def check(config):
     layers = [layer for span in config.spans for layer in span]
     written = ",".join(f"{a}-{b}" for a, b in config.spans)
     rising = layers == sorted(set(layers))
-    must(written == config.share and rising, "share", "write rising spans, as in 1-3 or 1-3,5-7")
+    must(written == config.share and rising, "share", "give spans in increasing order, as 1-3,5-7")
     last = config.n_layer - 1
     must(max(layers, default=0) <= last, "share", f"the layers of this model are 0 to {last}")
 
@@ -96,21 +97,22 @@ def merge_heads(x):
 
 @dataclass
 class Step:
-    """What all layers must know of the T tokens that are being processed, and how they attend."""
+    """What every layer needs to know about the T tokens being processed, and how they attend."""
     rope: torch.Tensor              # (T, D/2), the rotations of their positions
     mask: torch.Tensor | None       # (T, S): 0 where a token may look, else -inf; None: everywhere
-    causal: bool                    # the mask is the usual one, which fused kernels know
+    causal: bool                    # the mask is the standard causal mask, built into fused kernels
     cache: "KVCache | None" = None
-    watch: object = None            # shown every P, layer after layer; None: P need not be formed
+    watch: object = None            # a function called with each P, layer after layer; also a
+                                    # switch: with any function here, nothing is fused
 
     def remember(self, name, layer, new):
-        """Cache a layer's new k or v ("k", "v") (B, G, T, D) → it and the cached (B, G, S, D)."""
+        """Cache a layer's new k or v ("k", "v") (B, G, T, D) → all visible ones (B, G, S, D)."""
         return self.cache.remember(name, layer, new) if self.cache else new
 
     def attention_weights(self, q, k):
         """q (B, H, T, D), k (B, G, S, D) → P (B, H, T, S)."""
         B, H, T, D = q.shape
-        # the rows of all heads that share a k, one below the other: (B, G, H/G·T, D)
+        # the rows of all heads that share a k, stacked: (B, G, H/G·T, D)
         q = (q * D**-0.5).reshape(B, k.size(1), -1, D)
         scores = (q @ k.transpose(2, 3)).view(B, H, T, -1)
         if self.mask is not None:
@@ -118,7 +120,8 @@ class Step:
         return scores.softmax(-1).type_as(q)
 
     def weighted_sum(self, P, v):
-        """P (B, H, T, S), v (B, G, S, D) → P v (B, H, T, D)."""
+        """P (B, H, T, S), v (B, G, S, D) → P v (B, H, T, D). P always has H heads and is grouped
+        by the G heads of v here, so a reuse layer needs nothing special for GQA."""
         if self.watch:
             self.watch(P)
         B, H, T, S = P.shape
@@ -141,11 +144,11 @@ class Widths(NamedTuple):
     v: int
 
 class Attention(nn.Module):
-    """A full layer, in no span, and the base of the other kinds: they differ from it in heads(),
-    and in what they make."""
+    """A full layer, not part of a span; also the base class of the others, which differ from it in
+    heads(), and in what they make."""
     makes = "qkv"                   # what it computes itself: its widths, the shape of qkv, what
                                     # the cache stores and what the layer costs follow from this
-    in_numpy = decode.full_attention    # the same for one token, on a CPU: see decode.known()
+    in_numpy = decode.full_attention    # its function in decode.py; a subclass names its own
 
     def __init__(self, config, layer):
         super().__init__()
@@ -159,7 +162,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(C, C, bias=False)
 
     def forward(self, x, step, below=None):
-        """x (B, T, C), and what the layer below hands up → y (B, T, C), and what this one does."""
+        """x (B, T, C), what the layer below hands up → y (B, T, C), what this one hands up."""
         z, handed_up = self.heads(x, step, below)
         return self.out(merge_heads(z)), handed_up
 
@@ -179,12 +182,12 @@ class Attention(nn.Module):
         v = step.remember("v", self.layer, v)
         return q, k, v
 
-    # what a layer of minisa/axes may say instead
+    # what a layer of minisa/axes may override
 
-    restores_keys = False           # True: it computes its keys from what the cache holds
+    restores_keys = False           # True: it computes its keys from shorter ones in the cache
 
     def extra_cost(self, T, S):
-        """→ its parameters beside qkv and out, and their FLOPs for T tokens that see S."""
+        """→ its parameters besides qkv and out, and their FLOPs for T tokens that see S."""
         return 0, 0
 
     def tokens_read(self, T, S):
@@ -192,10 +195,11 @@ class Attention(nn.Module):
         return S
 
     def check(self):
-        """Raises ValueError if numbers that were loaded from a file cannot be this layer's."""
+        """Raises ValueError if numbers loaded from a file are invalid for this layer."""
 
 class Anchor(Attention):
-    """The first layer of a span of Shared Attention: it forms P (so: not fused), hands it up."""
+    """The first layer of a span of Shared Attention: it forms P, so it cannot be fused, and hands
+    it up."""
     in_numpy = decode.full_attention
 
     def heads(self, x, step, below):
@@ -204,15 +208,16 @@ class Anchor(Attention):
         return step.weighted_sum(P, v), P
 
 class SharedAttention(Attention):
-    """A reuse layer, as in the paper: the anchor's P over values of its own. No q and no k, so
+    """A reuse layer, as in the paper: the anchor's P, applied to its own values. No q and no k, so
     nothing to rotate; and nothing to mask, as P is 0 wherever a token must not look."""
     makes = "v"
     in_numpy = decode.shared_attention
 
-    def heads(self, x, step, P):
+    def heads(self, x, step, below):
+        P = below                                               # of the anchor: (B, H, T, S)
         v = split_heads(self.qkv(x), self.G)                    # qkv is v only here: (B, G, T, D)
         v = step.remember("v", self.layer, v)                   # (B, G, S, D)
-        return step.weighted_sum(P, v), P                       # P goes on up as it came
+        return step.weighted_sum(P, v), below
 
 class KVAnchor(Attention):
     """The first layer of a span of Cross-Layer Attention: it hands up k and v."""
@@ -223,17 +228,17 @@ class KVAnchor(Attention):
         return step.fused(q, k, v), (k, v)
 
 class CrossLayerAttention(Attention):
-    """A reuse layer of the rival: the anchor's k and v under a q of its own."""
+    """A reuse layer of the rival: the anchor's k and v, with its own q."""
     makes = "q"
     in_numpy = decode.cross_layer_attention
 
-    def heads(self, x, step, kv):
-        k, v = kv
+    def heads(self, x, step, below):
+        k, v = below                                            # of the anchor: (B, G, S, D)
         q = split_heads(self.qkv(x), self.H)                    # qkv is q only here: (B, H, T, D)
         q = rotate(q, step.rope)
-        return step.fused(q, k, v), kv
+        return step.fused(q, k, v), below
 
-# what a span shares → the classes of its anchor and its reuse layers
+# a kind of sharing, named for what a span shares → the classes of its anchor and its reuse layers
 # (.github/CONTRIBUTING.md says how to add a kind)
 SHARE_KINDS = {
     "weights": (Anchor, SharedAttention),
@@ -241,10 +246,10 @@ SHARE_KINDS = {
 }
 
 def sharing_kind(name):
-    """The name of a kind of sharing → the same; the kind is then in SHARE_KINDS. One that is not
-    there yet is added by minisa/axes/NAME.py, which is imported by its name, as the core must not
-    depend on an axis. It adds NAME itself; for NAME-SETTING, its with_setting("SETTING") returns
-    the two classes. Raises ValueError if there is none."""
+    """Checks the name of a kind of sharing, importing its axis if needed → the same name, which is
+    then in SHARE_KINDS. minisa/axes/NAME.py is imported by its name, as the core must not depend on
+    an axis. It adds NAME itself; for NAME-SETTING, its with_setting("SETTING") returns the two
+    classes. Raises ValueError if there is no such kind."""
     axis, _, setting = name.partition("-")
     if name not in SHARE_KINDS:
         with suppress(ModuleNotFoundError):
@@ -256,26 +261,29 @@ def sharing_kind(name):
     return name
 
 class KVCache:
-    """The keys and values that each layer made of the last `size` tokens of B sequences.
+    """The keys and values that each layer computed for the last `size` tokens of B sequences.
 
-    It is a ring: position p has slot p mod size, so a new token replaces the oldest. The order of
-    slots does not matter to a sum, and only distances count in RoPE, so rotated keys stay valid
-    however far generation goes. A ring of four slots, by the positions that they hold:
+    It is a ring of `size` slots, or places: position p has slot p mod size, so a new token replaces
+    the oldest. That is sliding-window attention: the logits are those of plain.gpt(window=size), up
+    to rounding, however far generation goes. For the order of slots does not affect a sum, and in
+    RoPE only distances count, so stored keys need not be rotated again. It is not what rereading
+    the last `size` tokens gives: the keys and values kept by upper layers still carry what
+    forgotten tokens put into them. A ring of four slots, by the positions that they hold:
 
         new tokens    slots before    slots after    visible to the new tokens
         0 1 2         - - - -         0 1 2 -        0 1 2
         3             0 1 2 -         0 1 2 3        0 1 2 3
-        4             0 1 2 3         4 1 2 3        4 1 2 3            it sees itself, not 0
-        5 6           4 1 2 3         4 5 6 3        4 1 2 3 5 6        5 sees 2, whose slot 6 takes
+        4             0 1 2 3         4 1 2 3        4 1 2 3         4 sees itself, not 0
+        5 6           4 1 2 3         4 5 6 3        4 1 2 3 5 6     5 sees 2; 6 then takes its slot
 
-    The mask hides from a token what is later, or `size` and more back: above, 6 and 1 from 5.
+    The mask hides later tokens and those at least `size` back: above, 5 does not see 6 or 1.
     """
-    watch = None                    # a cache that must see every P has a function here: see Step
+    watch = None                    # set by caches that need P: see Step
 
     def __init__(self, model, batch_size, size):
         like = model.embed.weight                               # its dtype and device
 
-        def slots(width):                                       # 0 wide if a layer makes none
+        def slots(width):                                       # width 0 if the layer has none
             G = model.config.n_kv_head
             return like.new_empty(batch_size, G, size, width // G)
 
@@ -300,12 +308,13 @@ class KVCache:
         positions (S,) of all keys that remember() will then return."""
         self.slots = positions % self.size
         self.length += len(positions)
+        # positions go through the same ring as keys, so that the two line up
         visible = self.replace(self.where, positions.view(1, 1, -1, 1))
         self.positions = visible.view(-1)
         return self.positions
 
     def key_positions(self, layer):
-        """The positions (S,) of the keys that a layer sees."""
+        """For axes: the positions (S,) of the keys that a layer sees. Here, all see the same."""
         return self.positions
 
     def remember(self, name, layer, new):
@@ -313,15 +322,15 @@ class KVCache:
         return self.replace(getattr(self, name)[layer], new)
 
     def replace(self, stored, new):
-        """Write the T newest tokens, which self.length counts already, into their slots. → all that
-        is visible to one of them."""
+        """Write what is new of the last T tokens into their slots → all that is visible to any of
+        them. advance() has already counted the T in self.length."""
         T = new.size(2)
         if T == 1 or self.length <= self.size:
             stored.index_copy_(2, self.slots, new)
             return stored[:, :, :min(self.length, self.size)]
-        # the last of them overwrite what the first still see: so copy, and overwrite after that
-        before = stored[:, :, :self.length - T]
-        visible = torch.cat((before, new), dim=2)
+        # the last of them overwrite what the first ones still need, so copy first
+        seen = self.length - T              # before them; if above size, the slice takes all
+        visible = torch.cat((stored[:, :, :seen], new), dim=2)
         stored.index_copy_(2, self.slots, new)
         return visible
 
@@ -344,14 +353,14 @@ class Block(nn.Module):
         self.attn = kind(config, layer)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
-        # without a gain, as the columns of the next matrix can hold it
+        # no gain: it can be folded into the next matrix, see plain.rms_norm()
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=False)
 
-    def forward(self, x, step, shared=None):
-        y, shared = self.attn(self.norm(x), step, shared)
+    def forward(self, x, step, below=None):
+        y, handed_up = self.attn(self.norm(x), step, below)
         x = x + self.drop(y)
         y = self.mlp(self.norm(x))
-        return x + self.drop(y), shared
+        return x + self.drop(y), handed_up
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -377,7 +386,7 @@ class GPT(nn.Module):
 
     def start(self, idx, cache=None, watch=None):
         """Token ids idx (B, T) → their embeddings (B, T, C), and the Step that all layers get.
-        watch: see Step."""
+        watch: see Step; else the cache's, else the model's own."""
         T = idx.size(1)
         length, size = (cache.length, cache.size) if cache else (0, self.config.block_size)
         if T > size:
@@ -385,20 +394,23 @@ class GPT(nn.Module):
         positions = torch.arange(length, length + T, device=idx.device)
         key_positions = cache.advance(positions) if cache else positions        # (S,)
         x = self.drop(self.embed(idx))
-        mask, causal = None, False
-        if T > 1:                                               # a single token sees all there is
+        mask = None
+        causal = False
+        if T > 1:                                               # a single token sees everything
             distance = positions[:, None] - key_positions       # (T, S)
             visible = (distance >= 0) & (distance < size)
             mask = torch.where(visible, 0.0, -torch.inf).to(x.dtype)
-            causal = len(key_positions) == T and not x.is_mps   # whose kernel needs a mask
+            # if nothing was cached before; on MPS, the kernel needs the mask itself
+            causal = len(key_positions) == T and not x.is_mps
         watch = watch or (cache and cache.watch) or self.watch
         return x, Step(rope_angles(self.config, positions), mask, causal, cache, watch)
 
     def hidden(self, idx, cache=None, watch=None):
         """idx (B, T) → the last hidden states (B, T, C), which head() turns into logits."""
-        (x, step), shared = self.start(idx, cache, watch), None
-        for block in self.blocks:                               # shared: None, P, or (k, v)
-            x, shared = block(x, step, shared)
+        x, step = self.start(idx, cache, watch)
+        handed_up = None                                        # by each kind: None, P or (k, v)
+        for block in self.blocks:
+            x, handed_up = block(x, step, handed_up)
         return self.norm(x)
 
     def head(self, x):
@@ -429,14 +441,15 @@ class GPT(nn.Module):
         return self.head(x[:, -1]).float()
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
-        """Continue idx (B, T ≥ 1), past block_size by forgetting the oldest: yield each next token
-        (B, 1), drawn from softmax(logits / temperature) among the top_k; at 0 the likeliest. The
-        prompt is read here; what follows is written by decode.py, where it can, with the weights of
-        that moment."""
+        """Continue idx (B, T ≥ 1), dropping the oldest tokens beyond block_size: yield each next
+        token (B, 1), drawn from softmax(logits / temperature) among the top_k; temperature 0 picks
+        the most likely. The prompt is read here; the rest is generated by decode.py where it can,
+        using the weights as they are then."""
         B, device = len(idx), idx.device
         if cache is None:
             cache = KVCache(self, B, self.config.block_size)
-        randoms, decoder = uniform(B, generator, device), None
+        randoms = uniform(B, generator, device)
+        decoder = None
         for n in range(max_new_tokens):
             if n == 1 and decode.handles(self, cache):
                 decoder = decode.Decoder(self, cache)
@@ -463,7 +476,7 @@ def uniform(B, generator, device):
 def draw(logits, temperature, top_k, u):
     """logits (B, V) → tokens (B, 1). u (B, 1) is random, uniform in [0, 1): the token drawn is the
     first at which the sum of all probabilities up to it exceeds u."""
-    if temperature < 1e-6:                                      # so small a divisor would overflow
+    if temperature < 1e-6:              # dividing by so small a number would overflow
         return logits.argmax(-1, keepdim=True)
     if top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

@@ -1,11 +1,15 @@
-"""Shared Attention, plainly: a whole GPT, for one sequence, one head at a time, without a cache.
+"""Shared Attention in plain code: a whole GPT, for one sequence, one head at a time, with no cache.
 
-Slow and plain: read it first. decode.py and model.py compute the same, fast; the tests compare
-them.
+Slow but simple, so read it first. decode.py and model.py compute the same thing faster; tests check
+that they agree. The weights and their sizes are those of a model.py GPT:
+
+    from minisa.model import GPT, GPTConfig
+    model = GPT(GPTConfig(n_layer=4, share="1-3"))
+    logits, every_P = gpt(model.state_dict(), model.config, torch.tensor([5, 3, 8]))
 
 Shapes: T tokens, C width of the model, H query heads, G key/value heads, D = C / H, M width of the
-MLP, V vocabulary. With fewer key/value heads than query heads (grouped-query attention), each of
-them serves H / G query heads.
+MLP, V vocabulary. With fewer key/value heads than query heads (grouped-query attention), each
+key/value head serves H / G query heads.
 """
 
 import math
@@ -32,8 +36,8 @@ def rope(x, base):
     return pairs.flatten(1).to(x.dtype)
 
 def project(h, W, D):
-    """h (T, C), W (n·D, C) → n heads (T, D). The rows of W are those of q, k and v, as far as a
-    layer has them, one head below the other."""
+    """h (T, C), W (n·D, C) → n heads (T, D). W holds the matrices W_q, W_k and W_v that a layer
+    has, stacked head by head."""
     return (h @ W.T).split(D, dim=-1)
 
 def attention_weights(q, k, mask):
@@ -59,8 +63,10 @@ def weighted_sum(P, v):
 # ---- the kinds of layers ----
 
 # A span a-b of layers shares: layer a, its anchor, is a full layer; the others are reuse layers.
-# Each kind is a function: h (T, C) → y (T, C), and the P, k and v that a layer above may reuse.
-# below: those of the layer below. W: the layer's matrix, see project(). config: as in model.py.
+# Each kind is a function: h (T, C) → y (T, C), and the P, k and v that it hands up for reuse.
+# below: the P, k and v handed up by the layer below; a full layer ignores them.
+# W: the layer's matrix, see project(). config: see gpt(). mask (T, T): 0 where a token may look,
+# else -inf.
 
 def full_attention(h, W, config, mask, below):
     """A full layer, or the anchor of a span: queries, keys and values of its own."""
@@ -74,17 +80,17 @@ def full_attention(h, W, config, mask, below):
     return weighted_sum(P, v), (P, k, v)
 
 def shared_attention(h, W, config, mask, below):
-    """A reuse layer of Shared Attention: the anchor's P, over values of its own."""
+    """A reuse layer of Shared Attention: the anchor's P, applied to its own values."""
     P, _, _ = below
     v = project(h, W, config.head_dim)                      # G heads
     return weighted_sum(P, v), below
 
 def cross_layer_attention(h, W, config, mask, below):
-    """A reuse layer of Cross-Layer Attention: queries of its own, over the anchor's k and v."""
+    """A reuse layer of Cross-Layer Attention: its own queries, over the anchor's k and v."""
     _, k, v = below
     heads = project(h, W, config.head_dim)                  # H
     q = [rope(head, config.rope_base) for head in heads]
-    P = attention_weights(q, k, mask)
+    P = attention_weights(q, k, mask)                       # for gpt() only: nobody reuses it
     return weighted_sum(P, v), (P, k, v)
 
 REUSE = {"weights": shared_attention, "kv": cross_layer_attention}
@@ -92,7 +98,9 @@ REUSE = {"weights": shared_attention, "kv": cross_layer_attention}
 # ---- the whole model ----
 
 def rms_norm(x, eps):
-    """x (T, C) → (T, C): each row divided by its root mean square (arXiv:1910.07467)."""
+    """x (T, C) → (T, C): each row divided by its root mean square (arXiv:1910.07467). There is no
+    gain to multiply by, as the next matrix can absorb it. Only the last norm, in gpt(), has one:
+    its next matrix may be the embedding, which has another use."""
     mean_square = x.pow(2).mean(-1, keepdim=True)
     return x / (mean_square + eps).sqrt()
 
@@ -106,7 +114,10 @@ def mlp(h, w, name):
 def gpt(w, config, idx, window=None):
     """Token ids idx (T,) → logits (T, V), and P (H, T, T) of every layer.
 
-    w: the tensors of model.py by name. window: most tokens that each one sees, if fewer than T.
+    w: the weights by name, a GPT's state_dict(). config: a GPTConfig, of which this uses n_layer,
+    n_head (H), n_kv_head (G), head_dim (D), rope_base, norm_eps, spans ("1-3" is [(1, 3)]),
+    share_kind (a key of REUSE) and tied (the embedding also makes the logits).
+    window: the maximum number of tokens visible to each token, itself included (default T).
     """
     T = len(idx)
     t = torch.arange(T)
@@ -115,7 +126,7 @@ def gpt(w, config, idx, window=None):
     mask = torch.where(visible, 0.0, -math.inf)
 
     x = w["embed.weight"][idx]          # (T, C): the residual stream; every layer adds to it
-    below = None
+    handed_up = None
     every_P = []
     for layer in range(config.n_layer):
         name = f"blocks.{layer}"
@@ -123,11 +134,11 @@ def gpt(w, config, idx, window=None):
         attention = REUSE[config.share_kind] if reuses else full_attention
 
         h = rms_norm(x, config.norm_eps)
-        y, below = attention(h, w[f"{name}.attn.qkv.weight"], config, mask, below)
+        y, handed_up = attention(h, w[f"{name}.attn.qkv.weight"], config, mask, handed_up)
         x = x + y @ w[f"{name}.attn.out.weight"].T
         h = rms_norm(x, config.norm_eps)
         x = x + mlp(h, w, f"{name}.mlp")
-        P, _, _ = below
+        P, _, _ = handed_up
         every_P.append(torch.stack(P))
 
     h = rms_norm(x, config.norm_eps) * w["norm.weight"]

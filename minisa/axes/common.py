@@ -15,14 +15,15 @@ from minisa.model import SharedAttention
 
 def walk(model, idx, cache=None, watch=None):
     """Run a model on idx (B, T); before each block, yield it and its inputs: (block, x (B, T, C),
-    step, shared). Changes made to the block meanwhile take effect.
+    step, below). Changes made to the block meanwhile take effect.
 
     cache, watch: as of GPT.hidden().
     """
-    (x, step), shared = model.start(idx, cache, watch), None
+    x, step = model.start(idx, cache, watch)
+    handed_up = None
     for block in model.blocks:
-        yield block, x, step, shared
-        x, shared = block(x, step, shared)
+        yield block, x, step, handed_up
+        x, handed_up = block(x, step, handed_up)
 
 def anchors(config):
     """→ {a reuse layer: its anchor}, for all spans of a GPTConfig."""

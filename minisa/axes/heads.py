@@ -56,10 +56,11 @@ class Recombined(SharedAttention):
     works in torch and in numpy. A new layer recombines nothing, also if it is built on the meta
     device: hence device="cpu" below."""
 
-    def heads(self, x, step, P):
+    def heads(self, x, step, below):
+        P = below
         recombined = self.recombine(P.flatten(2))               # (B, H, T·S)
         z, _ = super().heads(x, step, recombined.view_as(P))
-        return z, P
+        return z, below
 
 class Matched(Recombined):
     """Head h reuses P of the anchor's head source[h]."""

@@ -33,7 +33,8 @@ class Corrected(SharedAttention):
     """A reuse layer with a query and key of R numbers per head, and values like any other's."""
     makes = "qkv"
 
-    def heads(self, x, step, P):
+    def heads(self, x, step, below):
+        P = below
         q, k, v = self.qkv(x).split(self.widths, dim=2)
         q = split_heads(q, self.H)                              # (B, H, T, R)
         k = split_heads(k, self.G)                              # (B, G, T, R)
@@ -47,7 +48,7 @@ class Corrected(SharedAttention):
         total = product.sum(-1, keepdim=True)
         smallest = torch.finfo(product.dtype).tiny
         corrected = product / total.clamp(min=smallest)
-        return step.weighted_sum(corrected.type_as(P), v), P
+        return step.weighted_sum(corrected.type_as(P), v), below
 
 def rebuild(model, rank):
     """Make all reuse layers Corrected. Raises ValueError if R = rank does not fit, or as

@@ -292,9 +292,10 @@ def read(model, idx, ways=(), room=0):
     for start in range(0, T, PREFILL_CHUNK):
         here = slice(start, start + PREFILL_CHUNK)
         watch = partial(reading.receive, iter(of_layers), after[here]) if watching else None
-        (x, step), shared = model.start(idx[:, here], reading.cache, watch), None
+        x, step = model.start(idx[:, here], reading.cache, watch)
+        handed_up = None
         for layer, block in enumerate(model.blocks):            # as Block.forward(), and look
-            y, shared = block.attn(block.norm(x), step, shared)
+            y, handed_up = block.attn(block.norm(x), step, handed_up)
             turned = x + y
             cosine = F.cosine_similarity(x.float(), turned.float(), dim=2)      # (B, chunk)
             reading.cosines[layer] += cosine.sum().item() / idx.numel()
@@ -426,14 +427,14 @@ def add_flags(parser):
     """Give a minisa.kit.cli.Parser the flags that ways_of() reads."""
     stay = ", ".join(f"{name} ({policy.__doc__})" for name, policy in POLICIES.items())
     parser.flag("squeeze", at_least(int, 8), None, "tokens that a layer's cache keeps on average, "
-                "at most --context; the loss is then that of the last quarter of --context, after "
-                "the rest", "all")
+                "at most --context; the loss is then measured on the last quarter of the context",
+                "all")
     policies, cuts = several(one_of(*POLICIES)), several(at_least(float, 0.01, 1))
-    parser.flag("squeeze_policy", policies, "heavy", "with --squeeze: which tokens stay: "
+    parser.flag("squeeze_policy", policies, "heavy", "with --squeeze: which tokens are kept: "
                 f"{stay}; or several, as sinks,heavy, a row each", "heavy")
-    parser.flag("squeeze_cut", cuts, "0.5", "with --squeeze: the "
-                "fraction of it that the layers which matter least keep, 1 for equal budgets; or "
-                "several, as 1,0.5, a row each", "0.5")
+    parser.flag("squeeze_cut", cuts, "0.5", "with --squeeze: fraction of the budget given to the "
+                "least important layers, 1 for equal budgets; or several, as 1,0.5, a row each",
+                "0.5")
 
 def ways_of(args, model):
     """The flags → all ways to keep the cache: Whole, and with --squeeze a Squeezing for each policy

@@ -28,12 +28,12 @@ class Parser(argparse.ArgumentParser):
         shown = repr(default) if shown is None else shown
         self.add_argument(f"--{name}", type=kind, default=default, choices=choices,
                           metavar=None if choices else kind.__name__.upper(),
-                          help=f"{help} (default {shown})".replace("%", "%%"))
+                          help=f"{help} (default: {shown})".replace("%", "%%"))
 
     def switch(self, name, help):
         """Add --name, which takes no value."""
         default = argparse.SUPPRESS if self.argument_default is argparse.SUPPRESS else False
-        self.add_argument(f"--{name}", action="store_true", default=default, help=f"{help} (default off)")
+        self.add_argument(f"--{name}", action="store_true", default=default, help=f"{help} (default: off)")
 
 def at_least(kind, lowest, highest=None):
     """A type for a flag: int or float, from lowest to highest (None: 2^31 - 1, or 1e18)."""
@@ -64,13 +64,15 @@ def read_settings(settings, words=None, doc="", usage="", on_gpu=()):
     """Words of a command line, or those that Python was given → {name: value} of the flags among them.
 
     There is a flag for each field of the dataclass `settings`. The field's type reads the value, and the
-    comment in its line is the help. on_gpu: the defaults that differ on a GPU.
+    comment in its line is the help; it may end in "; default: …", to say the default in words.
+    on_gpu: the defaults that differ on a GPU.
     """
     parser = Parser(doc, usage, argument_default=argparse.SUPPRESS)
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
     for field in dataclasses.fields(settings):
-        name, help, choices = field.name, helps[field.name], get_args(field.type)
-        shown = repr(field.default)
+        name, choices = field.name, get_args(field.type)
+        help, _, in_words = helps[name].partition("; default: ")
+        shown = in_words or repr(field.default)
         if name in on_gpu:
             shown += f", on a GPU {on_gpu[name]!r}"
         if field.type is bool:
@@ -103,7 +105,7 @@ def device(name):
 def add_device(parser):
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
 
-def add_dtype(parser, help="of weights and cache", default="float32", shown=None):
+def add_dtype(parser, help="number format of weights and cache", default="float32", shown=None):
     parser.flag("dtype", str, default, help, shown, choices=DTYPES)
 
 def output(*endings):

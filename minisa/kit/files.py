@@ -161,12 +161,15 @@ def refuse_unwritable(path):
 
 @contextmanager
 def lock(folder):
-    """Keep other programs from writing to a folder until the context ends. The lock is beside the folder,
-    which may be made, renamed or replaced meanwhile. Raises ValueError if another program holds it."""
+    """Keep other programs from writing to a folder until the context ends. The lock is a file beside the
+    folder, which may be made, renamed or replaced meanwhile. Where no folder came of it, nothing is left.
+    Raises ValueError if another program holds the lock."""
     folder = Path(os.path.abspath(folder))
     refuse_unwritable(folder)
+    new_parents = [parent for parent in folder.parents if not os.path.lexists(parent)]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder.parent / f".{folder.name}.lock")
+    file = folder.parent / f".{folder.name}.lock"
+    held = FileLock(file)
     try:
         held.acquire(timeout=0)
     except Timeout:
@@ -177,7 +180,15 @@ def lock(folder):
             shutil.rmtree(path, ignore_errors=True)     # half written by a program that was killed
         yield
     finally:
+        in_vain = not os.path.lexists(folder)
+        if in_vain:
+            with suppress(OSError):                     # Windows deletes it at release
+                file.unlink()
         held.release()
+        if in_vain:
+            with suppress(OSError):                     # another run may be there by now
+                for parent in new_parents:
+                    parent.rmdir()
 
 def refuse_taken(folder, flag):
     """Raises ValueError unless a folder that a flag names is new, or empty."""

@@ -119,7 +119,8 @@ def read_state(folder):
     """→ the Saved run of a folder. Raises ValueError if there is none, or it is damaged."""
     file = Path(folder) / STATE
     if not file.is_file():
-        raise ValueError(f"{folder}: holds no run to --resume; name one by --out_dir")
+        raise ValueError(f"{folder}: holds no run to --resume; repeat the run's command with --resume, or "
+                         "name its --out_dir")
     model, tokenizer, moments, known = checkpoint.read_training(file, SAVED)
     progress = Progress(**known["progress"])
     return Saved(model, tokenizer, moments, known["settings"], progress, known["info"])
@@ -239,10 +240,11 @@ class Run:
         if whole:
             info["val_loss"], info["val_bpb"] = self.data.evaluate(model)
             checkpoint.save(self.folder, model, tokenizer, info)
+        name = shlex.quote(self.folder.as_posix())
         text = "all validation text" if whole else "the validation text that was read"
         print(f"done in {clock(self.elapsed())}; the best model, of step {info['step']}, is in "
               f"{self.folder}. On {text}: {info['val_loss']:.4f} nats per token, "
-              f"{info['val_bpb']:.4f} bits per byte. Next: python sample.py", flush=True)
+              f"{info['val_bpb']:.4f} bits per byte. Next: python sample.py {name}", flush=True)
 
     def stop(self):
         """If any process was sent a signal, save and say so. → the exit status in that case, else 0."""

@@ -257,7 +257,7 @@ def torch_flag(parser):
 def shape_flags(parser):
     names = several(one_of(*SHAPES))
     parser.flag("shapes", names, list(SHAPES), "which shapes to measure", shown=",".join(SHAPES))
-    add_dtype(parser, "to train in", None, "the faster one")
+    add_dtype(parser, "number format to train in", None, "the faster one here")
     torch_flag(parser)
 
 def modes(args):

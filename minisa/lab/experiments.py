@@ -244,9 +244,9 @@ def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.experiments [STUDY] [--FLAG=VALUE ...]")
     names = [*TRAININGS, *STUDIES]
     parser.add_argument("study", nargs="?", choices=names, metavar="STUDY",
-                        help=f"{', '.join(names)} (default none: list them)")
+                        help=f"{', '.join(names)} (default: list them)")
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
-    add_dtype(parser, "to train in", None, "the faster one here")
+    add_dtype(parser, "number format to train in", None, "the faster one here")
     parser.flag("train_flags", words, "", "further flags of train.py, in quotes", "none")
     parser.switch("again", "set the results of this study aside, as FILE.1.old, and measure again")
     parser.switch("table", "only print the table, and draw the figure, of what was run")

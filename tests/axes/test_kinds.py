@@ -129,14 +129,14 @@ from minisa.model import SHARE_KINDS, CrossLayerAttention, KVAnchor
 class Nearest(CrossLayerAttention):
     '''A reuse layer that, once the prompt is read, attends to n of the anchor's tokens only.'''
 
-    def heads(self, x, step, kv):
+    def heads(self, x, step, below):
         if x.size(1) > 1:
-            return super().heads(x, step, kv)
-        k, v = kv
+            return super().heads(x, step, below)
+        k, v = below
         size = min(self.n, k.size(2))
         newest = step.cache.key_positions(self.layer).argsort()[-size:].view(1, 1, -1, 1)
         z, _ = super().heads(x, step, (k.take_along_dim(newest, 2), v.take_along_dim(newest, 2)))
-        return z, kv
+        return z, below
 
     def tokens_read(self, T, S):
         return min(self.n, S) if T == 1 else S

@@ -74,6 +74,13 @@ def test_after_wrapping_each_layer_attends_to_the_last_block_size_keys(mode, chu
         cached = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], 1)
         assert cache.length == 40 and close(cached, plainly(model, idx, window=12)[0])
 
+@modes
+def test_rereading_the_last_block_size_tokens_gives_other_logits_than_the_ring(mode):
+    model, idx = make(**mode), tokens(1, 40)
+    cache = KVCache(model, 1, 12)
+    ring, reread = model.read(idx, cache)[0], model(idx[:, -12:])[0][0, -1]
+    assert close(ring, plainly(model, idx, window=12)[0][0, -1]) and not close(ring, reread, 1e-2)
+
 RING = [([0, 1, 2], [0, 1, 2], [0, 1, 2]),      # new positions, those in slots afterwards, the visible ones
         ([3], [0, 1, 2, 3], [0, 1, 2, 3]), ([4], [4, 1, 2, 3], [4, 1, 2, 3]),
         ([5, 6], [4, 5, 6, 3], [4, 1, 2, 3, 5, 6])]

@@ -157,7 +157,7 @@ def test_prompts_come_from_files_and_standard_input(run, runs, monkeypatch):
 WRONG = {
     "out/none": "out/none: no such model",
     "--share=0-9": "--share=0-9: the layers of this model are 0 to 2",
-    "--share=x": "--share=x: write rising spans",
+    "--share=x": "--share=x: give spans in increasing order",
     "--share_kind=keys": "--share_kind: keys: must be weights or kv",
     "--squeeze=7": "7 is not a number from 8 up",
     "--squeeze=17": "--squeeze=17: must be from 8 to the context of 16",

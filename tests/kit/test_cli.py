@@ -1,6 +1,7 @@
 """Flags, one-line errors and exit statuses: what a user of any command meets."""
 
 import argparse
+import dataclasses
 import io
 import math
 import os
@@ -22,7 +23,7 @@ def raising(error):
     return main
 
 @pytest.mark.parametrize("error", [
-    ValueError("--share=3-1: write rising spans"),
+    ValueError("--share=3-1: give spans in increasing order"),
     OSError("out/run: could not be written"),
 ], ids=repr)
 def test_what_the_user_can_mend_is_one_line_on_stderr_and_status_2(run, error):
@@ -111,10 +112,25 @@ def test_help_shows_every_flag_with_its_default(run):
     status, out, err = run(parser().parse_args, "--help")
     assert (status, err) == (0, "") and "    an example\n" in out
     lines = " ".join(out.split())
-    assert "--size INT how many, in 100% of tokens (default 4)" in lines
-    assert "--top INT how many at most (default all)" in lines
-    assert "--kind {a,b} which (default 'a')" in lines
-    assert "--fast hurry (default off)" in lines
+    assert "--size INT how many, in 100% of tokens (default: 4)" in lines
+    assert "--top INT how many at most (default: all)" in lines
+    assert "--kind {a,b} which (default: 'a')" in lines
+    assert "--fast hurry (default: off)" in lines
+
+@dataclasses.dataclass
+class Settings:
+    size: cli.count = 4         # how many; 1: alone
+    width: cli.count = None     # how wide; default: twice the size
+    name: str = ""              # of what; default: none
+    fast: bool = False          # hurry
+
+def test_comments_of_settings_are_the_help_and_a_default_in_words_is_said_once(run):
+    status, out, err = run(lambda: cli.read_settings(Settings, on_gpu={"size": 8, "width": 9}), "--help")
+    lines = " ".join(out.split())
+    assert (status, err) == (0, "")
+    assert "--size INT how many; 1: alone (default: 4, on a GPU 8)" in lines
+    assert "--width INT how wide (default: twice the size, on a GPU 9)" in lines
+    assert "--name STR of what (default: none)" in lines and "--fast hurry (default: off)" in lines
 
 @pytest.mark.parametrize("kind, text, value", [
     (cli.count, "1", 1), (cli.count, "12", 12), (cli.amount, "0", 0.0), (cli.amount, "2.5", 2.5),

@@ -72,6 +72,17 @@ def test_a_folder_is_locked_until_its_program_ends(tmp_path):
                 pass
     assert not (tmp_path / "run").exists() and os.listdir(tmp_path / "old") == ["x"]
 
+def test_a_lock_leaves_nothing_where_no_folder_came_of_it(tmp_path):
+    with files.lock(tmp_path / "a/b/run"):
+        assert (tmp_path / "a/b").is_dir()
+    assert os.listdir(tmp_path) == []
+    with files.lock(tmp_path / "a/b/run"):
+        (tmp_path / "a/mine").write_text("mine")                # another program's
+    assert os.listdir(tmp_path / "a") == ["mine"]
+    with files.lock(tmp_path / "a/b/run"):
+        (tmp_path / "a/b/run").mkdir()
+    assert (tmp_path / "a/b/run").is_dir()
+
 def test_a_folder_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     files.write_folder(tmp_path / "empty", {"x": b"1", "y": b"2"})
