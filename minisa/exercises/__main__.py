@@ -5,11 +5,12 @@
     python -m minisa.exercises play --answers=mine.py       let your answers generate text in a real model
     python -m minisa.exercises rank FOLDER                  rank the entries of the competition
     python -m minisa.exercises handout                      pack the models and pictures of the lecture
+    python -m minisa.exercises solutions                    write right answers, for the teacher
 
-`python -m minisa.exercises COMMAND --help` lists the flags of the last three.
+`python -m minisa.exercises COMMAND --help` lists the flags of the last four.
 
 Answers run in a program of their own, which holds no expected value and refuses to import minisa; child.py
-says what that holds and what it cannot. Grade strangers' files in a container.
+says what that stops and what it cannot. Grade strangers' files in a container.
 """
 
 import importlib
@@ -21,11 +22,11 @@ from minisa.kit.cli import Parser, command, count, table
 from minisa.kit.files import write_file
 from minisa.kit.results import write_table
 
-COMMANDS = "play", "rank", "handout"
+COMMANDS = "play", "rank", "handout", "solutions"
 TEMPLATE = Path(__file__).parent / "answers.py"
 
 def read_flags():
-    parser = Parser(__doc__, usage="python -m minisa.exercises [play|rank|handout] [--FLAG=VALUE ...]")
+    parser = Parser(__doc__, usage="python -m minisa.exercises [COMMAND] [--FLAG=VALUE ...]")
     parser.flag("answers", default=str(TEMPLATE), help="Python file with the answers",
                 shown="minisa/exercises/answers.py")
     parser.flag("only", help="grade this exercise alone, as reuse_layer", shown="all")
@@ -35,7 +36,7 @@ def read_flags():
     parser.flag("results", default="",
                 help="file to write as Gradescope's results.json; with --all a folder for "
                 "one per answers file", shown="none")
-    parser.switch("json", "print the result as JSON")
+    parser.switch("json", "print what --results would write, instead of lines")
     parser.switch("strict", "exit with status 1 below full points")
     args = parser.parse_args()
     if args.case and not args.only:
@@ -55,9 +56,10 @@ def grade_one(args):
         results.append(result)
         if not args.json:
             report.show(result)
-    print(report.as_json(results) if args.json else report.in_all(results))
+    found = report.as_json(report.gradescope(results))
+    print(found if args.json else report.in_all(results))
     if args.results:
-        write_file(args.results, report.gradescope(results), named=True)
+        write_file(args.results, found.encode(), named=True)
     return results
 
 def grade_all(args):
@@ -73,9 +75,10 @@ def grade_all(args):
             wrong = report.first_wrong(results) or "right"
             print(f"{file.name}: {report.in_all(results)}   {wrong}", flush=True)
         if args.results:
-            write_file(Path(args.results) / f"{file.stem}.json", report.gradescope(results))
+            found = report.as_json(report.gradescope(results))
+            write_file(Path(args.results) / f"{file.stem}.json", found.encode())
     if args.json:
-        print(report.all_as_json(graded))
+        print(report.as_json({name: report.gradescope(results) for name, results in graded.items()}))
     if args.csv:
         write_table(args.csv, report.rows_of(graded))
     return [result for results in graded.values() for result in results]

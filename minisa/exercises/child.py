@@ -7,14 +7,16 @@ did, a line of JSON each. It knows the arguments of one case, and nothing of wha
 module and no object here holds it. Only JSON travels back, so nothing that an answer returns runs in the
 grader.
 
-An answer must not import minisa, read its files, or start programs: hold() refuses that, by Python's audit
-hooks. It holds honest students, and most others. It does not hold somebody who reaches for ctypes or the
-memory of this process, reads a copy of minisa in a place of another name, or lets a friend write the file: a
-grader on the same machine cannot. Grade strangers' files in a container, and read what looks odd.
+An answer must not import minisa, read its files, or start programs: forbid() refuses that, by Python's audit
+hooks. That stops most people. It does not stop somebody who uses ctypes, looks into the memory of this
+process, reads a copy of minisa under another name, or has a friend write the file: no grader on the same
+machine can. Grade strangers' files in a container, and read what looks odd.
 """
 
+import contextlib
 import json
 import linecache
+import math
 import numbers
 import os
 import sys
@@ -37,7 +39,7 @@ class Hider:
         if name.partition(".")[0] in HIDDEN:
             raise ImportError(f"importing {name} does not count as an answer")
 
-def hold(file, folders):
+def forbid(file, folders):
     """From now on, refuse what answers must not do. file: theirs, which may lie in one of the folders."""
     own = os.path.realpath(file)
     hidden = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
@@ -105,25 +107,21 @@ def unpacked(value):
 
 def packed(value):
     """Whatever an answer returns, as JSON can hold it: numbers, texts and lists as they are, a tensor or an
-    array as {"shape", "numbers"}, anything else as {"text"}."""
-    try:
-        if hasattr(value, "tolist") and hasattr(value, "shape") and value.shape:
-            size = 1
-            for n in value.shape:
-                size *= n
-            if size > LARGEST:
-                return {"text": f"{type(value).__name__} of shape {tuple(value.shape)}"}
+    array as {"shape", "numbers"}, anything else, or too much of it, as {"text"}."""
+    with contextlib.suppress(Exception):
+        plain = value
+        if isinstance(value, dict):
+            raise TypeError                         # only a tensor may look like {"shape", "numbers"}
+        if hasattr(value, "tolist") and value.shape:
+            if math.prod(value.shape) > LARGEST:
+                raise MemoryError
             plain = {"shape": list(value.shape), "numbers": value.tolist()}
-        elif isinstance(value, dict):
-            return {"text": repr(value)[:200]}
-        else:
-            plain = value
         text = json.dumps(plain, default=plain_part)
-        if len(text) > 10 * LARGEST:
-            return {"text": f"{type(value).__name__}, too large to show"}
-        return json.loads(text)
-    except Exception:
-        return {"text": shown_safely(value)}
+        if len(text) <= 10 * LARGEST:
+            return json.loads(text)
+    with contextlib.suppress(Exception):
+        return {"text": repr(value)[:200]}
+    return {"text": f"a {type(value).__name__}"}
 
 def plain_part(value):
     if hasattr(value, "tolist"):
@@ -132,19 +130,13 @@ def plain_part(value):
         return float(value)
     raise TypeError
 
-def shown_safely(value):
-    try:
-        return repr(value)[:200]
-    except Exception:
-        return f"a {type(value).__name__}"
-
 # ---- the program ----
 
 def serve(file, folders, calls, send):
     import torch
     torch.set_num_threads(1)
     send({"started": True})
-    hold(file, folders)
+    forbid(file, folders)
     try:
         sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
         module = read_answers(file)

@@ -8,7 +8,6 @@ only when an answer hung or ended it; so that costs its own points and no others
 import contextlib
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -57,16 +56,7 @@ class Pupil:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                                         env=environment)
-        self.results, self.ready = queue.Queue(), False
-        threading.Thread(target=self.listen, args=(self.process, self.results), daemon=True).start()
-
-    @staticmethod
-    def listen(process, results):
-        """Put each line that a process writes into a queue, and None when there will be no more."""
-        with contextlib.suppress(OSError, ValueError):
-            while line := process.stdout.readline(LONGEST):
-                results.put(line)
-        results.put(None)
+        self.ready = False
 
     def stop(self):
         process, self.process = self.process, None
@@ -79,19 +69,18 @@ class Pupil:
 
     def receive(self, deadline):
         """→ the next result. Raises Ended, after which the process is no more."""
-        try:
-            line = self.results.get(timeout=max(0, deadline - time.monotonic()))
-            if line is not None:
-                result = json.loads(line)
-                if isinstance(result, dict):
-                    return result
-            why = "it ended Python"
-        except queue.Empty:
-            why = f"took more than {SECONDS} seconds"
-        except (ValueError, RecursionError):
-            why = "it wrote into the grader's pipe"
+        alarm = threading.Timer(deadline - time.monotonic(), self.process.kill)
+        alarm.start()
+        line = self.process.stdout.readline(LONGEST)
+        alarm.cancel()
+        with contextlib.suppress(ValueError, RecursionError):
+            result = json.loads(line)
+            if isinstance(result, dict):
+                return result
         self.stop()
-        raise Ended(why)
+        if time.monotonic() > deadline:
+            raise Ended(f"took more than {SECONDS} seconds")
+        raise Ended("it wrote into the grader's pipe" if line else "it ended Python")
 
     def load(self):
         """Have the file imported. Raises Ended, now and at every later call, if that fails."""

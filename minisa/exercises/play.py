@@ -17,7 +17,7 @@ import torch
 
 from minisa.cost import measure
 from minisa.exercises.child import describe, read_answers
-from minisa.kit.checkpoint import changes, load
+from minisa.kit.checkpoint import changes, load, reconfigure
 from minisa.kit.cli import Parser, amount, at_least, command, count, prompt
 from minisa.kit.results import print_table
 from minisa.model import PREFILL_CHUNK, KVCache, SharedAttention
@@ -113,11 +113,9 @@ def open_model(args):
     default = "out/weights-1-3" if Path("out/weights-1-3").exists() else "out/full"
     source = args.model or default
     model, tokenizer, _ = load(source)
-    share = args.share
-    if not share and not model.config.share:
-        share = "26-28" if source == "smollm2" else f"1-{model.config.n_layer - 1}"
-    if share:
-        model, tokenizer, _ = load(source, share=share)
+    last = model.config.n_layer - 1
+    share = args.share or model.config.share or ("26-28" if source == "smollm2" else f"1-{last}")
+    model = reconfigure(model, share=share)
     if changes(model) or model.config.share_kind != "weights":
         raise ValueError(f"{source}: shares in another way than Shared Attention; take out/weights-1-3")
     return model, tokenizer, source

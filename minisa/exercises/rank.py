@@ -29,7 +29,6 @@ RETRAINED = 3                   # entries
 SAME = 0.005                    # bits per byte that another machine may differ by
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 OURS = {"out_dir", "data_dir", "text", "keep_every", "device", "compile", "resume", "overwrite"}
-FAILURES = ValueError, OSError, MemoryError, RuntimeError, TypeError, KeyError
 
 @dataclass
 class Entry:
@@ -48,16 +47,11 @@ class Entry:
 # ---- one entry ----
 
 def settings_of(flags):
-    """The settings of a run, as train.py stored them → {name: text}. Raises ValueError if they are odd."""
-    settings = {}
-    for flag in flags:
-        match = re.fullmatch(r"--(\w+)=(.*)", flag, re.DOTALL)
-        if not match:
-            raise ValueError(f"its settings hold {flag[:40]!r}, which is not a setting")
-        settings[match[1]] = match[2]
-    return settings
+    """The settings of a run, as train.py stored them → {name: text}."""
+    parts = [flag.removeprefix("--").partition("=") for flag in flags]
+    return {name: value for name, _, value in parts}
 
-def refuse(folder, model, saved, settings, text):
+def refuse(model, info, saved, settings, text):
     """Raises ValueError, in words, if an entry breaks a rule that needs no measuring."""
     if settings.get("init_from"):
         raise ValueError("started from another model (--init_from), whose training is not counted")
@@ -65,26 +59,29 @@ def refuse(folder, model, saved, settings, text):
         raise ValueError("was trained on another text than the plays (--text)")
     if saved.model.config != model.config:
         raise ValueError("its model is not the one that its train.safetensors was training")
-    if (load(folder)[2]["step"] or 0) > saved.progress.step:
+    if (info["step"] or 0) > saved.progress.step:
         raise ValueError("its model is of a later step than its train.safetensors")
 
 def examine(entry, folder, text):
-    """Fill in an Entry from its folder. Raises FAILURES if there is none, or it breaks a rule."""
+    """Fill in an Entry from its folder. Raises an error if there is none, or it breaks a rule."""
     if not folder.is_dir():
         raise ValueError("is not a folder; an entry is the folder of a run")
     if not (folder / "train.safetensors").is_file():
         raise ValueError("holds no train.safetensors; an entry is the whole folder of a run of train.py")
-    model, tokenizer, _ = load(folder)
+    model, tokenizer, info = load(folder)
     saved = read_state(folder)
     settings = settings_of(saved.settings)
+    batch_size = settings.get("batch_size", "")
+    if not re.fullmatch("[1-9][0-9]{0,9}", batch_size):
+        raise ValueError(f"its settings hold --batch_size={batch_size[:40]}, which is not a number above 0")
     config = model.config
     entry.share, entry.n_kv_head, entry.steps = config.share, config.n_kv_head, saved.progress.step
     entry.share_kind = config.share_kind if config.share else ""
     cost = measure(model, config.block_size)
     entry.cache_bytes_per_token = cost.cache_bytes_per_token
-    tokens = entry.steps * int(settings["batch_size"]) * config.block_size
+    tokens = entry.steps * int(batch_size) * config.block_size
     entry.training_flops = 3 * cost.decode_flops * tokens
-    refuse(folder, model, saved, settings, text)
+    refuse(model, info, saved, settings, text)
     if entry.cache_bytes_per_token > CACHE_BYTES:
         raise ValueError(f"keeps {entry.cache_bytes_per_token:,} bytes per token; at most {CACHE_BYTES:,}")
     if entry.training_flops > TRAINING_FLOPS:
@@ -100,7 +97,11 @@ def bits_per_byte(model, tokenizer, text):
     return round(bpb, 4)
 
 def one_line(error):
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    line = " ".join(str(error).split())[:160] or type(error).__name__
+    return printable(line)
+
+def printable(text):
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 def ranked(folder, text):
     """→ an Entry for each thing in a folder: the best first, the disqualified last."""
@@ -112,7 +113,7 @@ def ranked(folder, text):
         print(f"measuring {path}", file=sys.stderr, flush=True)
         try:
             examine(entry, path, text)
-        except FAILURES as error:
+        except Exception as error:              # an entry may hold anything
             entry.problem = one_line(error)
         entries.append(entry)
     return sorted(entries, key=lambda entry: (bool(entry.problem), entry.val_bpb or 0, entry.name))
@@ -145,7 +146,7 @@ def retrain_first(entries, folder, text):
             break
         try:
             retrain(entry, folder / entry.name, text)
-        except FAILURES as error:
+        except Exception as error:              # an entry may hold anything
             entry.problem = one_line(error)
         confirmed += not entry.problem
     return sorted(entries, key=lambda entry: bool(entry.problem))
@@ -162,11 +163,11 @@ def show(entries):
         values = [(getattr(entry, name), layout) for name, (_, layout) in COLUMNS.items()]
         cells = ["" if value is None else layout.format(value) for value, layout in values]
         sharing = f"{entry.share_kind} {entry.share}".strip() or "none"
-        rows.append(["-" if entry.problem else str(place), entry.name, sharing, *cells])
+        rows.append(["-" if entry.problem else str(place), printable(entry.name), sharing, *cells])
     print_table(rows, words=3)
     for entry in entries:
         if entry.problem:
-            print(f"disqualified: {entry.name}: {entry.problem}")
+            print(f"disqualified: {printable(entry.name)}: {entry.problem}")
 
 def rows_of(entries):
     """→ rows of the ranking, as dicts."""

@@ -1,4 +1,4 @@
-"""Results of grading as text, as JSON, as CSV, and as the JSON that Gradescope reads."""
+"""Results of grading: as text, as rows of a table, and as the JSON that Gradescope reads."""
 
 import json
 
@@ -24,27 +24,8 @@ def first_wrong(results):
     """The first thing that is wrong in a file, or None."""
     return next((f"{result.name}: {result.wrong}" for result in results if result.wrong), None)
 
-def as_dict(results):
-    got, of = totals(results)
-    exercises = []
-    for result in results:
-        exercises.append({
-            "exercise": result.name,
-            "points": result.points,
-            "of": result.of,
-            "wrong": result.wrong,
-            "groups": [vars(group) for group in result.groups]})
-    return {"points": got, "of": of, "exercises": exercises}
-
-def as_json(results):
-    return json.dumps(as_dict(results), indent=1)
-
-def all_as_json(graded):
-    """graded: {file: its Results}."""
-    return json.dumps({file: as_dict(results) for file, results in graded.items()}, indent=1)
-
 def gradescope(results):
-    """→ the bytes of the results.json of an autograder: a test for each group of cases."""
+    """→ what an autograder of Gradescope writes into its results.json: a test for each group of cases."""
     tests = []
     for result in results:
         for group in result.groups:
@@ -53,7 +34,10 @@ def gradescope(results):
                 "score": group.points,
                 "max_score": group.of,
                 "output": group.wrong or "right"})
-    return json.dumps({"tests": tests}, indent=1).encode()
+    return {"tests": tests}
+
+def as_json(found):
+    return json.dumps(found, indent=1)
 
 def rows_of(graded):
     """→ a row, a dict, for each file: points of each exercise and in all, and what is wrong."""

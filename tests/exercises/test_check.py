@@ -1,34 +1,43 @@
 """The cases take right answers and refuse wrong ones, however plausible.
 
-Where minisa has code of its own for an exercise, that is one right answer; right.py holds another.
+The right answers are those of solutions.py, made from minisa's plain code; and where model.py computes an
+exercise in another way, that must be right too.
 """
 
 import math
 import os
 import re
-from types import SimpleNamespace
 
 import pytest
-import right
 import torch
 from torch.nn import functional as F
 
-from minisa.axes import heads, squeeze
 from minisa.axes.heads import Mixed
 from minisa.cost import layer_flops, measure
 from minisa.exercises import check, grade, judge
-from minisa.lab.similarity import layer_similarity
+from minisa.exercises.solutions import (
+    ANSWERS,
+    attention_row,
+    best_source,
+    bits_per_byte,
+    decode,
+    decode_flops,
+    keep,
+    mixture,
+    refit,
+    reuse_layer,
+    roles,
+)
 from minisa.model import GPT, GPTConfig, KVCache, SharedAttention, Step, split_heads
 
-SEEDS = int(os.environ.get("MINISA_SEEDS", 2))         # MINISA_SEEDS=60 takes minutes
+SEEDS = int(os.environ.get("MINISA_SEEDS", 2))         # MINISA_SEEDS=60 takes a minute
 
-def step(cache=None):
-    return Step(None, None, False, cache)
+# ---- right answers, by model.py ----
 
-# ---- right answers ----
+STEP = Step(None, None, False)
 
-def attention_row(q, k, t):
-    row = step().attention_weights(*(torch.tensor(x).double()[None, None] for x in (q[t:t + 1], k[:t + 1])))
+def row_of_step(q, k, t):
+    row = STEP.attention_weights(*(torch.tensor(x).double()[None, None] for x in (q[t:t + 1], k[:t + 1])))
     return [*row.flatten().tolist(), *[0.0] * (len(q) - t - 1)]
 
 def layer(H, G, W_v, W_out, kind=SharedAttention):
@@ -38,75 +47,52 @@ def layer(H, G, W_v, W_out, kind=SharedAttention):
         part.weight = torch.nn.Parameter(weight)
     return attn
 
-def reuse_layer(P, x, W_v, W_out):
+def output_of_layer(P, x, W_v, W_out):
     D = x.size(1) // len(P)
     attn = layer(len(P), len(W_v) // D, W_v, W_out)
-    return attn(x[None], step(), P[None])[0][0]
+    return attn(x[None], STEP, P[None])[0][0]
 
-def decode(values, P, v):
+def sum_of_step(values, P, v):
     values.append(v)
-    return step().weighted_sum(P[None, :, None], torch.stack(values, 1)[None])[0, :, 0]
+    return STEP.weighted_sum(P[None, :, None], torch.stack(values, 1)[None])[0, :, 0]
 
-def roles(share, n_layer):
-    config = GPTConfig(n_layer=n_layer, n_embd=8, vocab_size=2, share=share)
-    if any(a >= b for a, b in config.spans):
-        raise ValueError
+def roles_of_gpt(share, n_layer):
     words = {"Attention": "full", "Anchor": "anchor", "SharedAttention": "reuse"}
-    return [words[type(block.attn).__name__] for block in GPT(config).blocks]
+    blocks = GPT(GPTConfig(n_layer=n_layer, n_embd=8, vocab_size=2, share=share)).blocks
+    return [words[type(block.attn).__name__] for block in blocks]
 
-def of_roles(roles):
-    """Roles → share."""
+def share_of(roles):
     starts = [i for i, role in enumerate(roles) if role == "anchor"]
     after = [*roles, "end"]
     ends = [next(j for j in range(i + 1, len(after)) if after[j] != "reuse") - 1 for i in starts]
     return ",".join(f"{a}-{b}" for a, b in zip(starts, ends))
 
-def cache_bytes(roles, kind, n_head, n_kv_head, n_embd, tokens, bytes_per_number):
+def bytes_of_cache(roles, kind, n_head, n_kv_head, n_embd, tokens, bytes_per_number):
     config = GPTConfig(n_layer=len(roles), n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
-                       share=of_roles(roles), share_kind=kind)
+                       share=share_of(roles), share_kind=kind)
     return KVCache(GPT(config), 1, tokens).nbytes * bytes_per_number // 4
 
-def decode_flops(role, kind, n_head, n_kv_head, n_embd, n_hidden, keys):
+def flops_of_gpt(role, kind, n_head, n_kv_head, n_embd, n_hidden, keys):
     share = "" if role == "full" else "0-1"
     config = GPTConfig(n_layer=2, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden,
                        share=share, share_kind=kind)
     return layer_flops(GPT(config).blocks[1 if role == "reuse" else 0], 1, keys)
 
-class Probe:
-    """As much of a GPT as layer_similarity() and head_products() look at."""
-    def __init__(self, *every_P):
-        self.config = SimpleNamespace(n_head=every_P[0].size(0), n_layer=len(every_P))
-        self.every_P = [P[None] for P in every_P]
-
-    def attention_weights(self, idx):
-        return self.every_P
-
-def similarity(P, Q):
-    return layer_similarity(Probe(P, Q), torch.zeros(1, P.size(1)))[0, 1].item()
-
-def best_source(P, anchor):
-    products = heads.head_products(Probe(anchor, P), torch.zeros(1, P.size(1)))
-    return (products[1, :, 0] / products[0, :, 0].diagonal().sqrt()).argmax(1).tolist()
-
-def mixture(P, w):
+def weights_of_layer(P, w):
     seen, attn = [], layer(len(P), len(P), torch.eye(len(P)), torch.eye(len(P)), Mixed)
     attn.mix = torch.nn.Parameter(w)
     attn(torch.zeros(1, P.size(1), len(P)), Step(None, None, False, watch=seen.append), P[None])
     return seen[0][0].detach()
 
-def refit(Z, Y, W, ridge):
-    zz = Z.T @ Z + ridge * torch.eye(Z.size(1))                         # as in axes.heads.refit()
-    return W + torch.linalg.solve(zz, Z.T @ (Y - Z @ W.T)).T
-
-def keep(received, budget):
-    T = len(received)
-    got = torch.tensor([received]).double() + 1e-9 * torch.arange(T)    # of two alike, the later
-    scores = squeeze.POLICIES["heavy"].score(torch.arange(T)[None], got, T, budget)
-    best = scores.topk(budget).indices
-    return sorted(best[0].tolist())
-
-def bits_per_byte(nats, tokens, text):
-    return nats * tokens / torch.tensor(2.0).log().item() / len(text.encode())
+BY_MODEL = {
+    "attention_row": row_of_step,
+    "reuse_layer": output_of_layer,
+    "decode": sum_of_step,
+    "roles": roles_of_gpt,
+    "cache_bytes": bytes_of_cache,
+    "decode_flops": flops_of_gpt,
+    "mixture": weights_of_layer,
+}
 
 NAMES = check.NAMES
 
@@ -129,7 +115,7 @@ def seeds(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_right_answer_is_taken_whatever_the_seed(name, seeds):
     for seed in seeds():
-        for answer in globals()[name], getattr(right, name):
+        for answer in ANSWERS[name], BY_MODEL.get(name, ANSWERS[name]):
             assert result(name, answer).wrong is None, seed
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,9 +183,8 @@ def quiet_roles(share, n_layer):
 def other(name, **changes):
     """The right answer to other arguments."""
     def answer(*arguments):
-        code = globals()[name].__code__
-        given = dict(zip(code.co_varnames, arguments))
-        return globals()[name](**{key: changes.get(key, lambda old: old)(old) for key, old in given.items()})
+        given = dict(zip(ANSWERS[name].__code__.co_varnames, arguments))
+        return ANSWERS[name](**{key: changes.get(key, lambda old: old)(old) for key, old in given.items()})
     return answer
 
 WRONG = {
@@ -251,7 +236,7 @@ WRONG = {
 
 def changed(name, after):
     """The right answer, and then something done to it."""
-    return lambda *given: after(globals()[name](*given))
+    return lambda *given: after(ANSWERS[name](*given))
 
 def softmax_by(shift):
     """Subtracts something else than the largest score that t may see."""
@@ -321,7 +306,7 @@ MORE = {
     "roles": [parsed(r"\d+-\d+(,\d+-\d+)*$"), parsed(r"\d+-\d+"), parsed(".*", str.strip),
               lambda s, n: roles(s.replace(" ", ""), n), lambda s, n: roles(s.replace(",,", ","), n),
               lambda s, n: roles(",".join(sorted(s.split(","))), n), lambda s, n: roles(s, n + 1),
-              lambda s, n: right.roles(s.replace("_", ""), n + 999)[:n], lambda s, n: roles(s.replace("+",
+              lambda s, n: roles(s.replace("_", ""), n + 999)[:n], lambda s, n: roles(s.replace("+",
                                                                                                       ""), n),
               lambda s, n: [role.upper() for role in roles(s, n)],
               lambda s, n: ["full"] * n if s.endswith("9") else roles(s, n)[::-1]],
@@ -453,7 +438,7 @@ def test_a_case_can_be_pasted_whole(name):
     for number, case in enumerate(check.cases(getattr(check, name)), start=1):
         pasted = judge.pasted(getattr(check, name), number)
         assert len(pasted.splitlines()) < 14
-        names = {name: getattr(right, name)}
+        names = {name: ANSWERS[name]}
         if case.expected is ValueError:
             with pytest.raises(ValueError):
                 exec(pasted, names)

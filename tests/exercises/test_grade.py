@@ -13,7 +13,6 @@ from minisa.exercises import check, grade
 from minisa.exercises.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-RIGHT = Path(__file__).with_name("right.py")
 
 ODD = """
 import os, sys, time
@@ -37,18 +36,30 @@ def bits_per_byte(nats, tokens, text):
     return nats * tokens / math.log(2) / len(text.encode())
 """
 
+@pytest.fixture
+def light(monkeypatch, tmp_path):
+    """Answers that need no tensors start at once: what stands in for torch is there at once."""
+    (tmp_path / "light").mkdir()
+    (tmp_path / "light/torch.py").write_text("""float32 = None
+def set_num_threads(n): pass
+class tensor:
+    def __init__(self, numbers, dtype): self.numbers = numbers
+    def view(self, shape): return self
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "light"))
+
 def graded(tmp_path, text, **more):
     file = tmp_path / "mine.py"
     file.write_text(text)
     return {result.name: result for result in grade.grade_file(file, quiet=True, **more)}
 
-def test_a_right_file_has_all_points_and_is_imported_once(tmp_path):
+def test_a_right_file_has_all_points_and_is_imported_once(right, tmp_path):
     mark = f"open({str(tmp_path / 'imported')!r}, 'a').write('x')\n"
-    results = graded(tmp_path, mark + RIGHT.read_text())
+    results = graded(tmp_path, mark + right.read_text())
     assert sum(result.points for result in results.values()) == 100
     assert list(results) == check.NAMES and (tmp_path / "imported").read_text() == "x"
 
-def test_what_ends_hangs_crashes_or_prints_costs_only_its_own_points(tmp_path, monkeypatch):
+def test_what_ends_hangs_crashes_or_prints_costs_only_its_own_points(light, tmp_path, monkeypatch):
     monkeypatch.setattr(grade, "SECONDS", 1)
     results = graded(tmp_path, ODD)
     assert results.pop("bits_per_byte").points == 6
@@ -70,7 +81,7 @@ def test_what_ends_hangs_crashes_or_prints_costs_only_its_own_points(tmp_path, m
     ("import os\nos._exit(0)", "it ended Python"),
     ("x = 1\nimport none_such", "No module named 'none_such' in line 2 of mine.py: import none_such")],
     ids=["syntax", "hangs", "exits", "import"])
-def test_a_file_that_cannot_be_imported_has_no_points_and_says_why_once(text, why, tmp_path, monkeypatch):
+def test_a_file_that_does_not_run_has_no_points_and_says_why_once(text, why, light, tmp_path, monkeypatch):
     monkeypatch.setattr(grade, "SECONDS", 1)
     results = graded(tmp_path, text, only="mixture")
     assert results["mixture"].points == 0 and why in results["mixture"].wrong
@@ -93,8 +104,7 @@ CHEATS = {
         assert any(name.startswith("minisa") for name in sys.modules)""",
     "minisa's model": "from minisa.model import GPT",
     "an axis": "import importlib; importlib.import_module('minisa.axes.heads')",
-    "the tests' answers": f"import sys; sys.path.insert(0, {str(RIGHT.parent)!r}); import right\n"
-                          "        return right.mixture(P, w)",
+    "the reference solutions": "from minisa.exercises import solutions; return solutions.mixture(P, w)",
     "the file of the cases": f"return exec(open({str(ROOT / 'minisa/exercises/check.py')!r}).read())",
     "a link to it": f"""
         import os, tempfile
@@ -125,12 +135,12 @@ def test_no_cheat_has_points(tmp_path):
             assert result.points == 0, (name, result)
     assert not (ROOT / "minisa/exercises/none.py").exists()
 
-def test_cheats_are_told_that_they_do_not_count(tmp_path):
+def test_cheats_are_told_that_they_do_not_count(light, tmp_path):
     text = ("def mixture(P, w):\n    from minisa.axes import heads\n"
-            f"def keep(r, b):\n    open({str(RIGHT)!r})\n")
+            f"def keep(r, b):\n    open({str(ROOT / 'minisa/exercises/solutions.py')!r})\n")
     results = graded(tmp_path, text)
     assert "importing minisa does not count as an answer in line 2 of mine.py" in results["mixture"].wrong
-    assert "reading right.py does not count as an answer in line 4" in results["keep"].wrong
+    assert "reading solutions.py does not count as an answer in line 4" in results["keep"].wrong
 
 # ---- the command ----
 
@@ -138,29 +148,28 @@ def command(*flags):
     words = [sys.executable, "-m", "minisa.exercises", *flags]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
-def test_the_last_line_says_how_many_of_a_hundred_and_nothing_else_is_printed(tmp_path):
+def test_the_last_line_says_how_many_of_a_hundred_and_nothing_else_is_printed(right, tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("print('noise')\n" + RIGHT.read_text().replace("math.log(2) / ", ""))
+    file.write_text("print('noise')\n" + right.read_text().replace("/ math.log(2) / len", "/ len"))
     done = command(f"--answers={file}", "--strict")
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and len(lines) == 13 and lines[-1].split() == ["in", "all", "94", "of", "100"]
     assert "noise" in done.stderr
 
-def test_one_exercise_is_graded_alone_and_its_cases_are_printed(run, tmp_path):
-    status, out, _ = run(main, f"--answers={RIGHT}", "--only=keep", "--json", "--results=r/results.json")
-    found = json.loads(out)
-    assert status == 0 and (found["points"], found["of"]) == (8, 8)
-    assert [entry["exercise"] for entry in found["exercises"]] == ["keep"]
+def test_one_exercise_is_graded_alone_and_its_cases_are_printed(right, run, tmp_path):
+    status, out, _ = run(main, f"--answers={right}", "--only=keep", "--json", "--results=r/results.json")
+    assert status == 0 and out == (tmp_path / "r/results.json").read_text() + "\n"
     tests = json.loads((tmp_path / "r/results.json").read_text())["tests"]
+    assert len(tests) == 2
     assert tests[0] == {"name": "keep: all different", "score": 5, "max_score": 5, "output": "right"}
     status, out, _ = run(main, "--only=keep", "--case=2")
     assert status == 0 and out.startswith("# keep, case 2 (all different)\n")
     assert "print(keep(received, budget))" in out
 
-def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(run, tmp_path):
+def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(right, run, tmp_path):
     folder = tmp_path / "answers"
     (folder / "folder.py").mkdir(parents=True)
-    (folder / "ada.py").write_bytes(RIGHT.read_bytes())
+    (folder / "ada.py").write_bytes(right.read_bytes())
     (folder / "bob.py").write_text("def keep(:")
     (folder / "notes.txt").write_text("no answers")
     os.symlink(folder / "none", folder / "gone.py")
@@ -173,7 +182,19 @@ def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(run, 
     tests = json.loads((tmp_path / "results/ada.json").read_text())["tests"]
     assert sum(test["score"] for test in tests) == sum(test["max_score"] for test in tests) == 100
 
-def test_the_template_answers_nothing_and_wrong_flags_are_refused(run, tmp_path):
+def test_the_reference_solutions_are_written_whole_and_word_for_word(run, tmp_path):
+    status, out, _ = run(main, "solutions", "--out=reference.py")
+    text = (tmp_path / "reference.py").read_text(encoding="utf-8")
+    assert status == 0 and out.startswith("wrote reference.py") and "import minisa" not in text
+    for file, start in {"plain": "def shared_attention(", "cost": "def layer_flops(",
+                        "axes/heads": "def ridge_regression("}.items():
+        source = (ROOT / f"minisa/{file}.py").read_text(encoding="utf-8")
+        function = source[source.index(start):].partition("\n\n")[0]
+        assert function in text
+    status, _, err = run(main, "solutions", f"--out={tmp_path}")
+    assert status == 2 and "could not be written" in err and err.count("\n") == 1
+
+def test_the_template_answers_nothing_and_wrong_flags_are_refused(light, run, tmp_path):
     status, out, _ = run(main)
     assert status == 0 and out.count("not answered yet") == 12 and out.split()[-4:] == ["all", "0", "of",
                                                                                         "100"]

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from minisa.exercises import handout, play, rank
 from minisa.kit.checkpoint import load
 from minisa.kit.cli import command
 
-RIGHT = Path(__file__).with_name("right.py")
 TINY = ("--n_layer=3 --n_head=4 --n_kv_head=2 --n_embd=16 --n_hidden=32 --block_size=16 --batch_size=4 "
         "--vocab_size=300 --max_iters=12 --warmup_iters=2 --eval_interval=12 --eval_tokens=500 "
         "--device=cpu").split()
@@ -38,9 +39,9 @@ def runs(tmp_path_factory, text):
 
 @pytest.mark.parametrize("name, share", [("full", "1-2"), ("shared", "")])
 @pytest.mark.parametrize("prompt", ["ROMEO:", "R", "Two households, both alike in dignity, in fair Verona"])
-def test_right_answers_write_the_text_of_minisa_past_the_context_too(name, share, prompt, runs, run):
+def test_right_answers_write_the_text_of_minisa_past_the_context_too(name, share, prompt, right, runs, run):
     share_flag = [f"--share={share}"] if share else []
-    status, out, _ = run(play.main, runs / name, f"--answers={RIGHT}", *share_flag, f"--prompt={prompt}",
+    status, out, _ = run(play.main, runs / name, f"--answers={right}", *share_flag, f"--prompt={prompt}",
                          "--max_new_tokens=40", "--temperature=0")
     model, tokenizer, _ = load(runs / name, share=share or None)
     ids = tokenizer.encode(prompt)[-16:]
@@ -49,33 +50,35 @@ def test_right_answers_write_the_text_of_minisa_past_the_context_too(name, share
     rows = [line.split() for line in out.splitlines()[-2:]]
     assert all(row[-1] == row[-2] for row in rows) and rows[0][:4] == ["cache", "of", "16", "tokens,"]
 
-def test_answers_that_fail_are_named_with_their_line(runs, run, tmp_path):
-    text, file = RIGHT.read_text(), tmp_path / "mine.py"
+def test_answers_that_fail_are_named_with_their_line(right, runs, run, tmp_path):
+    text, file = right.read_text(), tmp_path / "mine.py"
+    appends = 1 + text.splitlines().index("    values.append(v)")
     for old, new, why in (
         ("    values.append(v)", "    values.add(v)",
          "decode: AttributeError: 'list' object has no attribute 'add' "
-         "in line 21 of mine.py: values.add(v)"),
+         f"in line {appends} of mine.py: values.add(v)"),
         ("    values.append(v)", "    values = [*values, v]",
          "decode left 6 tokens in the cache, expected 7"),
-        ("dim=1) @ W_out.T", "dim=1)[:1]", "reuse_layer gave (1, 16), expected (6, 16)"),
+        ("return y @ W_out.T", "return y[:1]", "reuse_layer gave (1, 16), expected (6, 16)"),
         ('["reuse"]', '["anchor"]', "expected ['anchor', 'reuse', 'reuse']"),
         ("    found = [", "    raise SystemExit\n    found = [", "roles: SystemExit"),
         ("    found = [", "    raise NotImplementedError\n    found = [", "roles is not answered yet"),
-        ("def roles", "def rolls", "has no function roles"), ("import math", "import math(", "SyntaxError"),
+        ("def roles", "def rolls", "has no function roles"),
+        ("import math\n", "import math(\n", "SyntaxError"),
     ):
         assert old in text
         file.write_text(text.replace(old, new))
         status, _, err = run(play.main, runs / "shared", f"--answers={file}", "--prompt=ROMEO:")
         assert status == 2 and why in err.splitlines()[-1], err
-    file.write_text(text.replace("    C, kv =", "    raise NotImplementedError\n    C, kv ="))
+    file.write_text(text.replace("    matrix =", "    raise NotImplementedError\n    matrix ="))
     status, out, _ = run(play.main, runs / "shared", f"--answers={file}", "--max_new_tokens=3")
     assert status == 0 and "decode_flops is not answered yet" in out
 
-def test_what_cannot_be_played_is_refused(runs, run):
+def test_what_cannot_be_played_is_refused(right, runs, run):
     for flags, why in {(runs / "none",): "no such model", (runs / "full",
                                                            "--share=5-9"): "layers of this model",
                        (runs / "full", "--answers=none.py"): "no such file"}.items():
-        status, _, err = run(play.main, f"--answers={RIGHT}", *flags)
+        status, _, err = run(play.main, f"--answers={right}", *flags)
         assert status == 2 and why in err and err.count("\n") == 1
 
 # ---- rank ----
@@ -95,7 +98,8 @@ def entries(runs, tmp_path, text):
     folder = tmp_path / "entries"
     for name in "full", "shared":
         shutil.copytree(runs / name, folder / name)
-    for name in "damaged", "fine-tuned", "swapped", "odd", "other-text", "state-only":
+    for name in ("damaged", "fine-tuned", "swapped", "odd", "other-text", "state-only", "less-than-nothing",
+                 "huge"):
         shutil.copytree(runs / "shared", folder / name)
     tensors = folder / "damaged/model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-40])
@@ -104,9 +108,13 @@ def entries(runs, tmp_path, text):
     (folder / "state-only/model.safetensors").unlink()
     edited(folder / "fine-tuned", init_from="smollm2")
     edited(folder / "other-text", text="mine.txt")
-    edited(folder / "odd", batch_size="many")
+    edited(folder / "odd", batch_size="many\x1b[31m")
+    edited(folder / "less-than-nothing", batch_size="-5")
+    edited(folder / "huge", batch_size="9" * 400)
     (folder / "notes.txt").write_text("hello")
     (folder / "empty").mkdir()
+    (folder / "two\nlines").mkdir()
+    os.symlink("loop", folder / "loop")
     return folder
 
 def table(file):
@@ -115,7 +123,7 @@ def table(file):
 def test_entries_are_ranked_by_their_loss_and_each_that_is_not_says_why(entries, run, text):
     status, out, _ = run(rank.main, entries, f"--text={text}", "--csv=ranking.csv")
     rows = table("ranking.csv")
-    assert status == 0 and len(rows) == 10
+    assert status == 0 and len(rows) == 14
     good = [row for row in rows.values() if row["place"]]
     assert {row["name"] for row in good} == {"full", "shared"}
     assert [row["place"] for row in good] == ["1", "2"] and good[0]["val_bpb"] <= good[1]["val_bpb"]
@@ -125,12 +133,21 @@ def test_entries_are_ranked_by_their_loss_and_each_that_is_not_says_why(entries,
     C, M, V, T = 16, 32, load(entries / "full")[0].config.vocab_size, 16
     token = 3 * (2 * C * (C + 8 + 8 + C) + 4 * C * T + 6 * C * M) + 2 * C * V
     assert rows["full"]["training_flops"] == str(3 * token * 12 * 4 * T)
-    for name, why in {"damaged": "damaged", "fine-tuned": "--init_from", "swapped": "not the one",
-                      "odd": "many",
-                      "other-text": "another text", "state-only": "model.safetensors",
-                      "notes.txt": "not a folder",
-                      "empty": "holds no train.safetensors"}.items():
+    for name, why in {
+        "damaged": "damaged",
+        "fine-tuned": "--init_from",
+        "swapped": "not the one",
+        "odd": "batch_size=many?[31m",
+        "less-than-nothing": "not a number above 0",
+        "huge": "not a number above 0",
+        "loop": "not a folder",
+        "other-text": "another text",
+        "state-only": "model.safetensors",
+        "notes.txt": "not a folder",
+        "empty": "holds no train.safetensors",
+    }.items():
         assert why in rows[name]["problem"] and f"disqualified: {name}: " in out
+    assert "disqualified: two?lines: " in out
 
 def test_what_keeps_or_trained_too_much_is_disqualified(entries, run, text, monkeypatch):
     monkeypatch.setattr(rank, "CACHE_BYTES", 150)
@@ -140,8 +157,17 @@ def test_what_keeps_or_trained_too_much_is_disqualified(entries, run, text, monk
     assert rows["full"]["problem"] == "keeps 192 bytes per token; at most 150"
     assert "FLOPs to train; at most 2e+13" in rows["shared"]["problem"] and not rows["shared"]["place"]
 
-@pytest.mark.slow
-def test_the_first_are_trained_again_and_compared(runs, run, text, tmp_path):
+def in_this_process(words, **more):
+    """What subprocess.run() does with train.py, without importing torch once more."""
+    program, script, *flags = words
+    assert program == sys.executable and Path(script).samefile(train.__file__)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as stop:
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        command(train.main)
+    return SimpleNamespace(returncode=stop.value.code or 0, stderr="")
+
+def test_the_first_are_trained_again_and_compared(runs, run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank, "subprocess", SimpleNamespace(run=in_this_process, PIPE=-1))
     for name in "full", "shared":
         shutil.copytree(runs / name, tmp_path / "entries" / name)
     edited(tmp_path / "entries/shared", learning_rate=0.0)
@@ -167,6 +193,7 @@ def test_the_handout_opens_and_its_models_are_as_they_were(runs, run, tmp_path):
         assert archive.testzip() is None and all(name.isascii() and "\\" not in name for name in names)
         archive.extractall(tmp_path / "unpacked")
     assert status == 0 and "wrote a.zip" in out
+    assert not any("solutions" in name for name in names)
     for name in ("HANDOUT.txt", "out/bill.csv", "assets/axes.png", "assets/smollm2/attention.png",
                  "minisa/exercises/README.md", "minisa/exercises/lesson.ipynb",
                  "minisa/exercises/answers.py"):
