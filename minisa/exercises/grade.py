@@ -5,6 +5,7 @@ is judged here. It imports torch once for a whole file, in the same way on all s
 only when an answer hung or ended it; so that costs its own points and no others.
 """
 
+import _thread
 import contextlib
 import json
 import os
@@ -126,9 +127,19 @@ def as_sent(value):
     return value
 
 def here(answer):
-    """→ ask(arguments) of a function in this process, for tests and notebooks."""
+    """→ ask(arguments) of a function in this process, for tests and notebooks. One that does not end is
+    interrupted."""
+    file = getattr(getattr(answer, "__code__", None), "co_filename", "")
+
     def ask(arguments):
-        result = child.call(answer, [as_sent(value) for value in arguments])
+        alarm = threading.Timer(SECONDS, _thread.interrupt_main)
+        alarm.start()
+        try:
+            result = child.call(answer, [as_sent(value) for value in arguments], file)
+        except KeyboardInterrupt:
+            raise Ended(f"was interrupted; a case may take {SECONDS} seconds") from None
+        finally:
+            alarm.cancel()
         return json.loads(json.dumps(result))
     return ask
 
