@@ -7,6 +7,7 @@ exercise in another way, that must be right too.
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -439,6 +440,22 @@ def test_half_an_idea_has_its_points(name, answer, points, seeds):
 def test_a_matrix_the_wrong_way_round_is_an_error_of_shapes(wrong):
     for group in result("reuse_layer", wrong).groups:
         assert "Error: " in group.wrong and group.points == 0
+
+PAGES = Path(check.__file__).parent
+
+def test_the_sheet_and_the_rubric_say_the_points_and_the_minutes_fill_the_labs():
+    sheet = (PAGES / "README.md").read_text(encoding="utf-8")
+    rubric = (PAGES / "teacher/rubric.md").read_text(encoding="utf-8")
+    plan = (PAGES / "teacher/README.md").read_text(encoding="utf-8")
+    exercises = re.findall(r"\*\*(\d+)\. .*?\*\* \(`(\w+)`, (\d+) minutes, (\d+) points\)", sheet)
+    assert [name for _, name, _, _ in exercises] == NAMES
+    for (number, name, minutes, points), groups in zip(exercises, check.EXERCISES.values()):
+        assert int(points) == sum(groups.values())
+        said = ", ".join(f"{group} {of}" for group, of in groups.items())
+        assert f"| `{name}` | {said} |" in rubric
+        assert re.search(rf"\| {number} [^|]*\| {minutes} \|", plan), name
+    minutes = [int(entry[2]) for entry in exercises]
+    assert sum(minutes[:6]) == sum(minutes[6:]) == 70
 
 # ---- what it says ----
 
