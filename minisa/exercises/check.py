@@ -251,24 +251,22 @@ def mixture(rng):
             yield Case(group, tensors(P=P, w=w), mixed)
 
 def refit(rng):
-    shapes = {
-        "hardly any ridge": [(12, 3, 2, 1e-6), (10, 2, 3, 1e-7)],   # ordinary least squares
-        "many tokens": [(12, 3, 2, 0.5), (10, 4, 3, 5.0)],
-        "few tokens": [(2, 4, 3, 1.0), (1, 3, 2, 0.25)],
-    }
-    for group, sizes in shapes.items():
-        for N, n, C, ridge in sizes:
-            yield refit_case(group, rng, N, n, C, ridge)
-
-def refit_case(group, rng, N, n, C, ridge):
-    Z = numbers(rng, N, n)
-    Y = numbers(rng, N, C)
-    W = numbers(rng, C, n)
-    root = np.sqrt(ridge)
-    rows = np.concatenate((Z, root * np.eye(n)))                    # the ridge as n more tokens
-    wanted = np.concatenate((Y, root * W.T))
-    fitted, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
-    return Case(group, {**tensors(Z=Z, Y=Y, W=W), "ridge": ridge}, fitted.T)
+    for group, N, n, C, ridge in (
+        ("hardly any ridge", 12, 3, 2, 1e-6),                       # so, ordinary least squares
+        ("hardly any ridge", 10, 2, 3, 1e-7),
+        ("many tokens", 12, 3, 2, 0.5),
+        ("many tokens", 10, 4, 3, 5.0),
+        ("few tokens", 2, 4, 3, 1.0),
+        ("few tokens", 1, 3, 2, 0.25),
+    ):
+        Z = numbers(rng, N, n)
+        Y = numbers(rng, N, C)
+        W = numbers(rng, C, n)
+        root = np.sqrt(ridge)
+        rows = np.concatenate((Z, root * np.eye(n)))                # the ridge as n more tokens
+        wanted = np.concatenate((Y, root * W.T))
+        fitted, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
+        yield Case(group, {**tensors(Z=Z, Y=Y, W=W), "ridge": ridge}, fitted.T)
 
 def keep(rng):
     for group in ("all different", "alike"):

@@ -80,7 +80,7 @@ def shown_list(values):
     if size.size > MOST and isinstance(values[-1], list):
         while isinstance(values[-1], list):
             values = values[-1] or [None]
-        return f"last row {shown(values)}"
+        return f"[..., {shown(values)}]"
     parts = [shown(part) for part in values[:MOST]]
     more = ["..."] if len(values) > MOST else []
     return f"[{', '.join(parts + more)}]"
@@ -99,10 +99,10 @@ def difference(got, expected):
     if got.shape != expected.shape:
         sizes = [" × ".join(map(str, array.shape)) for array in (got, expected)]
         return " (of size {}, not {})".format(*sizes)
-    pairs = zip(np.ndindex(got.shape), got.flat, expected.flat)
-    place, mine, right = next(pair for pair in pairs if not is_right([pair[1]], [pair[2]]))
-    at = "".join(f"[{i}]" for i in place)
-    return f" (first at {at}: {shown(right)}, not {shown(mine)})"
+    for place in np.ndindex(got.shape):
+        if not is_right([got[place]], [expected[place]]):
+            return f" (first at {list(place)}: {shown(expected[place])}, not {shown(got[place])})"
+    return ""
 
 def gap(got, expected):
     with contextlib.suppress(TypeError, OverflowError):
