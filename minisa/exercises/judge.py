@@ -69,7 +69,7 @@ def shown(value):
         return str(value.get("text"))[:80]
     if isinstance(value, list):
         return shown_list(value)
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, float):
         return f"{value:.5g}"
     return repr(value)[:80]
 

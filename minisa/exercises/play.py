@@ -158,14 +158,6 @@ def loss(model, ids):
     logits = torch.cat([model(part, cache=cache)[0] for part in parts], dim=1)
     return F.cross_entropy(logits[0], ids[0, 1:]).item()
 
-def losses(models, tokenizer):
-    """→ the loss of each model on the passage, as text."""
-    most = min(PREFILL_CHUNK, models[0].config.block_size)
-    ids = torch.tensor([tokenizer.encode(PASSAGE)[:most]])
-    if ids.size(1) < 3:
-        return ["no token of it"] * len(models)
-    return [f"{loss(model, ids):.4f}" for model in models]
-
 def bill(config, roles, yours, context, counted):
     """→ rows of a table: what the answers predict, and the Cost that minisa counted on a real step."""
     heads = config.n_head, config.n_kv_head, config.n_embd
@@ -205,9 +197,11 @@ def main():
         print(text, end="", flush=True)
     print("\n")
     same = takewhile(lambda pair: pair[0] == pair[1], zip(again, stream(model, tokens, args)))
+    passage = torch.tensor([tokenizer.encode(PASSAGE)[:model.config.block_size]])
+    losses = [f"{loss(each, passage):.4f}" for each in (mine, model)]
     print_table([["", "yours", "minisa's"],
                  ["tokens until the first that differs", f"{len(list(same)):,}", f"{args.max_new_tokens:,}"],
-                 ["loss on a passage, in nats per token", *losses([mine, model], tokenizer)],
+                 ["loss on a passage, in nats per token", *losses],
                  *bill(model.config, roles, yours, context, counted)])
 
 if __name__ == "__main__":
