@@ -28,8 +28,8 @@ def reuse_layer(P, x, W_v, W_out):
     """What a reuse layer of Shared Attention adds to its input.
 
     P (H, T, T): the anchor's attention weights. x (T, C): the normalized input. W_v (G·D, C), W_out (C, H·D):
-    the layer's two matrices, as in nn.Linear; D and G follow from their shapes. H is a multiple of G: heads 0
-    to H/G - 1 use the values of group 0, and so on. Returns (T, C).
+    the layer's two matrices, as in nn.Linear. D and G follow from their shapes; C need not be H·D here. H is
+    a multiple of G: heads 0 to H/G - 1 use the values of group 0, and so on. Returns (T, C).
     """
     raise NotImplementedError
 

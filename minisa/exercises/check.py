@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 SEED = 0
+GROUPED = "heads share groups"          # GQA, a group of cases of its own
 
 class Case(NamedTuple):
     group: str
@@ -36,8 +37,14 @@ def random_weights(rng, H, T):
     for h in range(H):
         for t in range(T):
             sharpness = rng.uniform(0, 6)
-            P[h, t, :t + 1] = softmax(sharpness * rng.normal(size=t + 1))
-    return P
+            row = softmax(sharpness * rng.normal(size=t + 1)).round(2)
+            row[row.argmax()] += 1 - row.sum()
+            P[h, t, :t + 1] = row
+    return P.round(2)
+
+def numbers(rng, *shape):
+    """Of few digits, so that a case is short enough to paste."""
+    return rng.normal(size=shape).round(1) + 0.0                  # no -0.0
 
 def weighted_sums(P, v):
     """P (H, T, S), v (G, S, D) → (H, T, D), head by head."""
@@ -67,9 +74,9 @@ def tensors(**arrays):
 # ---- the exercises: each function yields its cases ----
 
 def attention_row(rng):
-    for T, D, t in ((1, 4, 0), (6, 4, 3), (6, 8, 5), (7, 16, 4)):
-        q = rng.normal(size=(T, D))
-        k = rng.normal(size=(T, D))
+    for T, D, t in ((1, 4, 0), (6, 4, 3), (6, 8, 5), (5, 9, 2)):
+        q = numbers(rng, T, D)
+        k = numbers(rng, T, D)
         yield attention_case("small scores", q, k, t)
     above = [1000] * 6                              # exp(1000) overflows float64,
     below = [-1000] * 6                             # exp(-1000) is 0
@@ -90,30 +97,30 @@ def attention_case(group, q, k, t):
     return Case(group, arguments, expected.tolist())
 
 def reuse_layer(rng):
-    shapes = (2, 2, 4, 5), (3, 3, 2, 4), (4, 2, 3, 6), (4, 1, 2, 4), (6, 2, 2, 3)
-    for H, G, D, T in shapes:
+    shapes = (2, 2, 3, 4, 5), (3, 3, 2, 4, 7), (4, 2, 2, 3, 6), (4, 1, 2, 4, 3), (6, 2, 2, 3, 5)
+    for H, G, D, T, C in shapes:                # C is not H·D: no matrix is square, so each .T counts
         P = random_weights(rng, H, T)
-        x = rng.normal(size=(T, H * D))
-        W_v = rng.normal(size=(G * D, H * D))
-        W_out = rng.normal(size=(H * D, H * D))
+        x = numbers(rng, T, C)
+        W_v = numbers(rng, G * D, C)
+        W_out = numbers(rng, C, H * D)
         v = (x @ W_v.T).reshape(T, G, D).transpose(1, 0, 2)         # (G, T, D)
         heads = weighted_sums(P, v).transpose(1, 0, 2)              # (T, H, D)
         y = heads.reshape(T, H * D) @ W_out.T
-        group = "a group per head" if G == H else "heads share groups"
+        group = "a group per head" if G == H else GROUPED
         yield Case(group, tensors(P=P, x=x, W_v=W_v, W_out=W_out), y)
 
 def decode(rng):
     shapes = (2, 2, 4, 1), (3, 3, 2, 5), (4, 2, 3, 1), (4, 2, 3, 5), (4, 1, 2, 4)
     for H, G, D, S in shapes:
-        group = "a group per head" if G == H else "heads share groups"
+        group = "a group per head" if G == H else GROUPED
         yield decode_case(group, rng, H, G, D, S)
     for S in range(1, 5):                                           # a cache that grows
-        case = decode_case("its cache", rng, 4, 2, 3, S)
+        case = decode_case("its cache", rng, 2, 2, 3, S)
         yield case._replace(after=[*case.arguments["values"], case.arguments["v"]])
 
 def decode_case(group, rng, H, G, D, S):
     P = random_weights(rng, H, S)[:, -1:]                           # (H, 1, S)
-    v = rng.normal(size=(S, G, D))
+    v = numbers(rng, S, G, D)
     y = weighted_sums(P, v.transpose(1, 0, 2))                      # (H, 1, D)
     earlier = [tensor(values) for values in v[:-1]]
     return Case(group, {"values": earlier, **tensors(P=P[:, 0], v=v[-1])}, y[:, 0])
@@ -164,11 +171,14 @@ def cache_bytes(rng):
     from minisa.model import GPT, GPTConfig, KVCache
     for group, kind, H, G, lengths in (
         ("full layers", "weights", 4, 4, [1, 1]),
-        ("full layers", "kv", 6, 2, [1, 1, 1]),
-        ("Shared Attention", "weights", 4, 2, [2, 2]),
-        ("Shared Attention", "weights", 6, 1, [1, 4]),
+        ("full layers", "kv", 6, 6, [1, 1, 1]),
+        ("Shared Attention", "weights", 4, 4, [2, 2]),
+        ("Shared Attention", "weights", 6, 6, [1, 4]),
         ("Cross-Layer Attention", "kv", 4, 4, [1, 3]),
-        ("Cross-Layer Attention", "kv", 6, 2, [1, 2, 3]),
+        ("Cross-Layer Attention", "kv", 6, 6, [1, 2, 3]),
+        (GROUPED, "weights", 4, 2, [1, 1]),
+        (GROUPED, "weights", 6, 1, [1, 4]),
+        (GROUPED, "kv", 6, 2, [1, 2, 3]),
     ):
         share, layers = spans_of(rng.permutation(lengths))
         shape = {"n_head": H, "n_kv_head": G, "n_embd": 2 * H * int(rng.integers(2, 9))}
@@ -183,7 +193,7 @@ def decode_flops(rng):
     from minisa.cost import layer_flops
     from minisa.model import GPT, GPTConfig
     kinds = {"weights": "Shared Attention", "kv": "Cross-Layer Attention"}
-    for H, G, C in (4, 4, 32), (4, 2, 48), (6, 2, 48):
+    for H, G, C in (4, 4, 32), (6, 6, 48), (6, 2, 48):
         M = 32 * int(rng.integers(2, 6))
         shape = {"n_head": H, "n_kv_head": G, "n_embd": C, "n_hidden": M}
         keys = int(rng.integers(2, 60))
@@ -191,11 +201,13 @@ def decode_flops(rng):
             config = GPTConfig(n_layer=3, share="1-2", share_kind=kind, vocab_size=8, **shape)
             for role, block in zip(("full", "anchor", "reuse"), GPT(config).blocks):
                 group = name if role == "reuse" else "full layers"
+                if G < H:
+                    group = GROUPED
                 arguments = {"role": role, "kind": kind, **shape, "keys": keys}
                 yield Case(group, arguments, layer_flops(block, 1, keys))
 
 def similarity(rng):
-    for group, shapes in {"one head": [(1, 4), (1, 7)], "more heads": [(3, 6), (4, 5)]}.items():
+    for group, shapes in {"one head": [(1, 4), (1, 7)], "more heads": [(3, 5), (4, 4)]}.items():
         for H, T in shapes:
             P = random_weights(rng, H, T)
             Q = random_weights(rng, H, T)
@@ -205,17 +217,17 @@ def similarity(rng):
         yield Case(group, tensors(P=P, Q=P), 1.0)
 
 def best_source(rng):
-    for H in (2, 5):
-        anchor = random_weights(rng, H, 6)
+    for H in (2, 3):
+        anchor = random_weights(rng, H, 5)
         shuffled = anchor[rng.permutation(H)]
-        P = 0.7 * shuffled + 0.3 * random_weights(rng, H, 6)
+        P = (0.7 * shuffled + 0.3 * random_weights(rng, H, 5)).round(3)
         best, _ = best_by_cosine(P, anchor)
         yield Case("clear", tensors(P=P, anchor=anchor), best)
     for _ in range(30):                     # in so many, no other measure finds the same heads
         lead = 0
         while lead < 1e-3:
-            P = random_weights(rng, 3, 6)
-            anchor = random_weights(rng, 3, 6)
+            P = random_weights(rng, 3, 5)
+            anchor = random_weights(rng, 3, 5)
             best, lead = best_by_cosine(P, anchor)
         yield Case("only by the cosine", tensors(P=P, anchor=anchor), best)
 
@@ -229,8 +241,8 @@ def best_by_cosine(P, anchor):
 def mixture(rng):
     for group, least in {"some of each": 0, "less than nothing": -1}.items():
         for H in (2, 4):
-            P = random_weights(rng, H, 5)
-            w = rng.uniform(least, 2, size=(H, H))                  # its rows do not sum to 1
+            P = random_weights(rng, H, 4)
+            w = rng.uniform(least, 2, size=(H, H)).round(2)         # its rows do not sum to 1
             w[0, 0] = 1.5 * least + 0.5                             # 0.5 or -1
             mixed = np.zeros_like(P)
             for h in range(H):
@@ -239,22 +251,27 @@ def mixture(rng):
             yield Case(group, tensors(P=P, w=w), mixed)
 
 def refit(rng):
-    shapes = (40, 3, 2, 0.5), (30, 4, 3, 5.0), (2, 4, 3, 1.0), (1, 3, 2, 0.25)
-    for N, n, C, ridge in shapes:
-        Z = rng.normal(size=(N, n))
-        Y = rng.normal(size=(N, C))
-        W = rng.normal(size=(C, n))
+    for group, N, n, C, ridge in (
+        ("hardly any ridge", 12, 3, 2, 1e-6),                       # so, ordinary least squares
+        ("hardly any ridge", 10, 2, 3, 1e-7),
+        ("many tokens", 12, 3, 2, 0.5),
+        ("many tokens", 10, 4, 3, 5.0),
+        ("few tokens", 2, 4, 3, 1.0),
+        ("few tokens", 1, 3, 2, 0.25),
+    ):
+        Z = numbers(rng, N, n)
+        Y = numbers(rng, N, C)
+        W = numbers(rng, C, n)
         root = np.sqrt(ridge)
         rows = np.concatenate((Z, root * np.eye(n)))                # the ridge as n more tokens
         wanted = np.concatenate((Y, root * W.T))
         fitted, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
-        group = "many tokens" if N > n else "few tokens"
         yield Case(group, {**tensors(Z=Z, Y=Y, W=W), "ridge": ridge}, fitted.T)
 
 def keep(rng):
     for group in ("all different", "alike"):
         for budget in (2, 3, 4, 5, 9):
-            distinct = rng.permutation(12) / 100 + round(rng.random(), 3)
+            distinct = (rng.permutation(12) / 100 + rng.random()).round(3)
             falling = np.sort(distinct)[::-1]                       # the last tokens received least
             tied = rng.integers(3, size=12) / 2
             equal = np.full(12, distinct[0])
@@ -276,7 +293,7 @@ def bits_per_byte(rng):
         for letters in alphabets:
             length = rng.integers(3, 20)
             text = letters[-1] + "".join(rng.choice(list(letters), size=length))
-            nats = rng.uniform(0.5, 4)
+            nats = round(rng.uniform(0.5, 4), 3)
             tokens = int(rng.integers(2, 20))
             bits = nats * tokens / np.log(2)
             arguments = {"nats_per_token": nats, "tokens": tokens, "text": text}
@@ -290,11 +307,11 @@ EXERCISES = {
     },
     reuse_layer: {
         "a group per head": 6,
-        "heads share groups": 6,
+        GROUPED: 6,
     },
     decode: {
         "a group per head": 3,
-        "heads share groups": 2,
+        GROUPED: 2,
         "its cache": 3,
     },
     roles: {
@@ -303,13 +320,15 @@ EXERCISES = {
     },
     cache_bytes: {
         "full layers": 2,
-        "Shared Attention": 3,
-        "Cross-Layer Attention": 3,
+        "Shared Attention": 2,
+        "Cross-Layer Attention": 2,
+        GROUPED: 2,
     },
     decode_flops: {
-        "full layers": 4,
-        "Shared Attention": 4,
-        "Cross-Layer Attention": 4,
+        "full layers": 3,
+        "Shared Attention": 3,
+        "Cross-Layer Attention": 3,
+        GROUPED: 3,
     },
     similarity: {
         "one head": 3,
@@ -324,7 +343,8 @@ EXERCISES = {
         "less than nothing": 2,
     },
     refit: {
-        "many tokens": 8,
+        "hardly any ridge": 4,
+        "many tokens": 4,
         "few tokens": 4,
     },
     keep: {

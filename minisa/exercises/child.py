@@ -65,15 +65,17 @@ def read_answers(file):
     return module
 
 def line_of(error, file):
-    """The last line of a file that an error came through, in words; "" if there is none."""
+    """The last line of a file, or of a notebook's cell, that an error came through, in words; "" if there is
+    none."""
+    name = Path(file).name if os.path.exists(file) else "this cell"
     if isinstance(error, SyntaxError) and error.filename == str(file):
-        return f" in line {error.lineno} of {Path(file).name}: {(error.text or '').strip()}"
+        return f" in line {error.lineno} of {name}: {(error.text or '').strip()}"
     frames = traceback.walk_tb(error.__traceback__)
     lines = [number for frame, number in frames if frame.f_code.co_filename == str(file)]
     if not lines:
         return ""
     text = linecache.getline(str(file), lines[-1]).strip()
-    return f" in line {lines[-1]} of {Path(file).name}: {text}"
+    return f" in line {lines[-1]} of {name}: {text}"
 
 def describe(error, file):
     """An error of an answer, in one line."""

@@ -6,6 +6,7 @@ only when an answer hung or ended it; so that costs its own points and no others
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import subprocess
@@ -125,10 +126,25 @@ def as_sent(value):
         return [as_sent(part) for part in value]
     return value
 
+def interrupt(thread):
+    """Raise KeyboardInterrupt in a thread, also where a process ignores Ctrl-C, as in the background."""
+    error = ctypes.py_object(KeyboardInterrupt)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+
 def here(answer):
-    """→ ask(arguments) of a function in this process, for tests and notebooks."""
+    """→ ask(arguments) of a function in this process, for tests and notebooks. One that does not end is
+    interrupted."""
+    file = getattr(getattr(answer, "__code__", None), "co_filename", "")
+
     def ask(arguments):
-        result = child.call(answer, [as_sent(value) for value in arguments])
+        alarm = threading.Timer(SECONDS, interrupt, [threading.get_ident()])
+        alarm.start()
+        try:
+            result = child.call(answer, [as_sent(value) for value in arguments], file)
+        except KeyboardInterrupt:
+            raise Ended(f"was interrupted; a case may take {SECONDS} seconds") from None
+        finally:
+            alarm.cancel()
         return json.loads(json.dumps(result))
     return ask
 

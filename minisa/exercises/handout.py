@@ -36,7 +36,8 @@ def model_files(source):
         raise ValueError(f"{source}: no such model; train it with {hint.get(folder.name, 'train.py')}")
     load(folder)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    return {f"out/{folder.resolve().name}/{path.relative_to(folder).as_posix()}": path for path in paths}
+    return {f"out/{folder.resolve().name}/{path.relative_to(folder).as_posix()}": path
+            for path in paths if path.name != "train.safetensors"}         # which only --resume needs
 
 def pictures_and_bills():
     """→ {name in the zip: path} of the lecture's pictures, and of bills beside the models."""

@@ -5,15 +5,20 @@
     python -m minisa.exercises play smollm2 --answers=mine.py --prompt="Once upon a time"
 
 roles() says which layers are yours. reuse_layer() reads the prompt there, and decode() writes one token after
-the other, with the cache that it fills. cache_bytes() and decode_flops() make the bill, beside what minisa
-counts. The rest of the model is minisa's.
+the other, with the cache that it fills. The rest of the model is minisa's.
+
+A text looks plausible however wrong the code is. So below it a table compares yours with minisa's: how many
+tokens are the same, with the same seed; the loss on a passage of a held-out play, half of it read, half of it
+decoded; and the bill by cache_bytes() and decode_flops(), beside what minisa counts.
 """
 
 import sys
 from functools import partial
+from itertools import takewhile, tee
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from minisa.cost import measure
 from minisa.exercises.child import describe, read_answers
@@ -93,7 +98,9 @@ class YourLayer(SharedAttention):
         return (z.reshape(1, -1) @ W_out.T)[None], P
 
 def put_in(model, yours):
-    """Let the answers compute the reuse layers of a model. Raises ValueError if their roles() differ."""
+    """→ the model, with reuse layers that the answers compute, and the roles of its layers. Raises ValueError
+    if roles() gives others."""
+    model = reconfigure(model)
     config = model.config
     roles = yours.call("roles", config.share, config.n_layer)
     expected = [ROLES[type(block.attn).__name__] for block in model.blocks]
@@ -106,7 +113,7 @@ def put_in(model, yours):
             mine.load_state_dict(block.attn.state_dict())
             mine.yours = yours
             block.attn = mine.eval()
-    return roles
+    return model, roles
 
 def open_model(args):
     """→ a model that shares attention weights, its tokenizer, and its name."""
@@ -120,7 +127,19 @@ def open_model(args):
         raise ValueError(f"{source}: shares in another way than Shared Attention; take out/weights-1-3")
     return model, tokenizer, source
 
-# ---- text and bill ----
+# ---- text, loss and bill ----
+
+# the first lines of Twelfth Night, which is held out of the training text
+PASSAGE = """DUKE ORSINO:
+If music be the food of love, play on;
+Give me excess of it, that, surfeiting,
+The appetite may sicken, and so die.
+That strain again! it had a dying fall:
+O, it came o'er my ear like the sweet sound,
+That breathes upon a bank of violets,
+Stealing and giving odour! Enough; no more:
+'Tis not so sweet now as it was before.
+"""
 
 def stream(model, tokens, args):
     """Yield the ids of the tokens that follow."""
@@ -129,6 +148,15 @@ def stream(model, tokens, args):
     ids = torch.tensor([tokens[-min(cache.size, PREFILL_CHUNK):]])
     for token in model.stream(ids, args.max_new_tokens, args.temperature, None, generator, cache):
         yield token.item()
+
+@torch.inference_mode()
+def loss(model, ids):
+    """→ nats per token of ids (1, T): the first half is read, the rest decoded one by one."""
+    T = ids.size(1)
+    cache, half = KVCache(model, 1, T), T // 2
+    parts = [ids[:, :half], *ids[:, half:-1].split(1, dim=1)]
+    logits = torch.cat([model(part, cache=cache)[0] for part in parts], dim=1)
+    return F.cross_entropy(logits[0], ids[0, 1:]).item()
 
 def bill(config, roles, yours, context, counted):
     """→ rows of a table: what the answers predict, and the Cost that minisa counted on a real step."""
@@ -149,8 +177,7 @@ def bill(config, roles, yours, context, counted):
     def size():
         return yours.call("cache_bytes", roles, "weights", *heads, context, 4)
 
-    return [["", "yours", "counted"],
-            [f"cache of {context:,} tokens, in bytes", predicted(size), f"{counted.cache_bytes:,}"],
+    return [[f"cache of {context:,} tokens, in bytes", predicted(size), f"{counted.cache_bytes:,}"],
             ["FLOPs of one more token", predicted(flops), f"{counted.decode_flops:,}"]]
 
 def main():
@@ -162,13 +189,20 @@ def main():
         raise ValueError("--prompt: this model has no token for any of it; take another text")
     context = min(len(tokens) + args.max_new_tokens, model.config.block_size)
     counted = measure(model, context)
-    roles = put_in(model, yours)
+    mine, roles = put_in(model, yours)
     print(f"{source}, layers {model.config.share} share; those that reuse are yours\n", file=sys.stderr)
     print(args.prompt, end="", flush=True)
-    for text in tokenizer.decode_stream(stream(model, tokens, args)):
+    written, again = tee(stream(mine, tokens, args))
+    for text in tokenizer.decode_stream(written):
         print(text, end="", flush=True)
     print("\n")
-    print_table(bill(model.config, roles, yours, context, counted))
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(again, stream(model, tokens, args)))
+    passage = torch.tensor([tokenizer.encode(PASSAGE)[:model.config.block_size]])
+    losses = [f"{loss(each, passage):.4f}" for each in (mine, model)]
+    print_table([["", "yours", "minisa's"],
+                 ["tokens until the first that differs", f"{len(list(same)):,}", f"{args.max_new_tokens:,}"],
+                 ["loss on a passage, in nats per token", *losses],
+                 *bill(model.config, roles, yours, context, counted)])
 
 if __name__ == "__main__":
     command(main)

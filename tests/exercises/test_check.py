@@ -7,6 +7,7 @@ exercise in another way, that must be right too.
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def layer(H, G, W_v, W_out, kind=SharedAttention):
     return attn
 
 def output_of_layer(P, x, W_v, W_out):
-    D = x.size(1) // len(P)
+    D = W_out.size(1) // len(P)
     attn = layer(len(P), len(W_v) // D, W_v, W_out)
     return attn(x[None], STEP, P[None])[0][0]
 
@@ -151,7 +152,7 @@ def overflowing_in_python(q, k, t):
 
 def interleaved(P, x, W_v, W_out):
     """Heads take the values of group h mod G."""
-    D = x.size(1) // len(P)
+    D = W_out.size(1) // len(P)
     v = split_heads(F.linear(x, W_v)[None], len(W_v) // D)[0]
     return F.linear(torch.cat([P[h] @ v[h % len(v)] for h in range(len(P))], 1), W_out)
 
@@ -415,6 +416,47 @@ def test_a_group_of_cases_earns_its_own_points():
         ("a group per head", 6), ("heads share groups", 0)]
     assert result("decode", decode_forgets).points == 5 and result("keep", earlier_stays).points == 5
 
+def full_width(name):
+    """Takes no heads to share keys and values."""
+    return lambda *given: ANSWERS[name](*given[:3], given[2], *given[4:])
+
+def without_groups(values, P, v):
+    values.append(v)
+    return (P.T[..., None] * torch.stack(values)).sum(0)
+
+@pytest.mark.parametrize("name, answer, points", [
+    ("decode", without_groups, 6),
+    ("cache_bytes", full_width("cache_bytes"), 6),
+    ("decode_flops", full_width("decode_flops"), 9),
+    ("refit", lambda Z, Y, W, ridge: (torch.linalg.pinv(Z) @ Y).T, 4),
+    ("refit", lambda Z, Y, W, ridge: refit(Z, Y, 0 * W, ridge), 4),
+], ids=range(5))
+def test_half_an_idea_has_its_points(name, answer, points, seeds):
+    for seed in seeds():
+        assert result(name, answer).points == points, seed
+
+@pytest.mark.parametrize("wrong", [lambda P, x, v, o: reuse_layer(P, x, v.T, o),
+                                   lambda P, x, v, o: reuse_layer(P, x, v, o.T)], ids=["W_v", "W_out"])
+def test_a_matrix_the_wrong_way_round_is_an_error_of_shapes(wrong):
+    for group in result("reuse_layer", wrong).groups:
+        assert "Error: " in group.wrong and group.points == 0
+
+PAGES = Path(check.__file__).parent
+
+def test_the_sheet_and_the_rubric_say_the_points_and_the_minutes_fill_the_labs():
+    sheet = (PAGES / "README.md").read_text(encoding="utf-8")
+    rubric = (PAGES / "teacher/rubric.md").read_text(encoding="utf-8")
+    plan = (PAGES / "teacher/README.md").read_text(encoding="utf-8")
+    exercises = re.findall(r"\*\*(\d+)\. .*?\*\* \(`(\w+)`, (\d+) minutes, (\d+) points\)", sheet)
+    assert [name for _, name, _, _ in exercises] == NAMES
+    for (number, name, minutes, points), groups in zip(exercises, check.EXERCISES.values()):
+        assert int(points) == sum(groups.values())
+        said = ", ".join(f"{group} {of}" for group, of in groups.items())
+        assert f"| `{name}` | {said} |" in rubric
+        assert re.search(rf"\| {number} [^|]*\| {minutes} \|", plan), name
+    minutes = [int(entry[2]) for entry in exercises]
+    assert sum(minutes[:6]) == sum(minutes[6:]) == 70
+
 # ---- what it says ----
 
 def failing(P, w):
@@ -425,29 +467,58 @@ def failing(P, w):
 def test_a_failed_case_says_its_number_its_inputs_by_name_and_both_values():
     def said(name, answer):
         return result(name, answer).wrong
-    shape = r"a tensor of shape \(2, 5, 5\): \[.*\]"
-    assert re.fullmatch(rf"case 1 \(some of each\): expected {shape}, got {shape}, for P={shape}, w=a .*",
-                        said("mixture", lambda P, w: P))
+    shape = r"a tensor of shape \(2, 4, 4\): \[\.\.\., \[.*\]\]"
+    first = r" \(first at \[0, 0, 0\]: 1.8, not 1\)"
+    assert re.fullmatch(rf"case 1 \(some of each\): expected {shape}, got {shape}{first}, for P={shape}, "
+                        "w=a .*", said("mixture", lambda P, w: P))
     assert "got ZeroDivisionError: division by zero" in said("mixture", failing)
     newline = said("roles", lambda share, n_layer: roles(share.removesuffix("\n"), n_layer))
     assert "expected a ValueError, got ['full'" in newline and "\\n', n_layer=" in newline
     assert "(its cache): afterwards, values does not hold" in said("decode", decode_forgets)
 
+@pytest.mark.parametrize("name, wrong, said", [
+    ("roles", lambda share, n: roles(share, n)[:-1] + ["full"], r"\(first at \[\d\]: 'reuse', not 'full'\)"),
+    ("attention_row", lambda q, k, t: attention_row(q, k, t)[:t + 1], r"\(of size 4, not 6\), for"),
+    ("attention_row", lambda q, k, t: [attention_row(q, k, t)], r"\(of size 1 × 1, not 1\), for"),
+    ("keep", lambda got, n: keep(got, n)[:-1], r"received=\[([\d.]+, ){11}[\d.]+\], budget=2"),
+    ("similarity", lambda P, Q: 0.5, r"expected ([\d.]+), got 0.5 \([\d.]+ too (much|little)\)"),
+    ("decode_flops", lambda *given: decode_flops(*given) - 2048, r"\(2,048 too little\)"),
+    ("mixture", lambda P, w: P * w.sum(1)[:, None, None], r"\(first at \[0, 1, 0\]: \S+, not \S+\)"),
+], ids=range(7))
+def test_a_failed_case_says_where_it_differs_first_and_by_how_much(name, wrong, said):
+    assert re.search(said, result(name, wrong).wrong)
+
+@pytest.mark.parametrize("name", ["similarity", "best_source", "mixture", "reuse_layer"])
+def test_what_is_shown_of_P_is_more_than_the_token_that_sees_itself_alone(name):
+    shown = [judge.shown(case.arguments["P"]) for case in check.cases(getattr(check, name))]
+    trivial = [text for text in shown if re.search(r"\[1(, 0)+(, \.\.\.)?\]+$", text)]
+    assert len(trivial) < len(shown) / 2
+
+def test_a_loop_without_end_is_interrupted_in_a_notebook_and_errors_name_the_line_of_the_cell(monkeypatch):
+    names = {}
+    exec(compile("def keep(r, n):\n    while True:\n        pass\n"
+                 "def mixture(P, w):\n    return P @ 1\n", "<cell>", "exec"), names)
+    assert "in line 5 of this cell: " in result("mixture", names["mixture"]).wrong
+    monkeypatch.setattr(grade, "SECONDS", 0.2)
+    assert result("keep", names["keep"]).wrong == "was interrupted; a case may take 0.2 seconds"
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_case_can_be_pasted_whole(name):
+def test_a_case_can_be_pasted_whole_and_compares(name, capsys):
+    def wrong(*given):
+        raise AssertionError
     for number, case in enumerate(check.cases(getattr(check, name)), start=1):
         pasted = judge.pasted(getattr(check, name), number)
-        assert len(pasted.splitlines()) < 14
-        names = {name: ANSWERS[name]}
-        if case.expected is ValueError:
-            with pytest.raises(ValueError):
-                exec(pasted, names)
-            continue
+        assert len(pasted.splitlines()) < 16 and len(pasted) < 2000
+        exec(pasted, {name: wrong, "__name__": "answers"})              # nothing, while it is graded
+        names = {name: ANSWERS[name], "__name__": "__main__"}
         exec(pasted, names)
+        said = capsys.readouterr().out
+        differ = re.search("largest difference: (.*)", said)
+        assert float(differ[1]) < 1e-3 if differ else said.endswith("\nright: True\n")
         for given, value in case.arguments.items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(names[given], value)
-        assert judge.is_right(names["expected"], case.expected)
+        assert case.expected is ValueError or judge.is_right(names["expected"], case.expected)
     with pytest.raises(ValueError, match="has cases 1 to"):
         judge.pasted(getattr(check, name), number + 1)
 

@@ -163,8 +163,8 @@ def test_one_exercise_is_graded_alone_and_its_cases_are_printed(right, run, tmp_
     assert len(tests) == 2
     assert tests[0] == {"name": "keep: all different", "score": 5, "max_score": 5, "output": "right"}
     status, out, _ = run(main, "--only=keep", "--case=2")
-    assert status == 0 and out.startswith("# keep, case 2 (all different)\n")
-    assert "print(keep(received, budget))" in out
+    assert status == 0 and out.startswith("# keep, case 2 (all different): ")
+    assert "yours = keep(received, budget)" in out
 
 def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(right, run, tmp_path):
     folder = tmp_path / "answers"

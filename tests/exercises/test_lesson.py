@@ -75,6 +75,12 @@ def test_every_cell_runs(tmp_path, text, monkeypatch, capsys):
     out, _ = capsys.readouterr()
     assert out.count("they agree") == 2
     for name, _ in to_write():
-        assert f"{name}: not answered yet" in out
+        assert re.search(rf"^{name} +0 of +\d+   not answered yet$", out, re.M)
     assert "trained to share" in out and "--share=2-3" in out
     assert (checkout / "mine.py").read_text(encoding="utf-8") == TEMPLATE
+    assert names["comparable"](names["FULL"], names["SHARED"])
+    longer = shutil.copytree(checkout / names["SHARED"], tmp_path / "longer")
+    with (longer / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 40}\n')
+    assert not names["comparable"](names["FULL"], longer)
+    assert not names["comparable"](names["FULL"], tmp_path / "none")

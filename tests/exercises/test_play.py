@@ -14,7 +14,7 @@ import torch
 
 import train
 from minisa.exercises import handout, play, rank
-from minisa.kit.checkpoint import load
+from minisa.kit.checkpoint import load, save
 from minisa.kit.cli import command
 
 TINY = ("--n_layer=3 --n_head=4 --n_kv_head=2 --n_embd=16 --n_hidden=32 --block_size=16 --batch_size=4 "
@@ -47,8 +47,42 @@ def test_right_answers_write_the_text_of_minisa_past_the_context_too(name, share
     ids = tokenizer.encode(prompt)[-16:]
     tokens = model.generate(torch.tensor([ids]), 40, temperature=0)[0, len(ids):].tolist()
     assert status == 0 and out.startswith(prompt + "".join(tokenizer.decode_stream(tokens)) + "\n")
-    rows = [line.split() for line in out.splitlines()[-2:]]
-    assert all(row[-1] == row[-2] for row in rows) and rows[0][:4] == ["cache", "of", "16", "tokens,"]
+    rows = [line.split() for line in out.splitlines()[-4:]]
+    assert all(row[-1] == row[-2] for row in rows) and rows[2][:4] == ["cache", "of", "16", "tokens,"]
+    assert rows[0][-1] == "40"
+
+WRONG = {
+    "no .T": ("return y @ W_out.T", "return y @ W_out"),
+    "other heads": ("    values.append(v)", "    values.append(v)\n    P = P.flip(0)"),
+}
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_code_that_is_wrong_writes_other_tokens_and_has_another_loss(wrong, right, runs, run, tmp_path):
+    old, new = WRONG[wrong]
+    text, file = right.read_text(), tmp_path / "mine.py"
+    assert old in text
+    file.write_text(text.replace(old, new))
+    status, out, _ = run(play.main, larger(runs / "shared"), f"--answers={file}", "--max_new_tokens=40")
+    same, loss, *bill = [line.split() for line in out.splitlines()[-4:]]
+    assert status == 0 and int(same[-2]) < 40 == int(same[-1]) and loss[-2] != loss[-1]
+    assert all(row[-1] == row[-2] for row in bill)
+
+def larger(folder):
+    """The model with larger matrices in attention, as if trained for more than twelve steps."""
+    model, tokenizer, info = load(folder)
+    grown = folder.with_name(f"{folder.name}-larger")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight *= 20
+            block.attn.out.weight *= 20
+    save(grown, model, tokenizer, {"data": info["data"]})
+    return grown
+
+def test_the_loss_of_play_is_that_of_the_whole_passage_read_at_once(runs):
+    model, tokenizer, _ = load(runs / "full")
+    ids = torch.tensor([tokenizer.encode(play.PASSAGE)[:16]])
+    _, expected = model(ids[:, :-1], ids[:, 1:])
+    assert play.loss(model, ids) == pytest.approx(expected.item(), abs=1e-4)
 
 def test_answers_that_fail_are_named_with_their_line(right, runs, run, tmp_path):
     text, file = right.read_text(), tmp_path / "mine.py"
@@ -193,7 +227,7 @@ def test_the_handout_opens_and_its_models_are_as_they_were(runs, run, tmp_path):
         assert archive.testzip() is None and all(name.isascii() and "\\" not in name for name in names)
         archive.extractall(tmp_path / "unpacked")
     assert status == 0 and "wrote a.zip" in out
-    assert not any("solutions" in name for name in names)
+    assert not any("solutions" in name or name.endswith("train.safetensors") for name in names)
     for name in ("HANDOUT.txt", "out/bill.csv", "assets/axes.png", "assets/smollm2/attention.png",
                  "minisa/exercises/README.md", "minisa/exercises/lesson.ipynb",
                  "minisa/exercises/answers.py"):
