@@ -85,8 +85,7 @@ class Case:
 
 def sources(args):
     """The models that the flags name, or every run in out/."""
-    folders = (file.parent for file in Path("out").glob("*/model.safetensors"))
-    runs = [folder.as_posix() for folder in folders if (folder / "config.json").exists()]
+    runs = [file.parent.as_posix() for file in Path("out").glob("*/config.json")]
     found = args.models or sorted(runs)
     if not found:
         raise ValueError("there is no trained model in out/; train one with: python train.py")
