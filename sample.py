@@ -112,8 +112,8 @@ def cases(args):
                 yield Case(source, model, tokenizer, way, bpb, cache)
 
 def losses(source, model, tokenizer, info, args, ways):
-    """→ the bits per byte of validation text with each way to keep the cache; None if the text that the
-    model was trained on is gone. Raises ValueError if it is, with --squeeze."""
+    """→ the bits per byte of validation text with each way to keep the cache. If the text that the
+    model was trained on is gone: None, or with --squeeze a ValueError."""
     if info["val_bpb"] and not args.squeeze:
         return [info["val_bpb"]]
     try:
@@ -205,7 +205,7 @@ COSTS = {       # column → the field of a minisa.cost.Cost
 def costs_of(case, args):
     """→ the columns of the bill that are predicted and counted; where the two differ, both."""
     context = min(args.context, case.model.config.block_size)
-    # what generates on: decode.py in numpy, or model.py in torch
+    # the engine that generates after the prompt: decode.py in numpy, or model.py in torch
     engine = "numpy" if handles(case.model, case.cache or KVCache(case.model, 1, 1)) else "torch"
     cache_of = case.cache and (lambda prompt: case.cache)
     predicted = predict(case, context)

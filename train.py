@@ -88,7 +88,7 @@ PRESETS = {
     "cpu": {},                      # the defaults above
     "gpu": {                        # the shape of nanoGPT's Shakespeare recipe
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256,
-        "dropout": 0.2,             # each token is seen sixty times
+        "dropout": 0.2,             # each token is seen fifteen times
         "batch_size": 64, "max_iters": 1500, "eval_interval": 250,
         "learning_rate": 1e-3, "warmup_iters": 100, "weight_decay": 0.1},
     # three times as many steps, for the tables of the pages: each token is seen four times
@@ -138,7 +138,7 @@ def make_model(settings, given, saved, processes):
     else:                                               # a wrong shape is refused before the download
         shape = {name: getattr(settings, name) for name in SHAPE}
         config = GPTConfig(vocab_size=settings.vocab_size, **shape)
-    own = tokenizer if settings.init_from else None     # None: it is learned on the text
+    own = tokenizer if settings.init_from else None     # None: a new one, see --tokenizer
     with processes.first():
         data = tokenize(settings.text, settings.tokenizer, settings.vocab_size, own, settings.data_dir)
     if saved and data.digest != saved.info["data_digest"]:
@@ -283,8 +283,8 @@ def flags_of(settings):
             if name not in NOT_SAVED and value is not None]
 
 def continued(given, saved, folder):
-    """What was given, and Saved in a run's folder → all that was given to the run. Raises ValueError if
-    the one contradicts the other."""
+    """Merge the flags of this command with those Saved in a run's folder. Raises ValueError if they
+    conflict."""
     with reading(folder / STATE, "not the state of a run", "start a new run"):
         before = cli.read_settings(Settings, [*saved.settings])
         if not 0 <= saved.progress.step <= before["max_iters"]:

@@ -98,8 +98,8 @@ class Decoder:
     """Decoder(model, cache).step(token) → logits (V,), continuing the text that a cache holds.
 
     model: a GPT in eval mode, in float32 on the CPU. cache: its KVCache (see model.py) of one
-    sequence, empty or not. The arrays here are the tensors' own memory, so model.py can go on from
-    what a Decoder leaves. Raises ValueError if model or cache is anything else: see handles().
+    sequence, empty or not. The cache arrays here are the tensors' own memory, so model.py can go
+    on from what a Decoder leaves. Raises ValueError if model or cache is anything else: see handles().
     """
 
     def __init__(self, model, cache):
@@ -170,8 +170,8 @@ MLP = ["mlp.gate.weight", "mlp.up.weight", "mlp.down.weight"]
 
 def known(part):
     """Whether this file has a numpy counterpart for a part of a model, or a cache. Its class must
-    be one of model.py or torch, or name the counterpart in an in_numpy of its own: an inherited one
-    does not count, as a subclass may compute something else."""
+    be one of model.py or in TORCH, or name the counterpart in an in_numpy of its own: an inherited
+    one does not count, as a subclass may compute something else."""
     kind = type(part)
     if vars(part).keys() & dir(kind):                       # such as a forward() of its own
         return False
@@ -188,7 +188,7 @@ def in_float32(tensor):
     return tensor.is_cpu and str(tensor.dtype) in ("torch.float32", "torch.int64")
 
 def fits(index, block, cache):
-    """Whether a block is the index-th of a model that the cache, of one sequence, was made for."""
+    """Whether a block is layer `index`, and the cache, of one sequence, has its shapes."""
     G, made = block.attn.G, block.attn.widths               # numbers for one token
     k_shape = (1, G, cache.size, made.k // G)
     v_shape = (1, G, cache.size, made.v // G)
