@@ -153,6 +153,7 @@ class Decoder {
     this.D = n_embd / n_head;
     this.size = block_size;
     this.length = 0; // tokens seen so far
+    this.S = 0;
     this.frequencies = Array.from({ length: this.D / 2 }, (_, i) => rope_base ** (-2 * i / this.D));
     this.layers = model.layers.map((layer, l) => {
       const { makes, attention } = KINDS[kinds[l]];
