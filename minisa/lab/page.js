@@ -183,7 +183,8 @@ class Side {
 
   show_cost() {
     const [cost, full] = [this.cost, this.full_cost()];
-    const rows = { "KV cache, bytes": "cache_bytes", "FLOPs": "flops", "bytes read": "read_bytes" };
+    const rows = { "KV cache now, bytes": "cache_bytes", "FLOPs for the newest token": "flops",
+      "bytes read for it": "read_bytes" };
     const cells = Object.entries(rows).map(([name, key]) => `<tr><th scope=row>${name}</th>`
       + `<td>${written(cost[key])}</td><td>${percent(cost[key] / full[key])}</td></tr>`);
     find("tbody", this.element).innerHTML = cells.join("");
@@ -195,7 +196,7 @@ class Side {
   }
 
   get name() {
-    const how = this.changed ? ", untrained" : this.model.config.share ? ", trained this way" : "";
+    const how = this.changed ? ", never trained to" : this.model.config.share ? ", as trained" : "";
     return `${this.letter}: ${in_words(this.reuse, this.kind)}${how}`;
   }
 
@@ -220,7 +221,8 @@ class Side {
   }
 
   loss(reading) {
-    if (!reading.done) return `measuring… ${written(reading.bytes)} of ${written(this.model.passage_bytes)} bytes`;
+    const whole = written(this.model.passage_bytes);
+    if (!reading.done) return `measuring… ${written(reading.bytes)} of ${whole} bytes`;
     const bits = `<b class=bpb>${reading.bits_per_byte.toFixed(3)}</b>`;
     if (reading === this.as_trained) return `${bits} ± ${reading.error().toFixed(3)}`;
     if (!this.as_trained.done) return bits;
@@ -243,7 +245,7 @@ class Side {
 
   // ---- the layers ----
 
-  // How wide a column is: wide enough for a letter until such columns no longer fit, then all slots are shown.
+  // A column is wide enough for a letter until such columns no longer fit; then all slots are shown.
   fit(width) {
     const { S, size } = this.decoder;
     const wide = Math.floor(width / (0.8 * rem()));
@@ -315,10 +317,10 @@ class Side {
     if (!seen) return;
     const position = this.position(column);
     this.part("text").children[position]?.classList.add("at");
-    const looks = this.weights.map((row) => percent(row[column]));
+    const looks = this.weights.map((row) => percent(row[column])).join(", ");
     const name = label(this.model.tokenizer, this.tokens[position]);
     this.part("hint").textContent = `The newest token's attention to “${name}” (token ${position + 1}), `
-      + `layers 0–${looks.length - 1}: ${looks.join(", ")}`;
+      + `layers 0–${this.rows.length - 1}: ${looks}`;
   }
 }
 
@@ -413,7 +415,8 @@ class Paint {
     fill();
     context.strokeStyle = this.color("ink");
     context.lineWidth = 2;
-    if (newest !== null) context.strokeRect(gutter() + newest * this.box, this.y, Math.max(this.box - 1, 3), h);
+    const width = Math.max(this.box - 1, 3);
+    if (newest !== null) context.strokeRect(gutter() + newest * this.box, this.y, width, h);
     context.lineWidth = 1;
     this.y += h + 3;
   }
@@ -507,15 +510,15 @@ function frame(now) {
 
 function say() {
   by_id("degrees").textContent = by_id("temperature").value;
-  const prompt = by_id("prompt").value;
   const notes = [];
   const left_out = Math.max(...sides.map((side) => side.left_out));
-  if (!prompt) notes.push("The prompt is empty, so the text begins with a newline.");
-  if (left_out) notes.push(`Only the last ${written(Math.min(...sides.map((side) => side.n_prompt)))} tokens of this `
-    + `prompt are read (the first ${written(left_out)} can no longer influence the result).`);
-  if (sides.some((side) => !side.n_prompt)) notes.push("No token for any of this prompt: type another.");
+  if (!by_id("prompt").value) notes.push("The prompt is empty, so the text begins with a newline.");
+  const read = Math.min(...sides.map((side) => side.n_prompt));
+  if (left_out) notes.push(`Only the last ${written(read)} tokens of this prompt are read `
+    + `(the first ${written(left_out)} can no longer influence the result).`);
+  if (!read) notes.push("No token for any of this prompt: type another.");
   const used = written(seed());
-  if (String(seed()) !== by_id("seed").value) notes.push(`Seed ${used} is used: whole numbers from 0 to 999,999.`);
+  if (String(seed()) !== by_id("seed").value) notes.push(`Seed ${used}: it is a whole number up to 999,999.`);
   if (goal >= MOST) notes.push(`${written(MOST)} tokens are enough: restart, or type another prompt.`);
   const note = notes.join(" ");
   if (by_id("note").textContent !== note) by_id("note").textContent = note;
@@ -591,7 +594,7 @@ function tour(number) {
   const target = find(shows) ?? by_id("sides");
   target.classList.add("shown");
   target.dataset.strips = strips;
-  target.scrollIntoView({ block: "center" });
+  target.scrollIntoView({ block: "nearest" });
   by_id("tour-back").disabled = stop === 0;
   by_id("tour-next").textContent = stop + 1 < stops.length ? "Next" : "Done";
   if (begins) by_id("tour-next").focus({ preventScroll: true });

@@ -334,8 +334,8 @@ def test_the_tour_ends_with_the_same_cache_untrained_and_trained(tiny_page, open
     tab.click("text=Make A share like B")
     settle(tab)
     names = [row.split("\t")[0] for row in tab.locator("#scores.shown tbody tr").all_inner_texts()]
-    assert names == ["A: full attention, as trained", "A: layers 2–3 reuse P of layer 1, untrained",
-                     "B: layers 2–3 reuse P of layer 1, trained this way"]
+    assert names == ["A: full attention, as trained", "A: layers 2–3 reuse P of layer 1, never trained to",
+                     "B: layers 2–3 reuse P of layer 1, as trained"]
     tab.keyboard.press("Escape")
     assert tab.locator("#tour").is_hidden()
 
@@ -364,7 +364,7 @@ def test_a_seed_that_is_none_is_named(tiny_page, open_page, typed, used):
     tab = open_page(tiny_page)
     tab.fill("#seed", typed)
     settle(tab)
-    assert f"Seed {used:,} is used" in tab.locator("#note").inner_text()
+    assert f"Seed {used:,}: " in tab.locator("#note").inner_text()
 
 def test_bars_of_the_cache_have_one_scale_and_grow(tiny_page, open_page):
     tab = open_page(tiny_page)
