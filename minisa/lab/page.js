@@ -155,7 +155,6 @@ class Side {
     }
     stale = true;
     this.logits = decoder.step(tokens[decoder.length]);
-    this.cost = predict(this.model.config, this.kinds, decoder.S);
   }
 
   show(all) {
@@ -182,7 +181,8 @@ class Side {
   }
 
   show_cost() {
-    const [cost, full] = [this.cost, this.full_cost()];
+    const cost = predict(this.model.config, this.kinds, this.decoder.S);
+    const full = this.full_cost();
     const rows = { "KV cache now, bytes": "cache_bytes", "FLOPs for the newest token": "flops",
       "bytes read for it": "read_bytes" };
     const cells = Object.entries(rows).map(([name, key]) => `<tr><th scope=row>${name}</th>`

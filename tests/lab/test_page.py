@@ -198,7 +198,7 @@ def test_tokens_are_those_of_the_tokenizer(tiny_page, open_page):
         assert tab.evaluate(bytes_of, ids) == list(text.encode()), text[:40]
 
 @pytest.mark.parametrize("prompt, shown, note", [
-    ("", "\n", "The prompt is empty"), ("👩‍👧 ☃", "👩‍👧 ☃", ""), ("x y " * 2500, None, "Only the last 96 tokens "),
+    ("", "\n", "The prompt is empty"), ("👩‍👧 ☃", "👩‍👧 ☃", ""), ("x y " * 2500, None, "Only the last 96 "),
     ("\x00", "\x00", "")], ids=["empty", "emoji", "10,000 characters", "unseen"])
 def test_any_prompt_is_handled(tiny_page, open_page, prompt, shown, note):
     tab = open_page(tiny_page)
