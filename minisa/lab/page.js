@@ -80,7 +80,8 @@ class Side {
       canvas.onpointermove = (event) => this.point(Math.floor((event.offsetX - gutter()) / this.box));
       canvas.onpointerleave = () => this.point(null);
     }
-    find("summary", this.element).textContent = `The held-out text, ${written(this.model.passage_bytes)} bytes`;
+    const size = written(this.model.passage_bytes);
+    find("summary", this.element).textContent = `The held-out text, ${size} bytes`;
     find("blockquote", this.element).textContent = this.model.passage;
     this.as_trained = new Reading(this.model, this.model.kinds);
     this.set_sharing(this.trained);
@@ -549,7 +550,9 @@ by_id("play").onclick = () => play(!playing);
 by_id("step").onclick = step;
 by_id("restart").onclick = () => restart(0);
 by_id("head").onchange = wake;
-for (const name of ["prompt", "seed", "temperature"]) by_id(name).oninput = () => restart(Math.min(goal, 100));
+for (const name of ["prompt", "seed", "temperature"]) {
+  by_id(name).oninput = () => restart(Math.min(goal, 100));
+}
 
 document.onkeydown = (event) => {
   by_pointer = false;
