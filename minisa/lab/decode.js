@@ -153,6 +153,7 @@ class Decoder {
     this.D = n_embd / n_head;
     this.size = block_size;
     this.length = 0; // tokens seen so far
+    this.S = 0;
     this.frequencies = Array.from({ length: this.D / 2 }, (_, i) => rope_base ** (-2 * i / this.D));
     this.layers = model.layers.map((layer, l) => {
       const { makes, attention } = KINDS[kinds[l]];
@@ -221,19 +222,17 @@ function uniform(seed) {
 function predict(config, kinds, S) {
   const { n_head: H, n_kv_head: G, n_embd: C, n_hidden: M, vocab_size: V } = config;
   const D = C / H;
-  let [matrices, cached, numbers_read, flops] = [V * C, 0, V * C, 2 * C * V];
+  let [cached, numbers_read, flops] = [0, V * C, 2 * C * V];
   for (const kind of kinds) {
     const made = (name, heads) => (KINDS[kind].makes.includes(name) ? heads * D : 0);
     const [q, k, v] = [made("q", H), made("k", G), made("v", G)];
     const layer = C * (q + k + v) + C * C + 3 * C * M;
     const keys_read = q ? G * D * S : 0; // without a q, none are read
-    matrices += layer;
     cached += k + v;
     numbers_read += layer + keys_read + G * D * S;
     flops += 2 * layer + 2 * q * S + 2 * C * S; // scores, and weighted sum
   }
   return {
-    parameters: matrices + C + (config.tied ? 0 : V * C),
     cache_bytes_per_token: cached * BYTES_PER_NUMBER,
     cache_bytes: cached * BYTES_PER_NUMBER * S,
     read_bytes: numbers_read * BYTES_PER_NUMBER,

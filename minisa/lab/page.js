@@ -8,14 +8,13 @@ const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const find = (selector, inside = document) => inside.querySelector(selector);
 const by_id = (id) => document.getElementById(id);
 const written = (number) => number.toLocaleString("en-US");
+const percent = (part) => `${(100 * part).toFixed(0)} %`;
 const MOST = 1000; // tokens generated
 const LONGEST = 100000; // characters of a prompt that are looked at
 const SLICE = 30; // ms of work between two pictures
-const SHOWN_TOKENS = 6; // of the likeliest next ones
 
 const models = JSON.parse(by_id("models").textContent).map(open_model);
 let goal = 12;
-let ms = 2; // that a token takes: a mean over all models, as it varies too much to compare them
 let playing = false;
 
 // How a token is written where its ends must be seen.
@@ -25,20 +24,27 @@ function label(tokenizer, id) {
   return Array.from(tokenizer.bytes(id), (byte) => "\\x" + byte.toString(16).padStart(2, "0")).join("");
 }
 
+// Which layers reuse what, for people.
+function in_words(reuse, kind) {
+  const taken = { weights: "P", kv: "K and V" }[kind];
+  const spans = share_of(reuse).split(",").filter(Boolean).map((span) => {
+    const [anchor, last] = span.split("-").map(Number);
+    const layers = last - anchor === 1 ? `layer ${last} reuses` : `layers ${anchor + 1}–${last} reuse`;
+    return `${layers} ${taken} of layer ${anchor}`;
+  });
+  return spans.join(", ") || "full attention";
+}
+
 // ---- one model: its state, and its part of the page ----
 
 class Side {
   constructor(model, index) {
     this.model = model;
-    this.reuse = model.kinds.map((kind) => kind !== "full");
+    this.trained = model.kinds.map((kind) => kind !== "full"); // which layers reuse
     this.kind = model.config.share_kind;
+    this.letter = "AB"[index];
     this.element = by_id("side").content.cloneNode(true).firstElementChild;
     by_id("sides").append(this.element);
-    this.part("name").textContent = `${"AB"[index]}: ${model.name}`;
-    const names = { weights: "Shared Attention", kv: "Cross-Layer Attention" };
-    const { share, share_kind } = model.config;
-    this.part("trained").textContent = "trained with "
-      + (share ? `${names[share_kind]}, --share=${share}` : "full attention");
     this.build();
   }
 
@@ -47,32 +53,38 @@ class Side {
   }
 
   build() {
-    const { n_layer, share } = this.model.config;
-    this.rows = Array.from({ length: n_layer }, () => {
-      const row = document.createElement("li");
-      row.className = "layer";
-      row.innerHTML = "<button type=button role=switch><b></b><small></small><span class=switch></span>"
-        + "</button><canvas role=img></canvas>";
+    const { share } = this.model.config;
+    this.rows = this.trained.map((_, l) => {
+      const row = by_id("row").content.cloneNode(true).firstElementChild;
+      find("button", row).onclick = () => this.set_sharing(this.reuse.with(l, !this.reuse[l]));
       this.part("layers").prepend(row); // layer 0 at the bottom, as each builds on the one below
       return row;
     });
-    this.rows.forEach((row, l) => {
-      find("button", row).onclick = () => this.set_sharing(this.reuse.map((on, i) => (i === l ? !on : on)));
-    });
     for (const radio of this.element.querySelectorAll("[type=radio]")) {
-      radio.name = `kind-${this.model.name}-${this.part("name").textContent}`;
-      radio.disabled = Boolean(share) && radio.value !== this.kind;
+      radio.name = `kind-${this.letter}`;
       radio.onchange = () => this.set_sharing(this.reuse, radio.value);
     }
-    this.part("as-trained").onclick = () => this.set_sharing(this.model.kinds.map((kind) => kind !== "full"));
+    find("fieldset", this.element).hidden = share !== "";
+    this.part("locked").hidden = share === "";
+    this.part("as-trained").onclick = () => {
+      this.set_sharing(this.trained);
+      this.part("layers").focus({ preventScroll: true }); // as the button vanishes
+    };
+    this.part("layers").onkeydown = (event) => {
+      const way = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+      if (!way) return;
+      this.point((this.pointed ?? this.decoder.slot) + way);
+      event.preventDefault();
+    };
     for (const canvas of this.element.querySelectorAll("canvas")) {
-      canvas.onpointermove = (event) => this.point(Math.floor((event.offsetX - GUTTER) / this.box));
+      canvas.onpointermove = (event) => this.point(Math.floor((event.offsetX - gutter()) / this.box));
       canvas.onpointerleave = () => this.point(null);
     }
-    find("summary", this.element).textContent = `The held-out text, ${written(this.model.passage_bytes)} bytes`;
+    const size = written(this.model.passage_bytes);
+    find("summary", this.element).textContent = `The held-out text, ${size} bytes`;
     find("blockquote", this.element).textContent = this.model.passage;
     this.as_trained = new Reading(this.model, this.model.kinds);
-    this.set_sharing(this.reuse);
+    this.set_sharing(this.trained);
   }
 
   // Lets other layers reuse, or reuse something else, and begins again.
@@ -87,6 +99,8 @@ class Side {
     this.part("command").textContent = `python sample.py ${this.model.name}${flags}`;
     this.changed = this.kinds.some((each, l) => each !== this.model.kinds[l]);
     this.part("as-trained").disabled = !this.changed;
+    find("h2", this.element).textContent = this.name;
+    this.element.dataset.kind = kind;
     this.rows.forEach((row, l) => this.describe(row, l));
     this.reading = this.changed ? new Reading(this.model, this.kinds) : this.as_trained;
     this.restart();
@@ -95,17 +109,18 @@ class Side {
   describe(row, l) {
     const on = this.reuse[l];
     const is_anchor = !on && this.reuse[l + 1];
-    const locked = l === 0 || this.model.kinds[l] !== "full";
+    const anchor = this.reuse.lastIndexOf(false, l - 1); // of l, if it reuses; -1 below layer 0
+    const taken = this.kind === "weights" ? "P" : "K, V";
     row.className = `layer${on ? " reuse" : ""}${on || is_anchor ? " span" : ""}`;
     const button = find("button", row);
-    const taken = this.kind === "weights" ? "P" : "K and V";
-    button.disabled = locked;
-    button.ariaChecked = String(Boolean(on));
-    button.ariaLabel = `Layer ${l} reuses what layer ${l - 1} computes`;
-    button.dataset.taken = taken;
-    find("b", button).textContent = `Layer ${l}`;
-    find("small", button).textContent = on ? "reuse layer" : is_anchor ? "anchor" : "full attention";
-    find(".switch", button).textContent = locked ? "" : on ? "make it full" : "make it reuse";
+    button.disabled = l === 0 || this.trained[l];
+    button.ariaChecked = String(on);
+    button.ariaLabel = `Layer ${l}: ` + (l ? `reuse ${taken} of layer ${anchor}` : "none below");
+    find("b", button).textContent = `Layer ${l}${on ? ": reuse" : is_anchor ? ": anchor" : ""}`;
+    find("small", button).textContent = on ? `uses ${taken} of layer ${anchor}`
+      : is_anchor ? `lends its ${taken} upward` : "full attention";
+    find(".switch", button).textContent = l === 0 ? "no layer below" : this.trained[l] ? "trained to reuse"
+      : on ? "make it full" : "make it reuse";
   }
 
   // Reads the prompt anew.
@@ -117,8 +132,7 @@ class Side {
     this.left_out = ids.length - this.tokens.length;
     this.n_prompt = this.tokens.length;
     this.decoder = new Decoder(this.model, this.kinds);
-    this.random = uniform(Number(by_id("seed").value) || 0);
-    this.all = { flops: 0, read_bytes: 0 };
+    this.random = uniform(seed());
     this.written = 0;
     this.part("text").replaceChildren();
     this.utf8 = new TextDecoder();
@@ -141,20 +155,14 @@ class Side {
       tokens.push(draw(this.logits, Number(by_id("temperature").value), this.random()));
     }
     stale = true;
-    const begin = performance.now();
     this.logits = decoder.step(tokens[decoder.length]);
-    ms += 0.02 * (performance.now() - begin - ms);
-    this.cost = predict(this.model.config, this.kinds, decoder.S);
-    this.all.flops += this.cost.flops;
-    this.all.read_bytes += this.cost.read_bytes;
   }
 
   show(all) {
-    this.show_passage();
     if (!all || !this.decoder.length) return;
     this.show_text();
     this.show_layers();
-    this.show_bill();
+    this.show_cost();
     this.show_next();
   }
 
@@ -173,59 +181,78 @@ class Side {
     box.lastChild.classList.add("newest");
   }
 
-  show_bill() {
-    const full = predict(this.model.config, this.kinds.map(() => "full"), this.decoder.S);
-    const { cost, all } = this;
-    const percent = (name) => `${(100 * cost[name] / full[name]).toFixed(0)} %`;
-    const is_full = this.decoder.length > this.decoder.size;
-    const rows = [
-      ["cache bytes", is_full ? 0 : cost.cache_bytes_per_token, cost.cache_bytes, percent("cache_bytes")],
-      ["FLOPs", cost.flops, all.flops, percent("flops")],
-      ["bytes read", cost.read_bytes, all.read_bytes, percent("read_bytes")],
-    ];
-    const body = find("tbody", this.element);
-    while (body.rows.length < rows.length) body.append(document.createElement("tr"));
-    rows.forEach(([name, ...cells], i) => {
-      const texts = cells.map((cell) => `<td>${typeof cell === "string" ? cell : written(cell)}</td>`);
-      body.rows[i].innerHTML = `<th scope=row>${name}</th>${texts.join("")}`;
+  show_cost() {
+    const cost = predict(this.model.config, this.kinds, this.decoder.S);
+    const full = this.full_cost();
+    const rows = { "KV cache now, bytes": "cache_bytes", "FLOPs for the newest token": "flops",
+      "bytes read for it": "read_bytes" };
+    const cells = Object.entries(rows).map(([name, key]) => `<tr><th scope=row>${name}</th>`
+      + `<td>${written(cost[key])}</td><td>${percent(cost[key] / full[key])}</td></tr>`);
+    find("tbody", this.element).innerHTML = cells.join("");
+  }
+
+  // What full attention in all layers would cost.
+  full_cost(S = this.decoder.S) {
+    return predict(this.model.config, this.kinds.map(() => "full"), S);
+  }
+
+  get name() {
+    const how = this.changed ? ", never trained to" : this.model.config.share ? ", as trained" : "";
+    return `${this.letter}: ${in_words(this.reuse, this.kind)}${how}`;
+  }
+
+  // Rows of the table of scores: the model as it is now, and before that as it was trained if that differs.
+  get scores() {
+    const before = `${this.letter}: ${in_words(this.trained, this.model.config.share_kind)}, as trained`;
+    const trained = this.changed ? this.score(before, this.model.kinds, this.as_trained) : "";
+    return trained + this.score(this.name, this.kinds, this.reading);
+  }
+
+  score(name, kinds, reading) {
+    const full = this.full_cost();
+    const cost = predict(this.model.config, kinds, this.decoder.S);
+    const part = percent(cost.cache_bytes_per_token / full.cache_bytes_per_token);
+    const bar = ["keys", "values"].map((name) => {
+      const layers = kinds.filter((kind) => KINDS[kind].makes.includes(name[0]));
+      return `<i class=${name} style="width: ${50 * layers.length / kinds.length}%"></i>`;
     });
-    this.part("bytes").textContent = `${written(cost.cache_bytes)} bytes`;
-    this.part("of-full").textContent = `${percent("cache_bytes")} of full attention`;
-    const bar = this.part("bar");
-    const stored = (name) => this.kinds.filter((kind) => KINDS[kind].makes.includes(name)).length;
-    for (const [i, name] of ["k", "v"].entries()) {
-      bar.children[i].style.width = `${50 * stored(name) / this.kinds.length}%`;
-      bar.children[i].textContent = stored(name) ? ["keys", "values"][i] : "";
-    }
-    bar.ariaLabel = `The cache takes ${percent("cache_bytes")} of what full attention stores`;
-    const speed = written(Number((1000 / ms).toPrecision(2)));
-    this.part("speed").textContent = `${written(cost.parameters)} parameters; `
-      + `about ${speed} tokens/s without drawing`;
+    return `<tr><th scope=row>${name}</th>`
+      + `<td><div class=bar style="width: ${100 * full.cache_bytes / longest}%">${bar.join("")}</div></td>`
+      + `<td>${written(cost.cache_bytes)} bytes, ${part}</td><td>${this.loss(reading)}</td></tr>`;
+  }
+
+  loss(reading) {
+    const whole = written(this.model.passage_bytes);
+    if (!reading.done) return `measuring… ${written(reading.bytes)} of ${whole} bytes`;
+    const bits = `<b class=bpb>${reading.bits_per_byte.toFixed(3)}</b>`;
+    if (reading === this.as_trained) return `${bits} ± ${reading.error().toFixed(3)}`;
+    if (!this.as_trained.done) return bits;
+    const more = reading.bits_per_byte.toFixed(3) - this.as_trained.bits_per_byte.toFixed(3); // as shown
+    const error = reading.error(this.as_trained);
+    const change = `${more < 0 ? "−" : "+"}${Math.abs(more).toFixed(3)} ± ${error.toFixed(3)}`;
+    return `${bits} <span class=change>${change} (same text, paired)</span>`;
   }
 
   show_next() {
     const p = softmax(this.logits);
-    const likeliest = Array.from(p.keys()).sort((a, b) => p[b] - p[a]).slice(0, SHOWN_TOKENS);
-    const list = find(".next ol", this.element);
-    while (list.children.length < likeliest.length) list.append(document.createElement("li"));
-    likeliest.forEach((id, i) => {
-      const text = document.createElement("code");
-      text.textContent = label(this.model.tokenizer, id);
-      const percent = (100 * p[id]).toFixed(1);
-      list.children[i].replaceChildren(text, `${percent} %`);
-      list.children[i].style.setProperty("--p", `${percent}%`);
+    const likeliest = Array.from(p.keys()).sort((a, b) => p[b] - p[a]);
+    this.element.querySelectorAll(".next li").forEach((row, i) => {
+      const percent = `${(100 * p[likeliest[i]]).toFixed(1)} %`;
+      find("code", row).textContent = label(this.model.tokenizer, likeliest[i]);
+      find("span", row).textContent = percent;
+      row.style.setProperty("--p", percent.replace(" ", ""));
     });
   }
 
   // ---- the layers ----
 
-  // How wide a column is: as many columns as needed, and no wider than 28 pixels.
+  // A column is wide enough for a letter until such columns no longer fit; then all slots are shown.
   fit(width) {
-    let columns = this.decoder.size;
-    const needed = Math.max(this.decoder.S, width / 28);
-    while (columns / 2 >= needed) columns /= 2;
+    const { S, size } = this.decoder;
+    const wide = Math.floor(width / (0.8 * rem()));
+    const columns = S <= wide ? Math.min(wide, size) : size;
     this.box = width / columns;
-    return Math.floor(columns);
+    return columns;
   }
 
   show_layers() {
@@ -237,14 +264,15 @@ class Side {
     this.rows.forEach((row, l) => {
       const paint = new Paint(find("canvas", row), this);
       const { makes } = KINDS[this.kinds[l]];
-      const from = `layer ${this.reuse.lastIndexOf(false, l)}`;
-      paint.strip("P", makes.includes("q"), () => paint.shades(this.weights[l]));
+      const anchor = this.reuse.lastIndexOf(false, l);
+      paint.strip("P", makes.includes("q"), () => paint.shades(this.weights[l]), slot);
       for (const name of ["K", "V"]) {
         const kept = makes.includes(name.toLowerCase());
-        const none = { weights: `no keys: P comes from ${from}`, kv: `those of ${from}, not stored again` };
-        paint.strip(name, kept, () => (kept ? paint.boxes(name) : paint.say(none[this.kinds[l]])));
+        const through = l - anchor > 1 ? `, passed up through layer ${l - 1}` : "";
+        const none = this.kind === "weights" ? `no keys: uses P of layer ${anchor}${through}`
+          : `uses layer ${anchor}'s ${name === "K" ? "keys" : "values"}`;
+        paint.strip(name, kept, () => (kept ? paint.boxes(name) : paint.say(none)), kept ? slot : null);
       }
-      paint.frame(slot);
       paint.context.canvas.ariaLabel = `Layer ${l}, ${S} tokens visible. Stored here: `
         + (makes.includes("k") ? "keys and values" : makes.includes("v") ? "values, no keys" : "nothing");
     });
@@ -255,12 +283,12 @@ class Side {
   show_axis() {
     const paint = new Paint(find(".axis canvas", this.element), this);
     const { context } = paint;
-    const every = Math.ceil(9 / this.box); // 9 pixels hold a letter
+    if (this.box < 0.7 * rem()) return paint.say(`${paint.columns} slots: point at one to see its token`);
     context.fillStyle = paint.color("ink");
     context.textAlign = "right";
-    for (let s = 0; s < this.decoder.S; s += every) {
+    for (let s = 0; s < this.decoder.S; s++) {
       context.save();
-      context.translate(GUTTER + (s + 0.5) * this.box, 3);
+      context.translate(gutter() + (s + 0.5) * this.box, 3);
       context.rotate(-Math.PI / 2);
       context.fillText(label(this.model.tokenizer, this.tokens[this.position(s)]), 0, 0, paint.height - 4);
       context.restore();
@@ -276,8 +304,9 @@ class Side {
   get hint() {
     const { length, size } = this.decoder;
     if (length > size) return `All ${size} slots are taken: each new token overwrites the oldest.`;
+    if (this.changed) return "It now reuses, although it was never trained to.";
     return this.model.config.share ? "Point at a column to see its token."
-      : "Click a layer: it then reuses what the layer below computes, without having been trained to.";
+      : "Click a layer above layer 0: it then reuses, although it was never trained to.";
   }
 
   // Says which token is in a column, and how much each layer looks at it.
@@ -289,26 +318,10 @@ class Side {
     if (!seen) return;
     const position = this.position(column);
     this.part("text").children[position]?.classList.add("at");
-    const looks = this.weights.map((row, l) => `layer ${l} ${(100 * row[column]).toFixed(0)} %`);
+    const looks = this.weights.map((row) => percent(row[column])).join(", ");
     const name = label(this.model.tokenizer, this.tokens[position]);
-    this.part("hint").textContent = `Token ${position}, “${name}”. Looked at: ${looks.join(", ")}`;
-  }
-
-  show_passage() {
-    const { reading } = this;
-    const known = reading.n > 1;
-    this.part("bpb").textContent = known ? reading.bits_per_byte.toFixed(2) : "…";
-    let change = known ? ` ± ${reading.error().toFixed(2)}` : "";
-    if (!reading.done) change += " so far";
-    if (this.changed && reading.done && this.as_trained.done) {
-      const more = reading.bits_per_byte - this.as_trained.bits_per_byte;
-      const error = reading.error(this.as_trained);
-      const sign = more < 0 ? "−" : "+";
-      change += `; as trained ${this.as_trained.bits_per_byte.toFixed(2)}, `
-        + (Math.abs(more) < 2.5 * error ? "too close to tell apart on this text"
-          : `so sharing adds ${sign}${Math.abs(more).toFixed(2)} ± ${error.toFixed(2)}`);
-    }
-    this.part("change").textContent = change;
+    this.part("hint").textContent = `The newest token's attention to “${name}” (token ${position + 1}), `
+      + `layers 0–${this.rows.length - 1}: ${looks}`;
   }
 }
 
@@ -353,7 +366,8 @@ class Reading {
 
 // ---- drawing ----
 
-const GUTTER = 22; // pixels for the letters on the left
+const rem = () => parseFloat(colors.rem ??= getComputedStyle(document.documentElement).fontSize);
+const gutter = () => 2.6 * rem(); // for arrows and letters on the left
 let colors = {};
 let resized = 0; // how often the page was: to ask for sizes costs a layout of the page
 
@@ -370,43 +384,50 @@ class Paint {
     this.context = canvas.getContext("2d");
     this.context.setTransform(scale, 0, 0, scale, 0, 0);
     this.context.clearRect(0, 0, width, height);
-    this.context.font = "11px system-ui, sans-serif";
+    this.font(0.875);
     this.context.textBaseline = "middle";
-    this.columns = side.fit(width - GUTTER - 2);
-    this.S = side.decoder.S;
-    this.box = side.box;
-    this.height = height;
-    this.strip_height = (height - 2) / 3 - 4;
-    this.y = 1;
+    this.columns = side.fit(width - gutter() - 2);
+    Object.assign(this, { height, S: side.decoder.S, box: side.box });
+    this.strip_height = (height - 8) / 3 - 3;
+    this.y = 4;
   }
 
   color(name) {
     return colors[name] ??= getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
   }
 
-  // A strip with a letter before it, and what fill() puts into it. Its frame is dashed unless the layer
-  // computes that itself.
-  strip(name, own, fill) {
+  font(size, weight = "") {
+    this.context.font = `${weight} ${size * rem()}px system-ui, sans-serif`;
+  }
+
+  // A strip with a letter before it, what fill() puts into it, and a frame around the newest token. The
+  // strip's own frame is dashed unless the layer computes that itself.
+  strip(name, own, fill, newest) {
     const { context, strip_height: h } = this;
     const hue = { P: "ink", K: "keys", V: "values" }[name];
     context.textAlign = "center";
     context.fillStyle = this.color(own ? hue : "dim");
-    context.font = `${own ? "bold " : ""}13px system-ui, sans-serif`;
-    context.fillText(name, 9, this.y + h / 2);
+    this.font(0.9, own ? "bold" : "");
+    context.fillText(name, gutter() - 0.6 * rem(), this.y + h / 2 + 1);
     context.strokeStyle = this.color(own ? "line" : "dim");
     context.setLineDash(own ? [] : [4, 3]);
-    context.strokeRect(GUTTER - 0.5, this.y - 0.5, this.columns * this.box + 1, h + 1);
+    context.strokeRect(gutter() - 0.5, this.y - 0.5, this.columns * this.box + 1, h + 1);
     context.setLineDash([]);
     fill();
-    this.y += h + 5;
+    context.strokeStyle = this.color("ink");
+    context.lineWidth = 2;
+    const width = Math.max(this.box - 1, 3);
+    if (newest !== null) context.strokeRect(gutter() + newest * this.box, this.y, width, h);
+    context.lineWidth = 1;
+    this.y += h + 3;
   }
 
   say(text) {
     const { context, y, strip_height: h } = this;
     context.textAlign = "left";
     context.fillStyle = this.color("dim");
-    context.font = "12px system-ui, sans-serif";
-    context.fillText(text, GUTTER + 8, y + h / 2, this.columns * this.box - 12);
+    this.font(0.875);
+    context.fillText(text, gutter() + 8, y + h / 2 + 1, this.columns * this.box - 12);
   }
 
   shades(weights) {
@@ -414,7 +435,7 @@ class Paint {
     context.fillStyle = this.color("ink");
     weights.forEach((p, s) => {
       context.globalAlpha = p ** 0.4; // so that small ones can be seen
-      context.fillRect(GUTTER + s * box, y, box, h);
+      context.fillRect(gutter() + s * box, y, box, h);
     });
     context.globalAlpha = 1;
   }
@@ -422,7 +443,7 @@ class Paint {
   // A box for each stored key or value: one bar, cut.
   boxes(name) {
     const { context, y, box, S, strip_height: h } = this;
-    const bar = [GUTTER, y + 1, S * box, h - 2];
+    const bar = [gutter(), y + 1, S * box, h - 2];
     context.fillStyle = this.color(name === "K" ? "keys" : "values");
     context.fillRect(...bar);
     if (name === "K") {
@@ -430,10 +451,11 @@ class Paint {
       context.fillRect(...bar);
     }
     context.fillStyle = this.color("on");
-    context.font = "bold 11px system-ui, sans-serif";
+    this.font(0.7, "bold");
+    if (box < 0.7 * rem()) return;
     for (let s = 0; s < S; s++) {
-      if (box > 2) context.clearRect(GUTTER + (s + 1) * box - 1, y + 1, 1, h - 2);
-      if (box >= 11) context.fillText(name, GUTTER + (s + 0.5) * box, y + h / 2 + 0.5);
+      context.clearRect(gutter() + (s + 1) * box - 1, y + 1, 1, h - 2);
+      context.fillText(name, gutter() + (s + 0.5) * box, y + h / 2 + 1);
     }
   }
 
@@ -443,21 +465,8 @@ class Paint {
     const context = tile.getContext("2d");
     context.strokeStyle = this.color("ground");
     context.globalAlpha = 0.45;
-    for (const x of [-6, 0, 6]) {
-      context.moveTo(x, 6);
-      context.lineTo(x + 6, 0);
-    }
-    context.stroke();
+    context.stroke(new Path2D("M-6 6l6-6M0 6l6-6M6 6l6-6"));
     return colors.stripes = this.context.createPattern(tile, "repeat");
-  }
-
-  // A frame around the newest token's column.
-  frame(slot) {
-    const { context, box } = this;
-    context.strokeStyle = this.color("ink");
-    context.lineWidth = 2;
-    context.strokeRect(GUTTER + slot * box, 1, Math.max(box, 3), this.y - 6);
-    context.lineWidth = 1;
   }
 }
 
@@ -493,6 +502,7 @@ function frame(now) {
   while (busy((side) => side.behind, (side) => side.advance()));
   while (busy((side) => side.unread, (side) => side.unread.advance()));
   for (const side of sides) side.show(stale);
+  find("#scores tbody").innerHTML = sides.map((side) => side.scores).join("");
   stale = false;
   if (goal >= MOST && playing) play(false);
   say();
@@ -501,18 +511,23 @@ function frame(now) {
 
 function say() {
   by_id("degrees").textContent = by_id("temperature").value;
-  const prompt = by_id("prompt").value;
   const notes = [];
   const left_out = Math.max(...sides.map((side) => side.left_out));
-  if (!prompt) notes.push("The prompt is empty, so the text begins with a line end.");
-  if (left_out) notes.push(`The first ${written(left_out)} tokens are too far back to matter: left out.`);
-  if (sides.some((side) => !side.n_prompt)) notes.push("No token for any of this prompt: type another.");
+  if (!by_id("prompt").value) notes.push("The prompt is empty, so the text begins with a newline.");
+  const read = Math.min(...sides.map((side) => side.n_prompt));
+  if (left_out) notes.push(`Only the last ${written(read)} tokens of this prompt are read `
+    + `(the first ${written(left_out)} can no longer influence the result).`);
+  if (!read) notes.push("No token for any of this prompt: type another.");
+  const used = written(seed());
+  if (String(seed()) !== by_id("seed").value) notes.push(`Seed ${used}: it is a whole number up to 999,999.`);
   if (goal >= MOST) notes.push(`${written(MOST)} tokens are enough: restart, or type another prompt.`);
   const note = notes.join(" ");
   if (by_id("note").textContent !== note) by_id("note").textContent = note;
 }
 
 // ---- controls ----
+
+const seed = () => Math.min(Math.max(Math.trunc(by_id("seed").value), 0), 999999);
 
 function play(on) {
   playing = on && goal < MOST;
@@ -535,21 +550,32 @@ by_id("play").onclick = () => play(!playing);
 by_id("step").onclick = step;
 by_id("restart").onclick = () => restart(0);
 by_id("head").onchange = wake;
-for (const name of ["prompt", "seed", "temperature"]) by_id(name).oninput = () => restart(Math.min(goal, 100));
+for (const name of ["prompt", "seed", "temperature"]) {
+  by_id(name).oninput = () => restart(Math.min(goal, 100));
+}
 
 document.onkeydown = (event) => {
-  const typing = event.target.matches("input:not([type=radio]), textarea, select");
-  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "ArrowRight" && event.target.type !== "radio") step();
-  else if (event.key === " " && !event.target.matches("button, summary, input")) play(!playing);
-  else if (event.key === "Escape" && stop !== null) tour(null);
+  by_pointer = false;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const { key, target } = event;
+  const typing = target.matches("textarea, [type=number], [type=range]");
+  if (key === "Escape" && stop !== null) tour(null);
+  else if (key === "ArrowRight" && !typing) (stop === null ? step() : by_id("tour-next").click());
+  else if (key === " " && !typing && !target.matches("button, summary, input, select")) play(!playing);
   else return;
   event.preventDefault();
 };
 
+// What was clicked loses the focus, so that space and the arrow keys work.
+let by_pointer = false;
+document.onpointerdown = () => { by_pointer = true; };
+const leave = (event, which) => by_pointer && event.target.closest(which)?.blur();
+document.onclick = (event) => leave(event, "button:not(#tour *), summary, [type=radio], [type=range]");
+document.onchange = (event) => leave(event, "select");
+
 const most_heads = Math.max(...models.map((model) => model.config.n_head));
-by_id("head").append(new Option("mean of all", "mean"));
 for (let head = 0; head < most_heads; head++) by_id("head").append(new Option(`head ${head}`, head));
+by_id("head").append(new Option("mean of all", "mean"));
 
 // ---- the tour ----
 
@@ -563,12 +589,15 @@ function tour(number) {
   by_id("tour").hidden = stop === null;
   stops.forEach((each, i) => { each.hidden = i !== stop; });
   if (stop === null) return by_id("tour-start").focus({ preventScroll: true });
-  const selector = stops[stop].dataset.shows;
-  const last = sides[0].rows.length - 1;
-  if (!find(selector) && last > 0) sides[0].set_sharing(sides[0].reuse.map((_, l) => l === last)); // none yet
-  const target = find(selector) ?? by_id("sides");
+  if (stop < 4) sides.filter((side) => side.changed).forEach((side) => side.set_sharing(side.trained));
+  const { shows, strips } = stops[stop].dataset;
+  if (!find(shows)) share(); // no reuse layer yet
+  const { reuse } = sides.find((side) => side.reuse.includes(true)) ?? sides[0];
+  by_id("anchor").textContent = `layer ${reuse.lastIndexOf(false, reuse.lastIndexOf(true))}`;
+  const target = find(shows) ?? by_id("sides");
   target.classList.add("shown");
-  target.scrollIntoView({ block: "center" });
+  target.dataset.strips = strips;
+  target.scrollIntoView({ block: "nearest" });
   by_id("tour-back").disabled = stop === 0;
   by_id("tour-next").textContent = stop + 1 < stops.length ? "Next" : "Done";
   if (begins) by_id("tour-next").focus({ preventScroll: true });
@@ -583,5 +612,16 @@ by_id("tour-end").onclick = () => tour(null);
 
 const sides = [];
 models.forEach((model, i) => sides.push(new Side(model, i)));
+
+// What the tour lets A reuse: what B was trained to, so that only training differs; or else the last layer.
+const [a, b] = sides;
+const alike = b?.model.config.share && !a.model.config.share && a.rows.length === b.rows.length;
+const share = () => (alike ? a.set_sharing(b.trained, b.kind) : a.set_sharing(a.trained.with(-1, true)));
+if (!alike) by_id("tour-share").textContent = "Let the last layer of A reuse";
+by_id("tour-share").onclick = share;
+
+// All bars of the cache have one scale: it ends where full attention has filled all slots.
+const longest = Math.max(...sides.map((side) => side.full_cost(side.decoder.size).cache_bytes));
+by_id("scale").textContent = `up to ${written(longest)} bytes`;
 matchMedia("(prefers-color-scheme: dark)").onchange = () => { colors = {}; wake(); };
-new ResizeObserver(() => { resized += 1; wake(); }).observe(by_id("sides"));
+new ResizeObserver(() => { colors = {}; resized += 1; wake(); }).observe(by_id("sides"));

@@ -115,7 +115,9 @@ def plain_logits(model, ids):
 def click(tab, index, share, kind="weights"):
     """Choose layers and the kind of sharing as a user does."""
     side = tab.locator(".side").nth(index)
-    side.locator(f"[type=radio][value={kind}]").click()
+    radio = side.locator(f"[type=radio][value={kind}]")
+    if radio.is_visible():                                      # not where a model was trained to share
+        radio.click()
     buttons = side.locator(".layers button")
     wanted = tab.evaluate("([share, n]) => reuse_of(share, n)", [share, buttons.count()])
     for layer, on in enumerate(wanted[::-1]):                   # the last layer is at the top
@@ -157,29 +159,29 @@ def test_logits_attention_text_and_loss_are_those_of_plain_and_model(tiny_page, 
     nats = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(passage[1:]), reduction="sum")
     bits = nats.item() / math.log(2) / len(tokenizer.decode_bytes(passage[1:]))
     assert tab.evaluate("i => sides[i].reading.bits_per_byte", index) == pytest.approx(bits, rel=1e-5)
-    assert tab.locator(".bpb").nth(index).inner_text() == f"{bits:.2f}"
-
-def numbers(row):
-    return [int(cell.replace(",", "")) for cell in row[1:3]]
+    assert f"{bits:.3f}" in tab.locator("#scores .bpb").all_inner_texts()
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_the_counters_are_what_cost_predicts(tiny_page, open_page, way):
     (index, share), kind = way, WAYS[way]
     tab = open_page(tiny_page)
-    model, _ = model_of(packed(tiny_page)[index], share, kind)
+    content = packed(tiny_page)[index]
+    model, _ = model_of(content, share, kind)
+    full = GPT(GPTConfig(**{**content["config"], "share": ""}))
     click(tab, index, share, kind)
     for n in (3, 60):                                           # before the cache is full, and after
         length = len(generate(tab, PROMPT, n)[index])
-        visible = [min(t, 24) for t in range(1, length + 1)]
-        costs = [cost.predict(model, S) for S in visible]
+        expected = cost.predict(model, min(length, 24))
+        of_full = cost.predict(full, min(length, 24))
         rows = tab.locator(".side").nth(index).locator("tbody tr").all_inner_texts()
-        cache, flops, read = (numbers(row.split("\t")) for row in rows)
-        assert cache == [costs[-1].cache_bytes_per_token if length <= 24 else 0, costs[-1].cache_bytes]
-        assert flops == [costs[-1].decode_flops, sum(each.decode_flops for each in costs)]
-        assert read == [costs[-1].read_bytes, sum(each.read_bytes for each in costs)]
+        cells = [row.split("\t")[1:] for row in rows]
+        for cell, name in zip(cells, ("cache_bytes", "decode_flops", "read_bytes"), strict=True):
+            number, whole = getattr(expected, name), getattr(of_full, name)
+            assert cell[0] == f"{number:,}"
+            assert int(cell[1].removesuffix(" %")) == pytest.approx(100 * number / whole, abs=0.5)
+        assert f"{expected.cache_bytes:,} bytes" in tab.locator("#scores").inner_text()
         held = tab.evaluate("i => sum(sides[i].decoder.layers.map(({ k, v }) => k.length + v.length))", index)
         assert 4 * held == cost.predict(model, 24).cache_bytes
-        assert f"{costs[-1].params:,} parameters" in tab.locator(".side .speed").nth(index).inner_text()
 
 TEXTS = ["", " ", "\n\n", "To be, or not to be", "I'll we've 'tis 's 'S", "a  b   c\t\n d \n\n\n e",
          "x" * 10_000, " " * 10_001 + "x", "été naïve ß ſ", "👩‍👩‍👧 🏳️‍🌈 ☃", "日本語 العربية हिन्दी",
@@ -196,7 +198,7 @@ def test_tokens_are_those_of_the_tokenizer(tiny_page, open_page):
         assert tab.evaluate(bytes_of, ids) == list(text.encode()), text[:40]
 
 @pytest.mark.parametrize("prompt, shown, note", [
-    ("", "\n", "The prompt is empty"), ("👩‍👧 ☃", "👩‍👧 ☃", ""), ("x y " * 2500, None, "The first "),
+    ("", "\n", "The prompt is empty"), ("👩‍👧 ☃", "👩‍👧 ☃", ""), ("x y " * 2500, None, "Only the last 96 "),
     ("\x00", "\x00", "")], ids=["empty", "emoji", "10,000 characters", "unseen"])
 def test_any_prompt_is_handled(tiny_page, open_page, prompt, shown, note):
     tab = open_page(tiny_page)
@@ -255,21 +257,25 @@ def test_what_the_cache_forgot_turns_pale_and_a_click_can_be_taken_back(tiny_pag
     assert "24 slots are taken" in side.locator(".hint").inner_text()
     before = side.locator(".text").text_content()
     click(tab, 0, "1-3")
-    assert "--share=1-3" in side.locator(".command").inner_text()
-    assert "as trained" in side.locator(".change").inner_text()
+    assert "--share=1-3" in side.locator(".command").text_content()
+    scores = tab.locator("#scores tbody tr").all_inner_texts()
+    assert "A: full attention, as trained" in scores[0] and "same text, paired" in scores[1]
     side.locator(".as-trained").click()
     settle(tab)
     assert side.locator(".text").text_content() == before
-    assert "--share" not in side.locator(".command").inner_text()
+    assert "--share" not in side.locator(".command").text_content()
+    assert tab.locator("#scores tbody tr").count() == 2
+    assert tab.evaluate("document.activeElement.className") == "layers"
 
 def test_pointing_at_a_column_names_the_token_whose_slot_it_is(tiny_page, open_page):
     tab = open_page(tiny_page)
     ids = generate(tab, PROMPT, 40)[0]
     position = max(p for p in range(len(ids)) if p % 24 == 3)
     canvas = tab.locator(".layers canvas").first
-    box = (canvas.bounding_box()["width"] - 24) / 24
-    canvas.hover(position={"x": 22 + 3.5 * box, "y": 20})
-    assert tab.locator(".hint").first.inner_text().startswith(f"Token {position}, ")
+    gutter = tab.evaluate("gutter()")
+    box = (canvas.bounding_box()["width"] - gutter - 2) / 24
+    canvas.hover(position={"x": gutter + 3.5 * box, "y": 20})
+    assert f"(token {position + 1})" in tab.locator(".hint").first.inner_text()
     marked = tab.locator(".text .at")
     assert marked.count() == 1
     assert marked.evaluate("at => [...at.parentNode.children].indexOf(at)") == position
@@ -280,7 +286,7 @@ def painted(tab, index):
     return canvases.evaluate_all("""all => all.map(canvas => {
         const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d");
         copy.drawImage(canvas, 0, 0);
-        const { data } = copy.getImageData(25, 0, canvas.width - 25, canvas.height);    // beside the letters
+        const { data } = copy.getImageData(gutter(), 0, canvas.width, canvas.height);   // beside the letters
         const has = (color) => data.some((_, i) => i % 4 === 0 && color.every((c, j) => data[i + j] === c));
         return [has([9, 105, 218]), has([188, 76, 0])];
     })""")
@@ -298,7 +304,9 @@ def test_a_layer_trained_to_reuse_stays_so(tiny_page, open_page):
     side = open_page(tiny_page).locator(".side").nth(1)
     buttons = side.locator(".layers button")                    # from layer 3 down to 0
     assert [buttons.nth(i).is_disabled() for i in range(4)] == [True, True, False, True]
-    assert side.locator("[value=kv]").is_disabled()
+    assert side.locator("[value=kv]").is_hidden() and side.locator(".locked").is_visible()
+    assert [buttons.nth(i).locator(".switch").inner_text() for i in range(4)] == [
+        "trained to reuse", "trained to reuse", "make it reuse", "no layer below"]
     labels = side.locator(".layers canvas").evaluate_all("all => all.map(canvas => canvas.ariaLabel)")
     assert ["values, no keys" in label for label in labels] == [True, True, False, False]
 
@@ -312,6 +320,63 @@ def test_the_tour_has_six_steps_and_says_what_a_reuse_layer_does_not_keep(tiny_p
         tab.keyboard.press("Enter")                             # the focus is on Next
     assert len(texts) == 6 and all(f"{i} of 6" in text for i, text in enumerate(texts, 1))
     assert "Keys only serve to compute" in texts[3] and "stores values only" in texts[3]
+
+def test_the_tour_ends_with_the_same_cache_untrained_and_trained(tiny_page, open_page):
+    tab = open_page(tiny_page)
+    click(tab, 0, "2-3")                                        # the tour begins with the models as trained
+    tab.click("#tour-start")
+    for _ in range(3):
+        tab.keyboard.press("ArrowRight")
+    assert tab.locator(".side").nth(1).locator(".shown").count() == 1
+    assert "layer 1 (the anchor)" in tab.locator("#tour").inner_text()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowRight")
+    tab.click("text=Make A share like B")
+    settle(tab)
+    names = [row.split("\t")[0] for row in tab.locator("#scores.shown tbody tr").all_inner_texts()]
+    assert names == ["A: full attention, as trained", "A: layers 2–3 reuse P of layer 1, never trained to",
+                     "B: layers 2–3 reuse P of layer 1, as trained"]
+    tab.keyboard.press("Escape")
+    assert tab.locator("#tour").is_hidden()
+
+def test_keys_work_wherever_the_mouse_was(tiny_page, open_page):
+    tab = open_page(tiny_page)
+    for control in ("#temperature", "[value=kv]", "#restart", ".layers button"):
+        tab.locator(control).first.click()
+        goal = tab.evaluate("goal")
+        tab.keyboard.press("ArrowRight")
+        assert tab.evaluate("goal") == goal + 1, control
+    tab.keyboard.press("Space")
+    assert tab.locator("#play").inner_text() == "Pause"
+    tab.keyboard.press("Space")
+
+def test_the_arrow_keys_choose_a_token(tiny_page, open_page):
+    tab = open_page(tiny_page)
+    length = len(generate(tab, PROMPT, 3)[0])
+    tab.locator(".layers").first.focus()
+    tab.keyboard.press("ArrowDown")
+    assert f"(token {length - 1})" in tab.locator(".hint").first.inner_text()
+    tab.keyboard.press("ArrowUp")
+    assert f"(token {length})" in tab.locator(".hint").first.inner_text()
+
+@pytest.mark.parametrize("typed, used", [("", 0), ("-5", 0), ("1.5", 1), ("1e20", 999999)])
+def test_a_seed_that_is_none_is_named(tiny_page, open_page, typed, used):
+    tab = open_page(tiny_page)
+    tab.fill("#seed", typed)
+    settle(tab)
+    assert f"Seed {used:,}: " in tab.locator("#note").inner_text()
+
+def test_bars_of_the_cache_have_one_scale_and_grow(tiny_page, open_page):
+    tab = open_page(tiny_page)
+    widths = "all => all.map(bar => bar.getBoundingClientRect().width)"
+    for n in (0, 5, 60):
+        length = len(generate(tab, PROMPT, n)[0])
+        keys = tab.locator("#scores .bar .keys").evaluate_all(widths)
+        values = tab.locator("#scores .bar .values").evaluate_all(widths)
+        space = tab.locator("#scores td:nth-of-type(1)").first.evaluate(
+            "td => td.clientWidth - parseFloat(getComputedStyle(td).paddingLeft)")
+        whole = space * min(length, 24) / 24 - 2                # without its border
+        assert [*keys, *values] == pytest.approx([whole / 2, whole / 4, whole / 2, whole / 2], abs=1)
 
 @pytest.mark.parametrize("width", [320, 800, 1920])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
