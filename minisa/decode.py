@@ -99,7 +99,8 @@ class Decoder:
 
     model: a GPT in eval mode, in float32 on the CPU. cache: its KVCache (see model.py) of one
     sequence, empty or not. The cache arrays here are the tensors' own memory, so model.py can go
-    on from what a Decoder leaves. Raises ValueError if model or cache is anything else: see handles().
+    on from what a Decoder leaves. Raises ValueError if model or cache is anything else (see
+    handles()).
     """
 
     def __init__(self, model, cache):
