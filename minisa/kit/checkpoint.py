@@ -25,6 +25,7 @@ import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -232,8 +233,8 @@ def load(source: str | Path, share: str | None = None, share_kind: str = "weight
 
     source: the folder of a run, or of any LlamaForCausalLM; a .gguf file of one; or "smollm2", which
     is downloaded once. share: spans, such as "1-3", that are to share although the model was trained
-    without sharing (zero-shot); share_kind: "weights" or "kv". Raises ValueError if the source cannot
-    be read, or cannot share that way.
+    without sharing (zero-shot); share_kind: see sharing_kind() of model.py. Raises
+    ValueError if the source cannot be read, or cannot share that way.
     """
     chain = ancestry(source)
     info = dict(chain[0].info)
@@ -312,9 +313,12 @@ def build(stored, parent, tokenizer, device, dtype):
     if parent and ours["parent"]["sha256"] != parent.origin[1]:
         raise ValueError(f"{stored.source}: was derived from {ours['parent']['source']}, which has changed "
                          "since; derive it again")
-    with reading(stored.source, KIND, FIX):
+    checked = partial(reading, stored.source, KIND, FIX)
+    with checked():
+        fields = llama.read_config(stored.fields)
+    with checked(passes=[AttributeError]):                  # an axis has a mistake, not the file
         sharing = {name: ours[name] for name in ("share", "share_kind", "dropout")}
-        config = GPTConfig(**llama.read_config(stored.fields), **sharing)
+        config = GPTConfig(**fields, **sharing)
         model = empty(config, ours["changes"])
         inherited = parent.state_dict() if parent else {}
         state = llama.read_tensors(stored.tensors, model, inherited, dtype)
@@ -322,6 +326,7 @@ def build(stored, parent, tokenizer, device, dtype):
         model.load_state_dict(state, assign=True)
         for block in model.blocks:
             block.attn.check()                              # an axis knows what its numbers must be
+    with checked():
         if stored.tokenizer:
             tokenizer = from_json(stored.tokenizer, model.config.vocab_size)
         if tokenizer.vocab_size != model.config.vocab_size:

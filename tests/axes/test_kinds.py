@@ -169,6 +169,21 @@ def test_a_layer_that_reads_few_tokens_is_billed_for_those(axes_folder, n, conte
     assert all_read.decode_flops - bill.decode_flops == batch_size * 2 * unread * 4 * 4 * 8
     assert all_read.cache_bytes == bill.cache_bytes and all_read.prefill_flops >= bill.prefill_flops
 
+MISTAKES = {
+    "a missing import": (ModuleNotFoundError, "import nowhere\n"),
+    "a misspelt name": (NameError, "SHARE_KIND\n"),
+    "a misspelt attribute": (AttributeError, "from minisa import model\nmodel.SHARE_KIND\n"),
+}
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_its_file_is_not_blamed_on_the_model(values, axes_folder, name, tmp_path):
+    error, text = MISTAKES[name]
+    checkpoint.save(tmp_path / "run", make(), TOKENIZER, dict(checkpoint.UNKNOWN))
+    values()
+    (axes_folder / "values.py").write_text(text, encoding="utf-8")
+    with pytest.raises(error):
+        minisa.load(tmp_path / "run")
+
 @pytest.mark.parametrize("name", ["", "heads", "os", "values.x", "../axes/heads", "__init__", "a b", "\0"])
 def test_any_other_name_is_refused_and_runs_nothing(name, monkeypatch):
     before = set(sys.modules)
