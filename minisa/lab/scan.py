@@ -119,11 +119,11 @@ def read_scan(file, origin, n_layer):
         same = rows[[*origin]] == [*origin.values()]
         finite = rows[["loss", "divergence"]].abs() < math.inf
         valid = same.all(axis=None) and finite.all(axis=None) and known.issuperset(spans)
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):               # TypeError: words in place of numbers
         valid = False
     if not valid:
         raise ValueError(f"{file}: cannot be continued: it is damaged, or of another model, text, --windows "
-                         "or --context; delete it, or take another --out_dir")
+                         "or --context; move it away, or take another --out_dir")
     return dict(zip(spans, rows.to_dict("records")))
 
 def continue_scan(rows, file, origin, model, sharing, windows, spans):
