@@ -1,7 +1,7 @@
 """Shared Attention for a model trained without it: which head reuses which, and refit.
 
     python -m minisa.axes.heads smollm2 --share=26-28 --heads=mix --refit --out=out/mixed
-    python -m minisa.axes.heads out/weights-1-3 --heads=mix --out=out/mix   for train.py to learn
+    python -m minisa.axes.heads out/weights-1-3 --heads=mix --out=out/mix   train.py then learns it
 
 P_l[h] (T, T) are the attention weights of head h of layer l on a window of T tokens, and
 ⟨A, B⟩ = Σ A·B over all entries. Head h of a reuse layer can attend with one of these of its

@@ -43,7 +43,8 @@ class Policy:
     def receive(self, received, P, after):
         """How much attention each token has received so far (B, S), 0 at first → the same after T
         more queries, whose attention weights are P (B, H, T, S). after (T,): how many tokens of the
-        prompt follow each query; below 0 for a new token."""
+        prompt follow each query; below 0 for a new token. Called once per layer of the unit and
+        chunk of the prompt; S is what was read so far."""
         return received + P.sum((1, 2), dtype=torch.float32)
 
     def finish(self, received):

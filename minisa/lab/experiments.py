@@ -6,9 +6,9 @@
     python -m minisa.lab.experiments --check            compare the tables of all pages with their results
 
 A study is a list of commands, each with the files that it makes, in studies.toml. A command is printed, and
-runs if one of its files is missing. The studies below train models with several settings and seeds, and add
-a row to assets/results/NAME.csv for each run; settings that have a row are not trained again. A run that was
-interrupted has no row, and starts over. All commands run in the folder of the checkout.
+runs if one of its files is missing. Studies under [trainings] train models with several settings and seeds,
+and add a row to assets/results/NAME.csv for each run; settings that have a row are not trained again. A run
+that was interrupted has no row, and starts over. All commands run in the folder of the checkout.
 """
 
 import argparse

@@ -52,7 +52,9 @@ def test_the_machines_own_refusal_of_memory_is_known(run):
     assert status == 2 and err.startswith("minisa: error: out of memory") and err.count("\n") == 1
 
 @pytest.mark.parametrize("error", [
-    RuntimeError("unsupported memory format option"), RuntimeError("size mismatch"), KeyError("x"), TypeError("x")], ids=repr)
+    RuntimeError("unsupported memory format option"), RuntimeError("size mismatch"), KeyError("x"),
+    TypeError("x"),
+], ids=repr)
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch, error):
     with pytest.raises(type(error)) as raised:
         cli.command(raising(error))
