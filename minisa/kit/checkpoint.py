@@ -72,6 +72,10 @@ def kind(name):
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--share_kind=")) from None
 
+def add_share_kind(parser):
+    parser.flag("share_kind", kind, "weights", "what a span shares: weights (Shared Attention), kv "
+                "(Cross-Layer Attention) or the NAME of a kind in minisa/axes")
+
 def changes(model):
     return getattr(model, "changes", [])
 
@@ -91,6 +95,11 @@ def empty(config, changed=()):
             change(model, step["by"], **step["settings"])
     return model
 
+def layers(model):
+    """→ the class and the widths of each layer: what a change that only sets numbers leaves alone."""
+    attns = [block.attn for block in model.blocks]
+    return [(type(attn), attn.widths, attn.out.in_features) for attn in attns]
+
 def reconfigure(model, **fields):
     """A model → one with other fields of GPTConfig, such as share="1-3", in eval mode. Zero-shot:
     the same numbers in the same memory, except the q, k or v of layers that now borrow them.
@@ -99,7 +108,7 @@ def reconfigure(model, **fields):
     """
     config = replace(model.config, **fields)
     otherwise = config.spans != model.config.spans or config.share_kind != model.config.share_kind
-    if changes(model) and otherwise:
+    if otherwise and layers(model) != layers(empty(model.config)):
         raise ValueError(f"--share={config.share}: the layers of this model were changed already, "
                          f"by {changes(model)[-1]['by']}; share the model that it came from")
     if model.config.share and config.share_kind != model.config.share_kind:
@@ -115,7 +124,7 @@ def reconfigure(model, **fields):
         if old.attn.widths != block.attn.widths:
             name = f"blocks.{layer}.attn.qkv.weight"
             parts = zip(state[name].split(old.attn.widths), block.attn.widths)
-            state[name] = torch.cat([rows for rows, n in parts if n])
+            state[name] = torch.cat([rows[:n] for rows, n in parts])
     new.load_state_dict(state, assign=True)
     return new.eval()
 

@@ -235,6 +235,15 @@ def test_attention_weights_are_formed_only_where_the_policy_needs_them(policy, m
     asked = POLICIES[policy].watches_prompt, POLICIES[policy].watches_new
     assert (of_prompt == 0, len(calls) == of_prompt) == asked
 
+def test_a_policy_may_build_on_another():
+    class Older(Snap):
+        pass
+
+    class Oldest(Older):
+        pass
+
+    assert {Snap, Older, Oldest} <= {*squeeze.subclasses(squeeze.Policy)}
+
 class Halves(Floats):
     """Another storage: the first and the second half of the numbers, apart."""
 
