@@ -108,7 +108,7 @@ def reconfigure(model, **fields):
     """
     config = replace(model.config, **fields)
     otherwise = config.spans != model.config.spans or config.share_kind != model.config.share_kind
-    if otherwise and layers(model) != layers(empty(model.config)):
+    if changes(model) and otherwise and layers(model) != layers(empty(model.config)):
         raise ValueError(f"--share={config.share}: the layers of this model were changed already, "
                          f"by {changes(model)[-1]['by']}; share the model that it came from")
     if model.config.share and config.share_kind != model.config.share_kind:
