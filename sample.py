@@ -22,7 +22,7 @@ import torch
 from minisa import cost
 from minisa.axes import squeeze
 from minisa.decode import handles
-from minisa.kit.checkpoint import changes, kind, load, reconfigure
+from minisa.kit.checkpoint import add_share_kind, changes, load, reconfigure
 from minisa.kit.cli import (
     Parser,
     add_device,
@@ -46,8 +46,7 @@ def read_flags():
     flag = parser.flag
     flag("share", str, "", "spans to share, zero-shot (with no more training), in models trained without: "
          "each is reported with and without sharing", "none")
-    flag("share_kind", kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
-         "Attention) or one that you added, see CONTRIBUTING")
+    add_share_kind(parser)
     flag("prompt", prompt, "\n", "text to continue; - is standard input, FILE:NAME the text of a file")
     flag("num_samples", count, 1, "texts per model")
     flag("max_new_tokens", count, 200, "length of a text, in tokens")

@@ -10,10 +10,9 @@ Shapes: B batch, T new tokens, S visible tokens (cached and new), H query heads,
 D head dim, C = H·D width of the model, M width of the MLP, V vocabulary.
 """
 
-import importlib
 import re
-from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module, util
 from typing import NamedTuple
 
 import torch
@@ -252,12 +251,13 @@ def sharing_kind(name):
     classes. Raises ValueError if there is no such kind."""
     axis, _, setting = name.partition("-")
     if name not in SHARE_KINDS:
-        with suppress(ModuleNotFoundError):
-            module = importlib.import_module(f"minisa.axes.{axis}")
+        module = f"minisa.axes.{axis}"
+        if axis.isidentifier() and util.find_spec(module):
+            module = import_module(module)
             if setting and hasattr(module, "with_setting"):
                 SHARE_KINDS[name] = module.with_setting(setting)
     if name not in SHARE_KINDS:
-        raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)}")
+        raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)} in this version")
     return name
 
 class KVCache:

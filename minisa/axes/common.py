@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 
 import torch.nn as nn
 
@@ -59,12 +60,16 @@ def rebuilt(model, by, **settings):
     """→ a copy of a model on the meta device, rebuilt by minisa/axes/BY.py. Raises ValueError if
     that file's rebuild() does."""
     step = {"by": by, "settings": settings}
-    return checkpoint.empty(model.config, [*checkpoint.changes(model), step])
+    return checkpoint.empty(replace(model.config), [*checkpoint.changes(model), step])
 
 def fill(new, model, tensors):
     """Give a rebuilt() model its numbers: these tensors, by name; else those of the original model,
-    in the same memory; else those it was built with. → the new model, in eval mode"""
+    in the same memory; else those it was built with. → the new model, in eval mode. Raises
+    RuntimeError, naming the tensor, if one has no numbers, or another shape."""
     state = new.state_dict() | model.state_dict() | tensors
+    unfilled = [name for name, t in state.items() if t.is_meta]
+    if unfilled:
+        raise RuntimeError(f"fill() was given no numbers for {', '.join(unfilled)}")
     new.load_state_dict(state, assign=True)
     return new.to(model.embed.weight).eval()
 
@@ -104,6 +109,7 @@ def rewrite(args, technique):
             return calibration(parent, data)
 
         checkpoint.derive(args.out, technique(parent, windows), parent, info)
+        checkpoint.load(args.out, device=args.device)           # does the axis write what is read?
     print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")
 
 def run_main(name):

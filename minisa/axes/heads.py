@@ -1,7 +1,7 @@
 """Shared Attention for a model trained without it: which head reuses which, and refit.
 
     python -m minisa.axes.heads smollm2 --share=26-28 --heads=mix --refit --out=out/mixed
-    python -m minisa.axes.heads out/weights-1-3 --heads=mix --out=out/mix   for train.py to learn
+    python -m minisa.axes.heads out/weights-1-3 --heads=mix --out=out/mix   train.py then learns it
 
 P_l[h] (T, T) are the attention weights of head h of layer l on a window of T tokens, and
 ⟨A, B⟩ = Σ A·B over all entries. Head h of a reuse layer can attend with one of these of its
@@ -202,11 +202,9 @@ def main():
     flags = parser(__doc__, "heads")
     flags.flag("share", str, "", "spans of layers that will share, as 1-3 or 1-3,5-7",
                shown="the model's own spans")
-    flags.flag("share_kind", checkpoint.kind, "weights", "what they share: weights (Shared "
-               "Attention); or, with --heads=same, kv (Cross-Layer Attention) or the NAME of a "
-               "kind in minisa/axes")
+    checkpoint.add_share_kind(flags)
     flags.flag("heads", str, "same", "what a head of a reuse layer reuses: the anchor's head of "
-               "the same number, its most similar head, or a mixture",
+               "the same number; or, of weights, its most similar head, or a mixture",
                choices=["same", "match", "mix"])
     flags.switch("refit", "refit the output projections of reuse layers")
     args = flags.parse_args()

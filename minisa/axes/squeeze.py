@@ -43,7 +43,8 @@ class Policy:
     def receive(self, received, P, after):
         """How much attention each token has received so far (B, S), 0 at first → the same after T
         more queries, whose attention weights are P (B, H, T, S). after (T,): how many tokens of the
-        prompt follow each query; below 0 for a new token."""
+        prompt follow each query; below 0 for a new token. Called once per layer of the unit and
+        chunk of the prompt; S is what was read so far."""
         return received + P.sum((1, 2), dtype=torch.float32)
 
     def finish(self, received):
@@ -95,7 +96,11 @@ class Snap(Policy):
         above_all = 1e6 + tokens.where              # of the last ones, the oldest goes first
         return torch.where(last, above_all, tokens.received)
 
-POLICIES = {kind.__name__.lower(): kind() for kind in Policy.__subclasses__()}
+def subclasses(kind):
+    """→ the classes below a class, those of its subclasses too."""
+    return [each for sub in kind.__subclasses__() for each in (sub, *subclasses(sub))]
+
+POLICIES = {kind.__name__.lower(): kind() for kind in subclasses(Policy)}
 
 # ---- budgets: how many stay in each layer ----
 
@@ -425,7 +430,7 @@ def bits_per_byte(model, data, context, eval_tokens, ways):
 
 def add_flags(parser):
     """Give a minisa.kit.cli.Parser the flags that ways_of() reads."""
-    stay = ", ".join(f"{name} ({policy.__doc__})" for name, policy in POLICIES.items())
+    stay = ", ".join(f"{name} ({policy.__doc__ or name})" for name, policy in POLICIES.items())
     parser.flag("squeeze", at_least(int, 8), None, "tokens that a layer's cache keeps on average, "
                 "at most --context; the loss is then measured on the last quarter of the context",
                 "all")

@@ -20,7 +20,7 @@ turn, is computed. When a conversation outgrows the window, the oldest tokens dr
 as they do from any KVCache. The rest stays valid, as only distances count in RoPE; the paper stores
 keys before RoPE for that.
 
-A file is its name, and for each layer a sha256 of (name, layer, numbers) and the numbers. It is
+A file holds its name, then for each layer a sha256 of (name, layer, numbers) and the numbers. It is
 written under another name and renamed when complete. Any damage is found before the numbers are
 used; then the file is deleted, and its tokens are computed again. A file with another name, or one
 that does not begin with its own, was made by something else, and stays.

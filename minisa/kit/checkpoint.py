@@ -25,6 +25,7 @@ import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -71,6 +72,10 @@ def kind(name):
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--share_kind=")) from None
 
+def add_share_kind(parser):
+    parser.flag("share_kind", kind, "weights", "what a span shares: weights (Shared Attention), kv "
+                "(Cross-Layer Attention) or the NAME of a kind in minisa/axes")
+
 def changes(model):
     return getattr(model, "changes", [])
 
@@ -90,6 +95,11 @@ def empty(config, changed=()):
             change(model, step["by"], **step["settings"])
     return model
 
+def layers(model):
+    """→ the class and the widths of each layer: what a change that only sets numbers leaves alone."""
+    attns = [block.attn for block in model.blocks]
+    return [(type(attn), attn.widths, attn.out.in_features) for attn in attns]
+
 def reconfigure(model, **fields):
     """A model → one with other fields of GPTConfig, such as share="1-3", in eval mode. Zero-shot:
     the same numbers in the same memory, except the q, k or v of layers that now borrow them.
@@ -98,7 +108,7 @@ def reconfigure(model, **fields):
     """
     config = replace(model.config, **fields)
     otherwise = config.spans != model.config.spans or config.share_kind != model.config.share_kind
-    if changes(model) and otherwise:
+    if changes(model) and otherwise and layers(model) != layers(empty(model.config)):
         raise ValueError(f"--share={config.share}: the layers of this model were changed already, "
                          f"by {changes(model)[-1]['by']}; share the model that it came from")
     if model.config.share and config.share_kind != model.config.share_kind:
@@ -114,7 +124,7 @@ def reconfigure(model, **fields):
         if old.attn.widths != block.attn.widths:
             name = f"blocks.{layer}.attn.qkv.weight"
             parts = zip(state[name].split(old.attn.widths), block.attn.widths)
-            state[name] = torch.cat([rows for rows, n in parts if n])
+            state[name] = torch.cat([rows[:n] for rows, n in parts])
     new.load_state_dict(state, assign=True)
     return new.eval()
 
@@ -232,8 +242,8 @@ def load(source: str | Path, share: str | None = None, share_kind: str = "weight
 
     source: the folder of a run, or of any LlamaForCausalLM; a .gguf file of one; or "smollm2", which
     is downloaded once. share: spans, such as "1-3", that are to share although the model was trained
-    without sharing (zero-shot); share_kind: "weights" or "kv". Raises ValueError if the source cannot
-    be read, or cannot share that way.
+    without sharing (zero-shot); share_kind: see sharing_kind() of model.py. Raises
+    ValueError if the source cannot be read, or cannot share that way.
     """
     chain = ancestry(source)
     info = dict(chain[0].info)
@@ -312,9 +322,12 @@ def build(stored, parent, tokenizer, device, dtype):
     if parent and ours["parent"]["sha256"] != parent.origin[1]:
         raise ValueError(f"{stored.source}: was derived from {ours['parent']['source']}, which has changed "
                          "since; derive it again")
-    with reading(stored.source, KIND, FIX):
+    checked = partial(reading, stored.source, KIND, FIX)
+    with checked():
+        fields = llama.read_config(stored.fields)
+    with checked(passes=[AttributeError]):                  # an axis has a mistake, not the file
         sharing = {name: ours[name] for name in ("share", "share_kind", "dropout")}
-        config = GPTConfig(**llama.read_config(stored.fields), **sharing)
+        config = GPTConfig(**fields, **sharing)
         model = empty(config, ours["changes"])
         inherited = parent.state_dict() if parent else {}
         state = llama.read_tensors(stored.tensors, model, inherited, dtype)
@@ -322,6 +335,7 @@ def build(stored, parent, tokenizer, device, dtype):
         model.load_state_dict(state, assign=True)
         for block in model.blocks:
             block.attn.check()                              # an axis knows what its numbers must be
+    with checked():
         if stored.tokenizer:
             tokenizer = from_json(stored.tokenizer, model.config.vocab_size)
         if tokenizer.vocab_size != model.config.vocab_size:

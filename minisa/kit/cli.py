@@ -12,6 +12,7 @@ from minisa.kit.files import read_file, refuse_unwritable
 
 LONGEST = 2**20         # characters of a prompt
 DTYPES = "float32", "bfloat16"
+NO_MEMORY = re.compile("(out of|not enough|allocate) memory")   # in a RuntimeError of torch
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag raises ValueError, which command() prints in one line."""
@@ -155,7 +156,7 @@ def explain(error):
         message = str(error)
     elif isinstance(error, OSError):
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    elif isinstance(error, MemoryError) or "memory" in str(error):      # a RuntimeError of torch
+    elif isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         first = str(error).partition("\n")[0]
         message = f"out of memory: {first}; take a smaller --batch_size, --block_size or model"
     else:
@@ -164,7 +165,8 @@ def explain(error):
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
 
 def command(main):
-    """Run a command's main(). What the user can fix becomes one line on stderr, and status 2."""
+    """Run a command's main(). What the user can fix becomes one line on stderr, and status 2; for those who
+    change the code, MINISA_TRACEBACK=1 shows where it was raised."""
     try:
         open_streams()
         odd = [word for word in sys.argv if re.search("[\ud800-\udfff]", word)]
@@ -177,6 +179,8 @@ def command(main):
         silence()
         sys.exit(0)
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if os.environ.get("MINISA_TRACEBACK"):
+            raise
         message = explain(error)
     folder, program = os.path.split(sys.argv[0])
     program = os.path.basename(folder) if program == "__main__.py" else program

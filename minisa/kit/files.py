@@ -41,18 +41,18 @@ def read_file(path, most=MOST):
     return data
 
 @contextmanager
-def reading(path, what, fix):
+def reading(path, what, fix, passes=()):
     """Within it, whatever is wrong with a file becomes one ValueError that names it: `what` it is
-    not, why, and the `fix`."""
+    not, why, and the `fix`. Errors that no file can cause pass, and so do those of the types `passes`."""
     try:
         yield
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}; {fix}") from None
-    except (KeyboardInterrupt, MemoryError):
+    except (KeyboardInterrupt, MemoryError, NameError, ImportError, *passes):
         raise
     except Exception as error:                              # what is damaged can make anything fail
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: damaged, or {what} ({reason}); {fix}") from None
+        raise ValueError(f"{path}: damaged, or {what} ({reason}); {fix}") from error
 
 def check(fields, kinds, name):
     """Raises ValueError unless fields from a file are a dict of these keys, {key: type}, and each value has

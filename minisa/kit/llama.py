@@ -106,7 +106,7 @@ def write_tensors(model, own=None):
         if own is not None and name not in own:
             continue
         widths = [n for _, n, _ in parts]
-        rows = state[name].split(widths) if widths[0] else [state[name]]
+        rows = [state[name]] if None in widths else state[name].split(widths)
         for (theirs, _, heads), part in zip(parts, rows):
             if heads:
                 part = reorder(part, heads)
@@ -156,7 +156,7 @@ def read_tensors(tensors, model, inherited, dtype):
         tensors.pop("lm_head.weight", None)
     state, shapes = {}, model.state_dict()
     for name, parts in names(model).items():
-        if name in inherited and parts[0][0] not in tensors:
+        if parts and name in inherited and parts[0][0] not in tensors:
             state[name] = inherited[name]
         else:
             state[name] = read_parts(tensors, parts, shapes[name], dtype)
@@ -179,4 +179,6 @@ def read_parts(tensors, parts, like, dtype):
         wanted = dtype if like.is_floating_point() else like.dtype
         t = take(tensors, name, shape, wanted)
         found.append(reorder(t, heads, back=True) if heads else t)
+    if not found:                                           # qkv of a layer that makes nothing
+        return torch.empty(like.shape, dtype=dtype)
     return torch.cat(found) if len(found) > 1 else found[0]

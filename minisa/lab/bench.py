@@ -26,7 +26,7 @@ import torch
 
 from minisa.cost import predict
 from minisa.decode import handles
-from minisa.kit.checkpoint import load, reconfigure
+from minisa.kit.checkpoint import add_share_kind, load, reconfigure
 from minisa.kit.cli import (
     Parser,
     add_device,
@@ -272,7 +272,7 @@ def modes(args):
 
 # ---- model: models from files ----
 
-def open_models(source, share, torch_too, where):
+def open_models(source, sharing, torch_too, where):
     """→ [(source, model), ...]: a model, the first in float32, and others made of it."""
     begun = time.perf_counter()
     model, _, _ = load(source, device=where)
@@ -280,8 +280,8 @@ def open_models(source, share, torch_too, where):
     print(f"{source}: {time.perf_counter() - begun:.1f} s from the file to the first token")
     half, _, _ = load(source, device=where, dtype=torch.bfloat16)
     models = [model, half]
-    if share:
-        models += [reconfigure(full, share=share) for full in models]
+    if sharing:
+        models += [reconfigure(full, **sharing) for full in models]
     if torch_too:
         models.append(OnTorch(model))
     return [(source, model) for model in models]
@@ -290,14 +290,16 @@ def model_flags(parser):
     parser.add_argument("models", nargs="+", metavar="MODEL", help="runs' or models' folders, .gguf files, "
                         "or smollm2, which is downloaded once")
     parser.flag("share", help="spans that share, zero-shot, beside the first model", shown="none")
+    add_share_kind(parser)
     torch_flag(parser)
 
 def model(args):
     """Time prefill and decoding of models from files, side by side, in float32 and bfloat16."""
     first, *others = args.models
-    models = open_models(first, args.share, args.torch, args.device)
+    sharing = {"share": args.share, "share_kind": args.share_kind} if args.share else {}
+    models = open_models(first, sharing, args.torch, args.device)
     for source in others:
-        models += open_models(source, None, args.torch, args.device)
+        models += open_models(source, {}, args.torch, args.device)
     shortest = min(model.config.block_size for _, model in models)
     yield "models", text_works(models, shortest)
 

@@ -26,7 +26,7 @@ import torch
 
 from minisa.axes.store import Damaged, Store
 from minisa.cost import predict
-from minisa.kit.checkpoint import kind, load
+from minisa.kit.checkpoint import add_share_kind, load
 from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count
 from minisa.kit.files import lock, read_file, set_aside, write_file
 
@@ -214,8 +214,7 @@ def read_flags():
     add_device(parser)
     add_dtype(parser)
     flag("share", str, "", "spans to share in a model trained without, zero-shot", "as trained")
-    flag("share_kind", kind, "weights", "with --share: weights (Shared Attention), kv (Cross-Layer "
-         "Attention) or the NAME of a kind in minisa/axes")
+    add_share_kind(parser)
     return parser.parse_args()
 
 def main():

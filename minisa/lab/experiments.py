@@ -6,9 +6,9 @@
     python -m minisa.lab.experiments --check            compare the tables of all pages with their results
 
 A study is a list of commands, each with the files that it makes, in studies.toml. A command is printed, and
-runs if one of its files is missing. The studies below train models with several settings and seeds, and add
-a row to assets/results/NAME.csv for each run; settings that have a row are not trained again. A run that was
-interrupted has no row, and starts over. All commands run in the folder of the checkout.
+runs if one of its files is missing. Studies under [trainings] train models with several settings and seeds,
+and add a row to assets/results/NAME.csv for each run; settings that have a row are not trained again. A run
+that was interrupted has no row, and starts over. All commands run in the folder of the checkout.
 """
 
 import argparse
@@ -193,17 +193,23 @@ def run_steps(steps):
         run(step["run"])
         if last.endswith("/done"):
             (tables.ROOT / last).touch()
+        if not is_done(step):
+            raise ValueError(f"a command did not make what studies.toml says, {', '.join(step['makes'])}: "
+                             f"{step['run']}")
 
 def begin_again(name):
-    """Set aside the files of a study in assets, so that they are made again."""
-    files = [tables.ROOT / file for step in STUDIES.get(name, []) for file in step["makes"]
-             if file.startswith("assets/")]
+    """Set aside what a study makes in assets and out, so that it is made again: of a model, its folder."""
+    made = [Path(file) for step in STUDIES.get(name, []) for file in step["makes"]]
+    files = [tables.ROOT / file for file in made if file.parts[0] == "assets"]
+    files += dict.fromkeys(tables.ROOT / file.parent for file in made if file.parts[0] == "out")
     trained = [result(name), result("learning")] if name == "preset" else [result(name)]
     for file in files or trained:
         if file.exists():
             print(f"{file} is now {set_aside(file).name}")
 
 def run_study(name, args):
+    if name in STUDIES and (args.jobs > 1 or args.dtype or args.train_flags):
+        raise ValueError(f"--jobs, --dtype, --train_flags: are for {', '.join(TRAININGS)}; drop them")
     with lock(tables.ROOT / "out" / "experiments"):         # in the checkout, as the results are
         if args.again:
             begin_again(name)
@@ -248,7 +254,7 @@ def main():
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
     add_dtype(parser, "number format to train in", None, "the faster one here")
     parser.flag("train_flags", words, "", "further flags of train.py, in quotes", "none")
-    parser.switch("again", "set the results of this study aside, as FILE.1.old, and measure again")
+    parser.switch("again", "set what this study made aside, as NAME.1.old, and make it again")
     parser.switch("table", "only print the table, and draw the figure, of what was run")
     parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")
     parser.switch("update", "write the tables into the pages")

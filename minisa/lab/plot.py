@@ -234,7 +234,7 @@ def read_results(files):
     """CSV files of results → their rows. Raises ValueError if they cannot be drawn."""
     frames = [load(file).assign(file=file) for file in files]
     rows = pandas().concat(frames, ignore_index=True)
-    names = rows.filter(["mode", "model", "changes"]).sum(axis=1)
+    names = rows.filter(["mode", "model", "changes"]).sum(axis=1).astype(str)
     if not 0 < len(rows) <= 1000 or names.str.len().max() > 100:
         raise ValueError("it has no rows, or more of them or longer names than can be drawn")
     numbers = rows.filter(["val_bpb", "ms_per_token", "cache_bytes", "context"]).astype(float)
@@ -253,9 +253,9 @@ def main():
     pyplot("minisa.lab.plot")
     try:
         draw(read_results(args.results), args.file)
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{args.results[0]}: cannot be drawn ({error}); write results with: "
-                         "python sample.py MODEL --csv=FILE.csv") from None
+                         "python sample.py MODEL --csv=FILE.csv") from error
     print(f"wrote {args.file}")
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from statistics import mode
 import torch
 
 from minisa.axes import squeeze
-from minisa.kit.checkpoint import load, reconfigure
+from minisa.kit.checkpoint import add_share_kind, load, reconfigure
 from minisa.kit.cli import Parser, add_device, add_dtype, at_least, command, count, several, table
 from minisa.kit.data import data_of
 from minisa.kit.machine import keep_memory
@@ -84,6 +84,7 @@ def ask(args, source, model, data):
             yield {
                 "model": source,
                 "share": model.config.share,
+                "share_kind": model.config.share and model.config.share_kind,
                 **way.facts,
                 "length": length,
                 "prompts": args.prompts,
@@ -102,7 +103,7 @@ def ask_all(args):
         data = data_of(info, tokenizer, args.text)
         yield from ask(args, source, model, data)
         if args.share and not model.config.share:
-            shared = reconfigure(model, share=args.share)
+            shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
             yield from ask(args, source, shared, data)
 
 # ---- the command ----
@@ -115,6 +116,7 @@ def main():
                 "of the prompts, in tokens; several with commas")
     parser.flag("prompts", count, 200, "how many of each length")
     parser.flag("share", str, "", "spans that share, zero-shot, in models trained without", "none")
+    add_share_kind(parser)
     squeeze.add_flags(parser)
     parser.flag("text", help="UTF-8 file to hide the number in",
                 shown="what the model was trained on, or the plays")

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from minisa.axes.common import calibration, walk
 from minisa.axes.heads import head_products, refit, share
 from minisa.cost import predict
-from minisa.kit.checkpoint import kind
+from minisa.kit.checkpoint import add_share_kind
 from minisa.kit.cli import at_least, command, count
 from minisa.kit.files import read_file
 from minisa.kit.results import print_table, write_results
@@ -119,11 +119,11 @@ def read_scan(file, origin, n_layer):
         same = rows[[*origin]] == [*origin.values()]
         finite = rows[["loss", "divergence"]].abs() < math.inf
         valid = same.all(axis=None) and finite.all(axis=None) and known.issuperset(spans)
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):               # TypeError: words in place of numbers
         valid = False
     if not valid:
         raise ValueError(f"{file}: cannot be continued: it is damaged, or of another model, text, --windows "
-                         "or --context; delete it, or take another --out_dir")
+                         "or --context; move it away, or take another --out_dir")
     return dict(zip(spans, rows.to_dict("records")))
 
 def continue_scan(rows, file, origin, model, sharing, windows, spans):
@@ -203,8 +203,7 @@ def report(rows, file):
 
 def read_args():
     flags = parser(__doc__, "scan")
-    flags.flag("share_kind", kind, "weights", "what spans share: weights (Shared Attention), kv "
-               "(Cross-Layer Attention) or the NAME of a kind in minisa/axes")
+    add_share_kind(flags)
     flags.flag("heads", default="same", choices=["same", "match", "mix"],
                help="whose weights a head of a reuse layer reuses: those of the anchor's same head, of the "
                "most similar, or a mixture of all")

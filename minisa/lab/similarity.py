@@ -97,7 +97,7 @@ def show_attention(args, model, tokenizer, folder):
         raise ValueError(f"--look: these are {len(ids)} tokens; give 2 to {longest}")
     models, first = {args.model: model}, 0
     if args.share:
-        shared = checkpoint.reconfigure(model, share=args.share)
+        shared = checkpoint.reconfigure(model, share=args.share, share_kind=args.share_kind)
         models[f"{args.model}, sharing {args.share}"] = shared
         anchor, _ = shared.config.spans[0]
         first = max(0, min(anchor, model.config.n_layer - 4))
@@ -148,6 +148,7 @@ def read_args():
     flags.switch("history", "draw a map for each step that train.py --keep_every=N kept of this run")
     flags.flag("look", prompt, None, "draw the attention weights of four layers on this text", "none")
     flags.flag("share", str, "", "with --look: spans that share, zero-shot, drawn below it", "none")
+    checkpoint.add_share_kind(flags)
     args = flags.parse_args()
     if args.history and args.look:
         raise ValueError("--history, --look: give one of them")

@@ -16,7 +16,7 @@ from minisa.model import GPTConfig
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
 TEXT = ("mode equal model share share_kind changes policy library dtype engine work windows spans best_span "
-        "commit processor torch date").split()                                  # columns of words
+        "commit processor torch date").split()                          # columns of words, even if empty
 
 # ---- reading ----
 
@@ -32,8 +32,8 @@ def result(name):
     return ROOT / "assets" / "results" / f"{name}.csv"
 
 def load(file):
-    """A CSV file of results → a DataFrame, with NaN for numbers that were not measured. Raises ValueError if
-    the file is damaged, OSError if it cannot be read."""
+    """A CSV file of results → a DataFrame, with NaN for numbers that were not measured. A column in which no
+    cell is a number holds words. Raises ValueError if the file is damaged, OSError if it cannot be read."""
     library = pandas()
     try:
         text = read_file(file, 2**20).decode()
@@ -41,11 +41,13 @@ def load(file):
         if any(len(line) != len(set(head)) for line in lines):
             raise ValueError("a line does not have as many cells as there are columns")
         rows = library.DataFrame(lines, columns=head)
-        numbers = rows.columns.difference(TEXT)
+        parsed = rows.apply(library.to_numeric, errors="coerce")
+        words = parsed.isna().all() & (rows != "").any()        # which columns hold no number
+        numbers = rows.columns[~words].difference(TEXT)
         rows[numbers] = rows[numbers].apply(library.to_numeric)
     except (ValueError, csv.Error) as error:
         reason = str(error)[:200]
-        raise ValueError(f"{file}: damaged ({reason}); delete it, or fetch it again") from None
+        raise ValueError(f"{file}: damaged ({reason}); repair that line, or restore the file") from error
     return rows
 
 def read(*names):
@@ -200,23 +202,26 @@ def fill(rows, column):
     return re.sub("^-", "−", text)
 
 def make(name):
-    """The table of this name, rows of text. Raises ValueError if there is none, or its results are not all
-    there."""
+    """The table of this name, rows of text. Raises ValueError if there is none, if its results are not all
+    there, or if what tables.toml says of it is wrong."""
     if name not in TABLES:
         raise ValueError(f"no table is named {name}; there are {', '.join(TABLES)}")
-    table, cells = TABLES[name], [[]]
+    table = TABLES[name]
+    missing = [str(result(file)) for file in table["files"] if not result(file).exists()]
+    cells, rows = [], read(*table["files"])
     try:
-        if all(result(file).exists() for file in table["files"]):
-            rows = read(*table["files"])
+        if not missing:
             derive = globals()[table["derive"]] if "derive" in table else pandas().DataFrame
             cells = pivot(derive(rows), table)
-    except (KeyError, NameError):                           # a column, or a run, is missing
-        pass
-    full_rows = all(any(row[1:]) for row in cells)
-    full_columns = all(any(column) for column in zip(*cells[1:]))
-    if len(cells) < 2 or not (full_rows and full_columns):
-        raise ValueError(f"table {name}: its results are not all there; continue with: "
-                         f"python -m minisa.lab.experiments {table['study']}")
+    except (KeyError, NameError) as error:                  # a column, or a run, is missing
+        missing = [str(error)]
+    except Exception as error:                              # a condition or a format is anything
+        raise ValueError(f"table {name}: cannot be made ({error!r}); see tables.toml") from error
+    missing += [row[0] for row in cells if not any(row[1:])]
+    missing += [head for head, *column in zip(*cells) if not any(column)]
+    if missing:
+        raise ValueError(f"table {name}: its results are not all there ({', '.join(missing)}); continue "
+                         f"with: python -m minisa.lab.experiments {table['study']}")
     return cells
 
 # ---- pages ----

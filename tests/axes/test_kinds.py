@@ -15,6 +15,7 @@ import sample
 import train
 from minisa import cost
 from minisa.axes import eigen, heads, lowrank
+from minisa.axes.common import fill, rebuilt
 from minisa.kit import checkpoint
 from minisa.kit.tokenizer import Tokenizer
 from minisa.model import GPT, SHARE_KINDS, CrossLayerAttention, GPTConfig, KVCache, sharing_kind
@@ -169,9 +170,88 @@ def test_a_layer_that_reads_few_tokens_is_billed_for_those(axes_folder, n, conte
     assert all_read.decode_flops - bill.decode_flops == batch_size * 2 * unread * 4 * 4 * 8
     assert all_read.cache_bytes == bill.cache_bytes and all_read.prefill_flops >= bill.prefill_flops
 
+NOTHING = """
+from minisa.model import SHARE_KINDS, Attention
+
+class Lender(Attention):
+    def heads(self, x, step, below):
+        z, _ = super().heads(x, step, below)
+        return z, z
+
+class Nothing(Attention):
+    makes = ""
+
+    def heads(self, x, step, below):
+        return below, below
+
+SHARE_KINDS["nothing"] = Lender, Nothing
+"""
+
+def test_a_layer_may_make_nothing(axes_folder, tmp_path):
+    (axes_folder / "nothing.py").write_text(NOTHING, encoding="utf-8")
+    model, info = make(share_kind="nothing"), dict(checkpoint.UNKNOWN)
+    checkpoint.save(tmp_path / "shares", model, TOKENIZER, info)
+    assert torch.equal(minisa.load(tmp_path / "shares")[0](IDX)[0], model(IDX)[0])
+    checkpoint.save(tmp_path / "full", make(share="", share_kind="weights"), TOKENIZER, info)
+    full, zero_shot = (minisa.load(tmp_path / "full", *sharing)[0] for sharing in ((), ("1-3", "nothing")))
+    assert zero_shot.blocks[2].attn.qkv.weight.shape == (0, 32)
+    checkpoint.derive(tmp_path / "derived", zero_shot, full, info)
+    assert torch.equal(minisa.load(tmp_path / "derived")[0](IDX)[0], zero_shot(IDX)[0])
+
+HALVED = """
+from minisa.axes.common import fill, rebuilt
+
+def rebuild(model):
+    pass
+
+def halve(model):
+    new = rebuilt(model, "halved")
+    return fill(new, model, {name: t / 2 for name, t in model.state_dict().items() if "out" in name})
+"""
+
+def test_a_change_of_numbers_alone_leaves_a_model_that_can_share(axes_folder):
+    (axes_folder / "halved.py").write_text(HALVED, encoding="utf-8")
+    from minisa.axes import halved
+    new = halved.halve(make(share="", share_kind="weights"))
+    shared = checkpoint.reconfigure(new, share="1-3", share_kind="kv")
+    assert shared.blocks[2].attn.out.weight is not None and checkpoint.changes(shared)
+    assert torch.equal(shared.blocks[2].attn.out.weight, new.blocks[2].attn.out.weight)
+
+WIDER = """
+import torch
+from minisa.axes.common import fill, rebuilt
+
+def rebuild(model):
+    model.config.dropout = 0.5
+    model.blocks[0].attn.scale = torch.nn.Parameter(torch.ones(3))
+"""
+
+def test_what_fill_lacks_is_named_and_the_original_keeps_its_config(axes_folder):
+    (axes_folder / "wider.py").write_text(WIDER, encoding="utf-8")
+    model = make(share_kind="kv")
+    new = rebuilt(model, "wider")
+    assert (model.config.dropout, new.config.dropout) == (0.0, 0.5)
+    with pytest.raises(RuntimeError, match="no numbers for blocks.0.attn.scale$"):
+        fill(new, model, {})
+
+MISTAKES = {
+    "a missing import": (ModuleNotFoundError, "import nowhere\n"),
+    "a misspelt name": (NameError, "SHARE_KIND\n"),
+    "a misspelt attribute": (AttributeError, "from minisa import model\nmodel.SHARE_KIND\n"),
+}
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_its_file_is_not_blamed_on_the_model(values, axes_folder, name, tmp_path):
+    error, text = MISTAKES[name]
+    checkpoint.save(tmp_path / "run", make(), TOKENIZER, dict(checkpoint.UNKNOWN))
+    values()
+    (axes_folder / "values.py").write_text(text, encoding="utf-8")
+    with pytest.raises(error):
+        minisa.load(tmp_path / "run")
+
 @pytest.mark.parametrize("name", ["", "heads", "os", "values.x", "../axes/heads", "__init__", "a b", "\0"])
 def test_any_other_name_is_refused_and_runs_nothing(name, monkeypatch):
     before = set(sys.modules)
-    with pytest.raises(ValueError, match="^--share_kind=.*: must be weights or kv$"):
+    with pytest.raises(ValueError, match="^--share_kind=.*: must be weights or kv"):
         sharing_kind(name)
     assert {module for module in set(sys.modules) - before if not module.startswith("minisa.axes.")} == set()

@@ -225,16 +225,24 @@ def test_a_prompt_may_be_shorter_than_the_budget(n, policy):
     got = model.generate(IDX[:, n:n + 1], 4, temperature=0, cache=cache)
     assert torch.equal(got, model.generate(IDX[:, :n + 1], 4, temperature=0)[:, n:])
 
-FORMS_P = {"window": (False, False), "sinks": (False, False), "heavy": (True, True), "snap": (True, False)}
-
-@pytest.mark.parametrize("policy", FORMS_P)
+@policies
 def test_attention_weights_are_formed_only_where_the_policy_needs_them(policy, monkeypatch):
     model, calls, fused = make(), [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
     cache = squeezed(model, IDX, 12, policy)
     of_prompt = len(calls)
     model(IDX[:, :1], cache=cache)
-    assert (of_prompt == 0, len(calls) == of_prompt) == FORMS_P[policy]
+    asked = POLICIES[policy].watches_prompt, POLICIES[policy].watches_new
+    assert (of_prompt == 0, len(calls) == of_prompt) == asked
+
+def test_a_policy_may_build_on_another():
+    class Older(Snap):
+        pass
+
+    class Oldest(Older):
+        pass
+
+    assert {Snap, Older, Oldest} <= {*squeeze.subclasses(squeeze.Policy)}
 
 class Halves(Floats):
     """Another storage: the first and the second half of the numbers, apart."""

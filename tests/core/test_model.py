@@ -210,7 +210,8 @@ def test_a_decoded_token_costs_no_more_operations_per_layer_than_it_must():
 
 WRONG = [
     dict(share="3-1"), dict(share="2-2"), dict(share="1-5"), dict(share="1"), dict(share="1-2,2-4"),
-    dict(share="3-4,0-1"), dict(share="a-b"), dict(share="1-2,"), dict(share="-1-2"), dict(share_kind="keys"),
+    dict(share="3-4,0-1"), dict(share="a-b"), dict(share="1-2,"), dict(share="-1-2"),
+    dict(share_kind="nonsense"),
     dict(n_embd=30), dict(n_embd=36), dict(n_kv_head=3), dict(n_kv_head=0), dict(n_head=0), dict(n_layer=0),
     dict(dropout=1.0), dict(rope_base=0.0), dict(norm_eps=-1.0), dict(n_hidden=0),
 ]

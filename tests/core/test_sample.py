@@ -158,7 +158,7 @@ WRONG = {
     "out/none": "out/none: no such model",
     "--share=0-9": "--share=0-9: the layers of this model are 0 to 2",
     "--share=x": "--share=x: give spans in increasing order",
-    "--share_kind=keys": "--share_kind: keys: must be weights or kv",
+    "--share_kind=nonsense": "--share_kind: nonsense: must be weights or kv",
     "--squeeze=7": "7 is not a number from 8 up",
     "--squeeze=17": "--squeeze=17: must be from 8 to the context of 16",
     "--squeeze_policy=oldest": "--squeeze_policy: ",

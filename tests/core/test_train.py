@@ -132,7 +132,7 @@ def start(folder, *flags):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
-    until = time.time() + 60
+    until = time.time() + 300                               # on a busy machine, torch is imported slowly
     while not (folder / "out/full" / STATE).exists() and process.poll() is None and time.time() < until:
         time.sleep(0.05)
     return process

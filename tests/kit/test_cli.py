@@ -51,11 +51,19 @@ def test_the_machines_own_refusal_of_memory_is_known(run):
     status, _, err = run(lambda: torch.empty(2**58))
     assert status == 2 and err.startswith("minisa: error: out of memory") and err.count("\n") == 1
 
-@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), KeyError("x"), TypeError("x")], ids=repr)
+@pytest.mark.parametrize("error", [
+    RuntimeError("unsupported memory format option"), RuntimeError("size mismatch"), KeyError("x"),
+    TypeError("x"),
+], ids=repr)
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch, error):
     with pytest.raises(type(error)) as raised:
         cli.command(raising(error))
     assert raised.value is error
+
+def test_those_who_change_the_code_may_ask_where_an_error_was_raised(monkeypatch):
+    monkeypatch.setenv("MINISA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="math domain error"):
+        cli.command(lambda: math.log(-1))
 
 def test_ctrl_c_is_quiet_and_status_130(run):
     assert run(raising(KeyboardInterrupt())) == (130, "", "")

@@ -203,6 +203,16 @@ def test_a_training_counts_only_when_it_ended_with_status_0(checkout, steps, cap
     assert (checkout / "out" / "kept" / "config.json").read_text() == "ran" * 3
     assert (checkout / "picture").read_text() == "ran"
 
+def test_a_command_that_does_not_make_what_the_study_says_is_named(checkout, steps):
+    with pytest.raises(ValueError, match="did not make what studies.toml says, assets/b: python -c"):
+        experiments.run_steps(steps((append("assets/a"), "assets/b")))
+
+def test_flags_of_trainings_are_refused_for_commands(run, checkout, steps):
+    steps((append("a"), "a"))
+    for flag in "--jobs=2", "--dtype=float32", "--train_flags=--n_layer=3":
+        status, _, err = run(experiments.main, "x", flag)
+        assert status == 2 and flag.partition("=")[0] in err and not (checkout / "a").exists()
+
 def test_trainings_of_studies_are_marked_when_done():
     for name, made in experiments.STUDIES.items():
         for step in made:
@@ -222,6 +232,16 @@ def test_setting_aside_twice_keeps_both(run, checkout, steps):
     assert (checkout / "assets" / "b.png.1.old").read_text() == "ran"
     assert (checkout / "model").read_text() == "ran"        # outside assets: not made again
     assert (checkout / "assets" / "results" / "other.csv").exists()
+
+def test_models_of_a_study_are_set_aside_with_it(run, checkout, steps):
+    old = checkout / "out" / "new"
+    old.mkdir(parents=True)
+    (old / "model.safetensors").write_text("old")
+    make = "import pathlib; pathlib.Path('out/new').mkdir(); " + append("out/new/model.safetensors")
+    steps((make, "out/new/model.safetensors"))
+    assert run(experiments.main, "x", "--again")[0] == 0
+    assert (old / "model.safetensors").read_text() == "ran"
+    assert (checkout / "out" / "new.1.old" / "model.safetensors").read_text() == "old"
 
 def test_beside_a_running_study_none_starts_and_nothing_is_moved(run, checkout, steps, tmp_path, monkeypatch):
     file = "assets/results/a.csv"

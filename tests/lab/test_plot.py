@@ -74,7 +74,7 @@ def test_the_figures_of_the_pages_are_legible(figures, name):
 @pytest.mark.parametrize("flags, message", [
     (["none.csv", "--file=x.png"], "none.csv"),
     (["bad.csv", "--file=x.png"], "bad.csv: cannot be drawn"),
-    (["lost.csv", "--file=x.png"], "lost.csv: damaged"),
+    (["lost.csv", "--file=x.png"], "lost.csv: cannot be drawn (could not convert string"),
     (["empty.csv", "--file=x.png"], "empty.csv: cannot be drawn (it has no rows"),
     (["a.csv", "--file=x.doc"], "must end in .png"),
     (["a.csv"], "--file"),

@@ -81,15 +81,16 @@ def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
         assert 16 in agree and recall.right_answers(net, idx, expected, ways) == agree
 
 def test_every_model_length_and_cache_is_a_row_of_its_own(run, model, tmp_path):
-    status, out, _ = run(recall.main, "run", "--lengths=64,96", "--prompts=3", "--share=1-2", "--squeeze=16",
-                         f"--csv={tmp_path}/new.csv")
+    status, out, _ = run(recall.main, "run", "--lengths=64,96", "--prompts=3", "--share=1-2",
+                         "--share_kind=kv", "--squeeze=16", f"--csv={tmp_path}/new.csv")
     rows = list(csv.DictReader(open(tmp_path / "new.csv")))
     assert status == 0 and out.count("%") == 2 * len(rows)
-    assert list(rows[0])[:8] == ["model", "share", "policy", "budget", "cut", "length", "prompts", "right"]
-    found = [tuple(row.values())[1:6] for row in rows]
+    assert list(rows[0])[:9] == [
+        "model", "share", "share_kind", "policy", "budget", "cut", "length", "prompts", "right"]
+    found = [tuple(row.values())[1:7] for row in rows]
     caches = ("", "", ""), ("heavy", "16", "0.5")
-    expected = itertools.product(("", "1-2"), ("64", "96"), caches)
-    assert found == [(share, *cache, length) for share, length, cache in expected]
+    expected = itertools.product((("", ""), ("1-2", "kv")), ("64", "96"), caches)
+    assert found == [(*share, *cache, length) for share, length, cache in expected]
     assert all(row["model"] == "run" and row["prompts"] == "3" for row in rows)
     assert all(0 <= int(row["right"]) <= 3 for row in rows)
 

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("pandas", reason="needs pandas: pip install pandas")
 from minisa.lab import tables  # noqa: E402
+from minisa.lab.experiments import STUDIES, TRAININGS  # noqa: E402
 from minisa.lab.tables import at_best, check_pages, make, markdown, percent, read, renew  # noqa: E402
 
 @pytest.fixture
@@ -113,10 +114,38 @@ def test_neither_is_a_table_made_of_a_part_of_them(write, rows):
 
 def test_a_damaged_file_is_named(write):
     file = write("sharing", RUNS, **COST)
-    for text in (file.read_text() + "full,1\n", "", "mode,seed\nfull,one\n", "a,a\n1,2\n"):
+    for text in (file.read_text() + "full,1\n", "", "mode,seed\nfull,one\nfull,1\n", "a,a\n1,2\n"):
         file.write_text(text)
-        with pytest.raises(ValueError, match="sharing.csv: damaged"):
+        with pytest.raises(ValueError, match="sharing.csv: damaged") as error:
             read("sharing")
+        assert "delete" not in str(error.value)             # what was measured in hours
+
+def test_a_column_may_hold_words(write):
+    write("sharing", [{"mode": "full", "task": "copy", "seed": 1}, {"mode": "SA", "task": "", "seed": 2}])
+    rows = read("sharing")
+    assert rows["task"].tolist() == ["copy", ""] and rows["seed"].tolist() == [1, 2]
+
+WRONG = {
+    "a column": ({"columns": {"loss": "{val_bp}"}}, "val_bp"),
+    "a row": ({"rows": {"mode == 'ful'": "misspelt"}}, "misspelt"),
+    "a name in a condition": ({"rows": {"mod == 'full'": "x"}}, "'mod'"),
+    "a function": ({"derive": "at_bets"}, "at_bets"),
+    "a format": ({"columns": {"loss": "{val_bpb:.4q}"}}, "sharing: cannot be made"),
+    "a condition": ({"rows": {"mode == (": "x"}}, "sharing: cannot be made"),
+    "a file": ({"files": ["sharing", "sharign"]}, "sharign.csv"),
+}
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_misspelt_in_a_table_is_named(write, monkeypatch, what):
+    write("sharing", RUNS, **COST)
+    change, named = WRONG[what]
+    monkeypatch.setitem(tables.TABLES, "sharing", tables.TABLES["sharing"] | change)
+    with pytest.raises(ValueError, match="table sharing: ") as error:
+        make("sharing")
+    assert named in str(error.value)
+
+def test_the_study_of_each_table_exists():
+    assert {table["study"] for table in tables.TABLES.values()} <= {*STUDIES, *TRAININGS}
 
 def test_spans_are_given_over_full_attention_best_mixture_first(write):
     def rows(share, same, match, mix, kv):
