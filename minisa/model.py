@@ -84,7 +84,7 @@ def rope_angles(config, positions):
 
 def rotate(x, rope):
     """RoPE (arXiv:2104.09864): turn each pair (x[2i], x[2i+1]) of x (B, heads, T, D) by an angle
-    that grows with the position. q · k then depends on the positions only through their distance."""
+    that grows with the position. q · k then depends on positions only through their distance."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, heads, T, D/2)
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
