@@ -274,7 +274,7 @@ class KVCache:
         0 1 2         - - - -         0 1 2 -        0 1 2
         3             0 1 2 -         0 1 2 3        0 1 2 3
         4             0 1 2 3         4 1 2 3        4 1 2 3         4 sees itself, not 0
-        5 6           4 1 2 3         4 5 6 3        4 1 2 3 5 6     5 sees 2, though 6 takes its slot
+        5 6           4 1 2 3         4 5 6 3        4 1 2 3 5 6     5 sees 2, whose slot 6 takes
 
     The mask hides later tokens and those at least `size` back: above, 5 does not see 6 or 1.
     """
