@@ -1,0 +1,342 @@
+"""What sharing costs a real LLM, by three measures: right answers, divergence, loss.
+
+    python -m minisa.lab.benchmarks smollm2 out/eight --questions=300       side by side
+    python -m minisa.lab.benchmarks smollm2 out/eight --tasks=lambada       all of its 5,153 questions
+
+Right answers to seven standard benchmarks, zero-shot. Of the continuations of a context, the model gives the
+one with the highest log probability, divided by its characters where the benchmark says so; LAMBADA's answer
+is right if the model would write just that word. "Nats" is the mean of -log p of the right continuation.
+
+Loss and divergence (KL, from the first model, in nats per token) on two held-out texts: the plays, and
+passages of an encyclopedia, stories, science (minisa/lab/questions.py).
+
+All models get the same questions and windows, so differences from the first model are paired. Their
+intervals hold together: 95 % for all that are printed (Bonferroni). Answers are kept in --out_dir, where a
+stopped run continues.
+"""
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from minisa.axes.common import loss_and_divergence
+from minisa.kit.checkpoint import load
+from minisa.kit.cli import Parser, add_device, command, count, one_of, several, table, whole
+from minisa.kit.data import Data, tokenize
+from minisa.kit.files import check, lock, read_file, reading, write_file
+from minisa.kit.machine import choose_dtype, keep_memory
+from minisa.kit.results import print_table, write_results
+from minisa.lab.questions import TASKS, prepare, questions
+from minisa.model import KVCache
+
+TEXTS = {"plays": None, "passages": "passages.txt"}      # their held-out parts
+KEPT_EVERY = 50             # answers
+LEVEL = 0.95                # of all intervals together
+
+# ---- one question ----
+
+def tokens_of(encode, context, continuation):
+    """→ the tokens of both together, and how many of the first are the context's."""
+    return encode(context + continuation), len(encode(context))
+
+def common_length(rows):
+    """How many first tokens all rows have in common."""
+    n = 0
+    for column in zip(*rows):
+        if len(set(column)) > 1:
+            break
+        n += 1
+    return n
+
+def copies(cache, model, n):
+    """A cache of one sequence → one of n sequences that hold the same."""
+    wider = KVCache(model, n, cache.size)
+    for new, old in zip(wider.tensors, cache.tensors):
+        new.copy_(old)                                          # (1, G, S, D) → (n, G, S, D)
+    wider.where.copy_(cache.where)
+    wider.length = cache.length
+    return wider
+
+def cut(row, start, most):
+    """A row of tokens whose continuation begins at `start` → its last `most` + 1 tokens, and where it
+    begins there. One token of the context remains."""
+    dropped = max(0, len(row) - most - 1)
+    return row[dropped:], max(1, start - dropped)
+
+@torch.inference_mode()
+def log_probabilities(model, rows):
+    """rows: n pairs (tokens, where the continuation begins). → for each, the sum of log p of the
+    continuation's tokens, and whether the model would write them, greedily. What all rows begin with is read
+    once."""
+    device, size = model.embed.weight.device, model.config.block_size
+    rows, starts = zip(*(cut(row, start, size) for row, start in rows))
+    longest = max(map(len, rows)) - 1
+    cache = KVCache(model, 1, longest)
+    first = min(common_length(rows), min(starts) - 1)
+    if first > 0:
+        model.read(torch.tensor([rows[0][:first]], device=device), cache)
+    rests = [row[first:] + [0] * (longest + 1 - len(row)) for row in rows]
+    rests = torch.tensor(rests, device=device)                          # (n, T + 1)
+    logits, _ = model(rests[:, :-1], cache=copies(cache, model, len(rows)))
+    found = []
+    for row, start, rest, row_logits in zip(rows, starts, rests, logits):
+        begin, end = start - first, len(row) - first                    # of the continuation
+        log_p = row_logits[begin - 1:end - 1].float().log_softmax(-1)
+        targets = rest[begin:end]
+        total = -F.nll_loss(log_p, targets, reduction="sum").item()
+        found.append((total, bool((log_p.argmax(-1) == targets).all())))
+    return found
+
+def answer(model, encode, task, question):
+    """→ (is it right, nats of the right continuation). question: one of QUESTIONS."""
+    texts = list(zip(question["contexts"], question["continuations"]))
+    rows = [(encode(context + continuation), len(encode(context))) for context, continuation in texts]
+    found = log_probabilities(model, rows)
+    right = question["right"]
+    nats = -found[right][0]
+    if task.last_word:
+        return found[right][1], nats
+    scores = [total for total, _ in found]
+    if task.per_character:
+        scores = [total / (len(text) - 1) for total, (_, text) in zip(scores, texts)]   # but its space
+    return max(range(len(scores)), key=scores.__getitem__) == right, nats
+
+# ---- all questions of a task, kept on disk ----
+
+ANSWERS = [[float]]         # of each question: 1.0 if right, and the nats of the right continuation
+
+def kept_answers(file):
+    """The answers that an earlier run kept, or none."""
+    if not file.exists():
+        return []
+    with reading(file, "not answers that this command wrote", "delete it"):
+        answers = json.loads(read_file(file))
+        check(answers, ANSWERS, "answers")
+    return answers
+
+class Progress:
+    """Says on stderr, at most once in five seconds, how far a long piece of work is."""
+
+    def __init__(self, what, total):
+        self.what, self.total = what, total
+        self.begun = self.said = time.perf_counter()
+        self.done_before = None
+
+    def say(self, done, more=""):
+        now = time.perf_counter()
+        if self.done_before is None:
+            self.done_before = done - 1                         # a continued run did not do these
+        if now - self.said < 5:
+            return
+        self.said = now
+        each = (now - self.begun) / (done - self.done_before)
+        minutes = each * (self.total - done) / 60
+        print(f"{self.what}: {done} of {self.total}{more}, {minutes:.1f} minutes left", file=sys.stderr,
+              flush=True)
+
+def examine(model, encode, name, asked, file, label):
+    """Ask a model the questions of a task; continue what the file keeps. → ANSWERS"""
+    answers = kept_answers(file)
+    progress = Progress(f"{label}, {name}", len(asked))
+    for question in asked[len(answers):]:
+        right, nats = answer(model, encode, TASKS[name], question)
+        answers.append([float(right), nats])
+        if len(answers) % KEPT_EVERY == 0 or len(answers) == len(asked):
+            write_file(file, json.dumps(answers).encode())
+        score = statistics.fmean(right for right, _ in answers)
+        progress.say(len(answers), f", {score:.1%} right")
+    return answers
+
+def fingerprint(model):
+    """A hash of all numbers of a model, and of how it computes."""
+    known = hashlib.sha256(repr([type(block.attn).__name__ for block in model.blocks]).encode())
+    for name, tensor in model.state_dict().items():
+        known.update(name.encode())
+        known.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
+    return known.hexdigest()[:16]
+
+# ---- differences ----
+
+def half_width(error, comparisons):
+    """Of the interval around a difference with this standard error, so that all of them hold at LEVEL."""
+    return statistics.NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / comparisons) * error
+
+def paired_proportions(before, after):
+    """Right answers (0 or 1) to the same questions → the difference of their fractions and its standard
+    error, by Agresti and Min (2005): half a question is added to each cell of the table."""
+    lost = sum(a > b for a, b in zip(before, after)) + 0.5
+    won = sum(a < b for a, b in zip(before, after)) + 0.5
+    n = len(before) + 2
+    error = math.sqrt(lost + won - (won - lost)**2 / n) / n
+    return statistics.fmean(after) - statistics.fmean(before), error
+
+def paired_means(before, after):
+    """→ the mean difference of two lists of numbers, and its standard error."""
+    differences = [b - a for a, b in zip(before, after)]
+    if len(differences) < 2:
+        return statistics.fmean(differences), math.inf
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+def mcnemar(before, after):
+    """Exact two-sided McNemar test: the probability of so unequal numbers of lost and won answers, if
+    both were equally likely."""
+    lost = sum(a > b for a, b in zip(before, after))
+    won = sum(a < b for a, b in zip(before, after))
+    n = lost + won
+    tail = sum(math.comb(n, i) for i in range(min(lost, won) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+# ---- all measures of all models ----
+
+def windows_of(tokenizer, n, T):
+    """→ {text: n windows (n, T + 1) of its held-out part}."""
+    windows = {}
+    for name, file in TEXTS.items():
+        data = Data(tokenize(file and prepare() / file, tokenizer=tokenizer))
+        windows[name] = data.windows("val", n, T)
+    return windows
+
+def on_texts(model, first, windows, label):
+    """→ {(text, measure): a number for each window}: losses of a model, and its divergence from the first."""
+    device, measured = model.embed.weight.device, {}
+    progress = Progress(f"{label}, texts", sum(map(len, windows.values())))
+    for text, rows in windows.items():
+        pairs = []
+        for row in rows:
+            pairs.append(loss_and_divergence(model, first, row[None].to(device)))
+            progress.say(len(pairs))
+        losses, divergences = zip(*pairs)
+        measured[text, "loss"], measured[text, "divergence"] = losses, divergences
+    return measured
+
+def measure(args, source, first=None):
+    """→ the model, and {(task or text, measure): a number for each question or window}. first: the model that
+    it diverges from, or None if it is that. Raises ValueError if their tokens differ."""
+    model, tokenizer, _ = load(source, device=args.device, dtype=getattr(torch, args.dtype))
+    if args.windows and first and first.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{source}: its tokens are not those of {args.models[0]}, so there is no divergence "
+                         "from it; take --windows=0")
+    identity = fingerprint(model)
+    measured = {}
+    for name in args.tasks:
+        asked = questions(name, args.questions)
+        kept = Path(args.out_dir) / f"{name}-{len(asked)}-{args.dtype}-{identity}.json"
+        answers = examine(model, tokenizer.encode, name, asked, kept, source)
+        right, nats = zip(*answers)
+        measured[name, "right"], measured[name, "nats"] = right, nats
+    if args.windows:
+        T = min(512, model.config.block_size)
+        windows = windows_of(tokenizer, args.windows, T)
+        measured |= on_texts(model, first or model, windows, source)
+    return model, measured
+
+def compare(source, measured, first, comparisons):
+    """Yield a row for a CSV file for each measure of a model, beside the first model's (None: it is that)."""
+    for (task, name), values in measured.items():
+        row = {
+            "model": source,
+            "task": task,
+            "measure": name,
+            "questions": len(values),
+            "value": statistics.fmean(values),
+        }
+        if first is not None and name == "right":
+            before = first[task, name]
+            difference, error = paired_proportions(before, values)
+            row |= {
+                "difference": difference,
+                "half_width": half_width(error, comparisons),
+                "lost": sum(a > b for a, b in zip(before, values)),
+                "won": sum(a < b for a, b in zip(before, values)),
+                "p": mcnemar(before, values),
+            }
+        elif first is not None:
+            difference, error = paired_means(first[task, name], values)
+            row |= {"difference": difference, "half_width": half_width(error, comparisons)}
+        yield row
+
+def over_all(source, measured, first, comparisons):
+    """The row of the mean over the tasks, each of the same weight."""
+    tasks = [task for task, name in measured if name == "right"]
+    row = {
+        "model": source,
+        "task": "all",
+        "measure": "right",
+        "questions": sum(len(measured[task, "right"]) for task in tasks),
+        "value": statistics.fmean(statistics.fmean(measured[task, "right"]) for task in tasks),
+    }
+    if first is not None:
+        pairs = [paired_proportions(first[task, "right"], measured[task, "right"]) for task in tasks]
+        differences, errors = zip(*pairs)
+        error = math.sqrt(sum(error**2 for error in errors)) / len(tasks)
+        row |= {
+            "difference": statistics.fmean(differences),
+            "half_width": half_width(error, comparisons),
+        }
+    return row
+
+def as_text(row):
+    """A row as it is printed."""
+    is_right = row["measure"] == "right"
+    scale, unit, digits = (100, " %", 1) if is_right else (1, "", 4)
+    value = f"{row['value'] * scale:.{digits}f}{unit}"
+    cells = [row["model"], row["task"], row["measure"], f"{row['questions']:,}", value]
+    if "difference" in row:
+        cells.append(f"{row['difference'] * scale:+.{digits}f} ± {row['half_width'] * scale:.{digits}f}")
+        cells.append(f"{row['lost']} lost, {row['won']} won, p {row['p']:.2g}" if "lost" in row else "")
+    else:
+        cells += ["", ""]
+    return cells
+
+def rows_of(args):
+    """→ the rows of all models, printed as they come."""
+    measures = 2 * len(args.tasks) + 1                          # right answers, nats; the mean of all
+    if args.windows:
+        measures += 2 * len(TEXTS)                              # loss, divergence
+    comparisons = measures * max(1, len(args.models) - 1)
+    first_model, first = None, None
+    rows = []
+    for source in args.models:
+        model, measured = measure(args, source, first_model)
+        found = list(compare(source, measured, first, comparisons))
+        if args.tasks:
+            found.append(over_all(source, measured, first, comparisons))
+        head = ["model", "task", "measure", "questions", "value", "difference from the first", ""]
+        print_table([head, *map(as_text, found)], words=3)
+        rows += found
+        if first is None:
+            first_model, first = model, measured
+    return rows
+
+# ---- the command ----
+
+def main():
+    parser = Parser(__doc__, usage="python -m minisa.lab.benchmarks MODEL [MODEL ...] [--FLAG=VALUE ...]")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
+                        "or smollm2, which is downloaded once; the first is the one to compare with")
+    parser.flag("tasks", several(one_of(*TASKS)), ",".join(TASKS), "benchmarks, with commas between them")
+    parser.flag("questions", count, None, "how many of each, evenly spaced", "all")
+    parser.flag("windows", whole, 48, "of 512 tokens of each text, for loss and divergence; 0 for none")
+    parser.flag("out_dir", str, "out/benchmarks", "folder to keep the answers in")
+    parser.flag("csv", table, None, "file to write the results to, as .csv", "none")
+    parser.flag("dtype", one_of("float32", "bfloat16"), None, "of the weights", "what is faster here")
+    add_device(parser)
+    args = parser.parse_intermixed_args()
+    keep_memory()
+    args.dtype = args.dtype or choose_dtype(args.device)
+    os.makedirs(args.out_dir, exist_ok=True)
+    with lock(Path(args.out_dir)):
+        rows = rows_of(args)
+    if args.csv:
+        write_results(args.csv, rows)
+
+if __name__ == "__main__":
+    command(main)
