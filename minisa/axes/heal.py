@@ -1,0 +1,218 @@
+"""Healing: train a model that shares, briefly, to predict what its teacher predicts.
+
+    python -m minisa.axes.heal out/eight --teacher=smollm2 --out=out/healed --text=passages.txt
+
+Sharing makes a model's predictions drift from those of the model it was made of. Distillation
+(arXiv:1503.02531) takes some of that back: the loss is the KL divergence of the model's prediction
+from its teacher's, at every token of a text. --train says what learns: all layers, the reuse
+layers, or their attention alone. A few hundred steps are enough, at a rate so small that
+the model does not learn the text by heart.
+
+Ctrl-C saves what --resume continues, with the same result as without a stop.
+"""
+
+import math
+import signal
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+from minisa.axes.common import anchors, loss_and_divergence, parser, run_main
+from minisa.kit import checkpoint
+from minisa.kit.cli import amount, at_least, count
+from minisa.kit.data import data_of
+from minisa.kit.files import lock, refuse_taken
+from minisa.kit.machine import choose_dtype, keep_memory, number_format
+from minisa.kit.run import restore_optimizer
+
+STATE = "heal.safetensors"
+PARTS = "all", "reuse", "attention"
+SETTINGS = {"teacher": str, "train": str, "max_iters": int, "learning_rate": float, "batch_size": int,
+            "block_size": int, "seed": int, "dtype": str}       # which --resume must find the same
+SAVED = {"step": int, "seconds": float, "settings": SETTINGS, "digest": str}
+WARMUP = 0.1                # of the steps
+HELD_OUT = 16               # windows to report the divergence on
+
+# ---- a step ----
+
+def divergence(model, teacher, idx):
+    """idx (B, T) → the mean KL divergence of the model's predictions from the teacher's, in nats per
+    token."""
+    with torch.no_grad():
+        log_p = teacher(idx)[0].float().log_softmax(-1).flatten(0, 1)       # (B T, V)
+    log_q = model(idx)[0].float().log_softmax(-1).flatten(0, 1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+def learning_rate(step, args):
+    """A short warm-up in a straight line, then half a cosine down to 0."""
+    warmup = max(1, round(WARMUP * args.max_iters))
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, args.max_iters - warmup)
+    return args.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+def train_step(model, teacher, optimizer, data, args, step):
+    """One step on --batch_size sequences, one at a time, to save memory. → the mean divergence"""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    idx, _ = data.batch(step, args.seed, args.batch_size, args.block_size)
+    total = 0.0
+    for row in idx.to(args.device).split(1):
+        loss = divergence(model, teacher, row) / args.batch_size
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise ValueError(f"the divergence is {total} at step {step}; take a lower --learning_rate")
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+# ---- what learns ----
+
+def trained_parameters(model, part):
+    """Let only a part of a model learn ("all", "reuse", "attention") → its parameters. Raises
+    ValueError if the model has no reuse layers to train alone."""
+    reuse_layers = anchors(model.config)
+    if part != "all" and not reuse_layers:
+        raise ValueError(f"--train={part}: the model shares nothing, so it has no reuse layers")
+    model.requires_grad_(part == "all")
+    for layer in reuse_layers:
+        block = model.blocks[layer]
+        learns = block.attn if part == "attention" else block
+        learns.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+# ---- the whole ----
+
+class Stop:
+    """Notes Ctrl-C or kill, so that a step is finished and saved first."""
+
+    def __enter__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)                   # a second one stops at once
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+def held_out_divergence(model, teacher, data, args):
+    """On windows of the held-out part of the text, in nats per token."""
+    windows = data.windows("val", HELD_OUT, args.block_size).to(args.device)
+    found = [loss_and_divergence(model, teacher, window[None])[1] for window in windows]
+    return sum(found) / len(found)
+
+def heal(model, teacher, data, tokenizer, args, autocast):
+    """Train, saving every --save_interval steps. → the model, or None if it was stopped."""
+    optimizer = torch.optim.AdamW(trained_parameters(model, args.train), weight_decay=0.0,
+                                  betas=(0.9, 0.95))
+    state = f"{args.out}/{STATE}"
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    begun, step = time.perf_counter(), 0
+    if args.resume:
+        known = continue_run(model, optimizer, state, settings, data)
+        step = known["step"]
+        begun -= known["seconds"]
+
+    def save():
+        seconds = time.perf_counter() - begun
+        checkpoint.save_training(state, model, tokenizer, optimizer, step=step, seconds=seconds,
+                                 settings=settings, digest=data.digest)
+
+    first, started = step, time.perf_counter()
+    with Stop() as stop:
+        while step < args.max_iters:
+            with autocast:
+                loss = train_step(model, teacher, optimizer, data, args, step)
+            step += 1
+            if step % args.log_interval == 0 or step == args.max_iters:
+                each = (time.perf_counter() - started) / (step - first)
+                speed = args.batch_size * args.block_size / each
+                minutes = each * (args.max_iters - step) / 60
+                print(f"step {step}/{args.max_iters}  divergence {loss:.4f}  {speed:,.0f} tokens/s  "
+                      f"{minutes:.0f} minutes left", flush=True)
+            if stop.signal or step % args.save_interval == 0:
+                save()
+            if stop.signal:
+                print(f"stopped at step {step} and saved; continue with --resume", flush=True)
+                return None
+    return model
+
+def continue_run(model, optimizer, file, settings, data):
+    """Put what save_training() wrote into a model and an optimizer. → the rest. Raises ValueError if
+    that is of another model, text or setting."""
+    saved, _, moments, known = checkpoint.read_training(file, SAVED)
+    if known["settings"] != settings or known["digest"] != data.digest:
+        raise ValueError(f"{file}: was begun with other flags or another text; give the same, or "
+                         "another --out")
+    mine = model.state_dict()
+    checkpoint.check_tensors(saved.state_dict(), mine)
+    for name, tensor in saved.state_dict().items():
+        mine[name].copy_(tensor)
+    restore_optimizer(optimizer, moments, file)
+    return known
+
+def main():
+    flags = parser(__doc__, "heal")
+    flags.flag("teacher", str, None, "the model to learn from: a folder, a .gguf file, or smollm2",
+               "none: it must be given")
+    flags.flag("train", str, "all", "what learns: all layers, the reuse layers, or their attention",
+               choices=PARTS)
+    flags.flag("max_iters", count, 120, "steps")
+    flags.flag("learning_rate", amount, 5e-5, "highest learning rate; it falls to 0")
+    flags.flag("batch_size", count, 8, "sequences per step")
+    flags.flag("block_size", at_least(int, 2), 256, "tokens per sequence")
+    flags.flag("seed", at_least(int, 0), 1337, "of the batches")
+    flags.flag("log_interval", count, 5, "steps between lines of progress")
+    flags.flag("save_interval", count, 20, "steps between what --resume can continue")
+    flags.flag("dtype", str, None, "number format of the products", "the faster one here",
+               choices=("float32", "bfloat16"))
+    flags.switch("resume", "continue what was stopped; give the same flags")
+    args = flags.parse_args()
+    if not args.teacher:
+        raise ValueError("--teacher: name the model that was made to share")
+    args.dtype = args.dtype or choose_dtype(args.device)
+    keep_memory()
+    with lock(args.out):
+        if not args.resume:
+            refuse_taken(args.out, "out")
+        return heal_model(args)
+
+def heal_model(args):
+    """Load both models, heal one, and write it. → the exit status"""
+    parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
+    teacher, _, _ = checkpoint.load(args.teacher, device=args.device)
+    longest = min(parent.config.block_size, teacher.config.block_size)
+    if teacher.config.vocab_size != parent.config.vocab_size or args.block_size > longest:
+        raise ValueError(f"--teacher={args.teacher}: must have the tokens of the model, and both a context "
+                         f"of --block_size={args.block_size}")
+    data = data_of(info, tokenizer, args.text)
+    model = copy(parent)
+    autocast = number_format(model, args.dtype)
+    number_format(teacher, args.dtype)
+    print(f"learning from {args.teacher} on {data.name}", file=sys.stderr, flush=True)
+    before = held_out_divergence(parent, teacher, data, args)
+    if heal(model, teacher, data, tokenizer, args, autocast) is None:
+        return 130
+    after = held_out_divergence(model, teacher, data, args)
+    print(f"divergence on held-out text: {before:.4f} before, {after:.4f} after", flush=True)
+    checkpoint.derive(args.out, model, parent, info)
+    return 0
+
+def copy(model):
+    """→ a model of the same shape with the same numbers, in memory of its own."""
+    new = checkpoint.empty(model.config, checkpoint.changes(model))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    new.load_state_dict(state, assign=True)
+    return new.requires_grad_().eval()
+
+if __name__ == "__main__":
+    run_main("heal")
