@@ -29,17 +29,18 @@ from minisa.kit.run import restore_optimizer
 
 STATE = "heal.safetensors"
 PARTS = "all", "reuse", "attention"
-SETTINGS = {"teacher": str, "train": str, "max_iters": int, "learning_rate": float, "batch_size": int,
-            "block_size": int, "seed": int, "dtype": str}       # which --resume must find the same
-SAVED = {"step": int, "seconds": float, "settings": SETTINGS, "digest": str}
+SETTINGS = {                # which --resume must find the same
+    "teacher": str, "train": str, "max_iters": int, "learning_rate": float, "batch_size": int,
+    "block_size": int, "seed": int, "dtype": str}
+PROGRESS = {"step": int, "seconds": float, "text": str}         # text: a digest
 WARMUP = 0.1                # of the steps
 HELD_OUT = 16               # windows to report the divergence on
 
 # ---- a step ----
 
 def divergence(model, teacher, idx):
-    """idx (B, T) → the mean KL divergence of the model's predictions from the teacher's, in nats per
-    token."""
+    """idx (B, T) → the mean KL divergence of the model's predictions from the teacher's, in nats
+    per token."""
     with torch.no_grad():
         log_p = teacher(idx)[0].float().log_softmax(-1).flatten(0, 1)       # (B T, V)
     log_q = model(idx)[0].float().log_softmax(-1).flatten(0, 1)
@@ -118,14 +119,14 @@ def heal(model, teacher, data, tokenizer, args, autocast):
     settings = {name: getattr(args, name) for name in SETTINGS}
     begun, step = time.perf_counter(), 0
     if args.resume:
-        known = continue_run(model, optimizer, state, settings, data)
-        step = known["step"]
-        begun -= known["seconds"]
+        progress = continue_run(model, optimizer, state, settings, data)
+        step = progress["step"]
+        begun -= progress["seconds"]
 
     def save():
-        seconds = time.perf_counter() - begun
-        checkpoint.save_training(state, model, tokenizer, optimizer, step=step, seconds=seconds,
-                                 settings=settings, digest=data.digest)
+        progress = {"step": step, "seconds": time.perf_counter() - begun, "text": data.digest}
+        checkpoint.save_training(state, model, tokenizer, optimizer, settings=settings,
+                                 progress=progress)
 
     first, started = step, time.perf_counter()
     with Stop() as stop:
@@ -137,8 +138,8 @@ def heal(model, teacher, data, tokenizer, args, autocast):
                 each = (time.perf_counter() - started) / (step - first)
                 speed = args.batch_size * args.block_size / each
                 minutes = each * (args.max_iters - step) / 60
-                print(f"step {step}/{args.max_iters}  divergence {loss:.4f}  {speed:,.0f} tokens/s  "
-                      f"{minutes:.0f} minutes left", flush=True)
+                print(f"step {step}/{args.max_iters}  divergence {loss:.4f}  {speed:,.0f} tokens/s"
+                      f"  {minutes:.0f} minutes left", flush=True)
             if stop.signal or step % args.save_interval == 0:
                 save()
             if stop.signal:
@@ -147,18 +148,16 @@ def heal(model, teacher, data, tokenizer, args, autocast):
     return model
 
 def continue_run(model, optimizer, file, settings, data):
-    """Put what save_training() wrote into a model and an optimizer. → the rest. Raises ValueError if
-    that is of another model, text or setting."""
-    saved, _, moments, known = checkpoint.read_training(file, SAVED)
-    if known["settings"] != settings or known["digest"] != data.digest:
+    """Put what save_training() wrote into a model and an optimizer. → its PROGRESS. Raises
+    ValueError if that is of another model, text or setting."""
+    kinds = {"settings": SETTINGS, "progress": PROGRESS}
+    saved, _, moments, known = checkpoint.read_training(file, kinds)
+    if known["settings"] != settings or known["progress"]["text"] != data.digest:
         raise ValueError(f"{file}: was begun with other flags or another text; give the same, or "
                          "another --out")
-    mine = model.state_dict()
-    checkpoint.check_tensors(saved.state_dict(), mine)
-    for name, tensor in saved.state_dict().items():
-        mine[name].copy_(tensor)
+    model.load_state_dict(saved.state_dict())
     restore_optimizer(optimizer, moments, file)
-    return known
+    return known["progress"]
 
 def main():
     flags = parser(__doc__, "heal")
@@ -192,8 +191,8 @@ def heal_model(args):
     teacher, _, _ = checkpoint.load(args.teacher, device=args.device)
     longest = min(parent.config.block_size, teacher.config.block_size)
     if teacher.config.vocab_size != parent.config.vocab_size or args.block_size > longest:
-        raise ValueError(f"--teacher={args.teacher}: must have the tokens of the model, and both a context "
-                         f"of --block_size={args.block_size}")
+        raise ValueError(f"--teacher={args.teacher}: must have the tokens of the model, and both "
+                         f"a context of --block_size={args.block_size}")
     data = data_of(info, tokenizer, args.text)
     model = copy(parent)
     autocast = number_format(model, args.dtype)

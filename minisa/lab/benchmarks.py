@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from minisa.axes.common import loss_and_divergence
 from minisa.kit.checkpoint import load
-from minisa.kit.cli import Parser, add_device, command, count, one_of, several, table, whole
-from minisa.kit.data import Data, tokenize
-from minisa.kit.files import check, lock, read_file, reading, write_file
+from minisa.kit.cli import Parser, add_device, add_dtype, command, count, one_of, several, table, whole
+from minisa.kit.data import tokenize
+from minisa.kit.files import lock, read_file, reading, write_file
 from minisa.kit.machine import choose_dtype, keep_memory
 from minisa.kit.results import print_table, write_results
 from minisa.lab.questions import TASKS, prepare, questions
@@ -96,7 +96,7 @@ def log_probabilities(model, rows):
     return found
 
 def answer(model, encode, task, question):
-    """→ (is it right, nats of the right continuation). question: one of QUESTIONS."""
+    """→ (is it right, nats of the right continuation). question: as in questions.py."""
     texts = list(zip(question["contexts"], question["continuations"]))
     rows = [(encode(context + continuation), len(encode(context))) for context, continuation in texts]
     found = log_probabilities(model, rows)
@@ -111,16 +111,13 @@ def answer(model, encode, task, question):
 
 # ---- all questions of a task, kept on disk ----
 
-ANSWERS = [[float]]         # of each question: 1.0 if right, and the nats of the right continuation
-
 def kept_answers(file):
-    """The answers that an earlier run kept, or none."""
+    """What an earlier run kept: for each question, 1.0 if right, else 0.0, and the nats of the right
+    continuation."""
     if not file.exists():
         return []
     with reading(file, "not answers that this command wrote", "delete it"):
-        answers = json.loads(read_file(file))
-        check(answers, ANSWERS, "answers")
-    return answers
+        return [(float(right), float(nats)) for right, nats in json.loads(read_file(file))]
 
 class Progress:
     """Says on stderr, at most once in five seconds, how far a long piece of work is."""
@@ -143,12 +140,12 @@ class Progress:
               flush=True)
 
 def examine(model, encode, name, asked, file, label):
-    """Ask a model the questions of a task; continue what the file keeps. → ANSWERS"""
+    """Ask a model the questions of a task; continue what the file keeps. → as kept_answers()"""
     answers = kept_answers(file)
     progress = Progress(f"{label}, {name}", len(asked))
     for question in asked[len(answers):]:
         right, nats = answer(model, encode, TASKS[name], question)
-        answers.append([float(right), nats])
+        answers.append((float(right), nats))
         if len(answers) % KEPT_EVERY == 0 or len(answers) == len(asked):
             write_file(file, json.dumps(answers).encode())
         score = statistics.fmean(right for right, _ in answers)
@@ -200,7 +197,7 @@ def windows_of(tokenizer, n, T):
     """→ {text: n windows (n, T + 1) of its held-out part}."""
     windows = {}
     for name, file in TEXTS.items():
-        data = Data(tokenize(file and prepare() / file, tokenizer=tokenizer))
+        data = tokenize(file and prepare() / file, tokenizer=tokenizer)
         windows[name] = data.windows("val", n, T)
     return windows
 
@@ -327,7 +324,7 @@ def main():
     parser.flag("windows", whole, 48, "of 512 tokens of each text, for loss and divergence; 0 for none")
     parser.flag("out_dir", str, "out/benchmarks", "folder to keep the answers in")
     parser.flag("csv", table, None, "file to write the results to, as .csv", "none")
-    parser.flag("dtype", one_of("float32", "bfloat16"), None, "of the weights", "what is faster here")
+    add_dtype(parser, "of the weights", None, "the faster one here")
     add_device(parser)
     args = parser.parse_intermixed_args()
     keep_memory()

@@ -40,7 +40,7 @@ TASKS = {
     "winogrande": Task("winogrande/rc_0shot"),                          # Sakaguchi et al., arXiv:1907.10641
     "sciq": Task("sciq/rc_0shot"),                                      # Welbl et al., arXiv:1707.06209
 }
-QUESTIONS = [{"contexts": [str], "continuations": [str], "right": int}]     # as files.check() takes it
+QUESTION = {"contexts": list, "continuations": list, "right": int}
 
 PASSAGES = {            # folder of the package → the passage that one of its questions is about
     "boolq/rc_0shot": lambda doc: doc["query"].rpartition("\nQuestion:")[0],
@@ -61,7 +61,7 @@ def read_requests(package, folder):
     return [json.loads(line) for line in lines]
 
 def questions_of(requests):
-    """Requests → QUESTIONS, in their order."""
+    """Requests → the questions, each a QUESTION, in their order."""
     questions = {}
     for request in requests:
         if request["doc_id"] >= UNCONDITIONAL:
@@ -100,11 +100,13 @@ def prepare():
     return folder
 
 def questions(name, n=None):
-    """→ n questions of a task, evenly spaced, or all of them: QUESTIONS."""
+    """→ n questions of a task, evenly spaced, or all of them, each a QUESTION."""
     file = prepare() / f"{name}.json"
     with reading(file, "not questions that this command wrote", f"delete {file.parent}, and try again"):
-        found = json.loads(read_file(file))
-        check(found, QUESTIONS, name)
+        found = list(json.loads(read_file(file)))
+        for question in found:
+            check(question, QUESTION, name)
+        found[0]["continuations"][0].encode()                   # there is one, and it is text
     if n is None or n >= len(found):
         return found
     return [found[i * len(found) // n] for i in range(n)]

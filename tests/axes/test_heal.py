@@ -5,7 +5,7 @@ import torch
 
 from minisa.axes import heal
 from minisa.kit import checkpoint
-from minisa.kit.data import Data, tokenize
+from minisa.kit.data import tokenize
 from minisa.model import GPT, GPTConfig
 
 FLAGS = "--block_size=16", "--batch_size=2", "--dtype=float32", "--save_interval=2", "--log_interval=1"
@@ -13,7 +13,7 @@ FLAGS = "--block_size=16", "--batch_size=2", "--dtype=float32", "--save_interval
 @pytest.fixture
 def folder(tmp_path, text):
     """A folder with a teacher, "full", and "shared", the same with shared attention."""
-    data = Data(tokenize(text, vocab_size=300, folder=tmp_path / "data"))
+    data = tokenize(text, vocab_size=300, folder=tmp_path / "data")
     torch.manual_seed(0)
     full = GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=4, n_head=2, n_embd=16))
     for parameter in full.parameters():

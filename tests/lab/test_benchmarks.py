@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minisa.kit import checkpoint
-from minisa.kit.data import Data, tokenize
+from minisa.kit.data import tokenize
 from minisa.lab import benchmarks, questions
 from minisa.model import GPT, GPTConfig
 
@@ -101,7 +101,7 @@ def test_the_last_word_is_right_if_the_model_would_write_it(monkeypatch):
 def test_the_score_is_that_of_transformers(tmp_path, text):
     """An independent scoring: of the whole text, by another implementation of the model and tokenizer."""
     transformers = pytest.importorskip("transformers")
-    data = Data(tokenize(text, vocab_size=300, folder=tmp_path / "data"))
+    data = tokenize(text, vocab_size=300, folder=tmp_path / "data")
     model = small(block_size=256)
     checkpoint.save(tmp_path / "run", model, data.tokenizer, checkpoint.UNKNOWN)
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
@@ -249,7 +249,7 @@ def test_divergence_is_the_mean_of_its_definition():
 @pytest.fixture
 def models(package, text):
     """The folder of two small models, "a" and "b", and the plays' place taken by a short text."""
-    data = Data(tokenize(text, vocab_size=300, folder=package / "tokens"))
+    data = tokenize(text, vocab_size=300, folder=package / "tokens")
     for name, share in (("a", ""), ("b", "1-3")):
         checkpoint.save(package / name, small(share=share), data.tokenizer, checkpoint.UNKNOWN)
     return package
@@ -302,7 +302,7 @@ def test_damaged_answers_are_refused(run, models):
 
 def test_divergence_needs_the_same_tokens(run, models, monkeypatch, text):
     monkeypatch.setattr(benchmarks, "TEXTS", {"plays": str(text)})
-    other = Data(tokenize(text, vocab_size=280, folder=models / "others"))
+    other = tokenize(text, vocab_size=280, folder=models / "others")
     checkpoint.save(models / "c", small(vocab_size=280), other.tokenizer, checkpoint.UNKNOWN)
     status, _, err = run(benchmarks.main, "a", "c", "--tasks=sciq", "--windows=2", "--dtype=float32")
     assert status == 2 and "--windows=0" in err
