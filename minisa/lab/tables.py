@@ -16,7 +16,7 @@ from minisa.model import GPTConfig
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
 TEXT = ("mode equal model share share_kind changes policy library dtype engine work windows spans best_span "
-        "commit processor torch date").split()                          # columns of words, even if empty
+        "task measure commit processor torch date").split()             # columns of words, even if empty
 
 # ---- reading ----
 
@@ -164,6 +164,18 @@ def latencies(rows):
         over=1 / over(rows, "ms_per_token", "share == ''", pair),
         predicted=1 / over(rows, "read_bytes", "share == ''", pair),
         limit=["in cache" if math.isnan(value) else f"{100 * value:.0f} %" for value in part])
+
+def three_measures(rows):
+    """Rows of benchmarks.py, with the value of each and its difference from the first model as text."""
+    shown = []
+    for row in rows.itertuples():
+        right = row.measure == "right"
+        scale, digits = (100, 1) if right else (1, 3)
+        text = f"{scale * row.value:.{digits}f}" + (" %" if right else "")
+        if not math.isnan(row.difference):
+            text += f" ({scale * row.difference:+z.{digits}f} ± {scale * row.half_width:.{digits}f})"
+        shown.append(text.replace("-", "−"))
+    return rows.assign(shown=shown)
 
 def share_of(right, n):
     """How many of n are right → the fraction and its standard error after Agresti and Coull, as text."""
