@@ -162,14 +162,14 @@ def continue_run(model, optimizer, file, settings, data):
 def main():
     flags = parser(__doc__, "heal")
     flags.flag("teacher", str, None, "the model to learn from: a folder, a .gguf file, or smollm2",
-               "none: it must be given")
+               "none; it must be given")
     flags.flag("train", str, "all", "what learns: all layers, the reuse layers, or their attention",
                choices=PARTS)
-    flags.flag("max_iters", count, 120, "steps")
-    flags.flag("learning_rate", amount, 5e-5, "highest learning rate; it falls to 0")
+    flags.flag("max_iters", count, 120, "number of steps")
+    flags.flag("learning_rate", amount, 5e-5, "peak learning rate; it falls to 0")
     flags.flag("batch_size", count, 8, "sequences per step")
     flags.flag("block_size", at_least(int, 2), 256, "tokens per sequence")
-    flags.flag("seed", at_least(int, 0), 1337, "of the batches")
+    flags.flag("seed", at_least(int, 0), 1337, "random seed for the batches")
     flags.flag("log_interval", count, 5, "steps between lines of progress")
     flags.flag("save_interval", count, 20, "steps between what --resume can continue")
     flags.flag("dtype", str, None, "number format of the products", "the faster one here",

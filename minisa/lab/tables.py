@@ -16,7 +16,6 @@ from minisa.model import GPTConfig
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
 TEXT = ("mode equal model share share_kind changes policy library dtype engine work windows spans best_span "
-TEXT = ("mode equal model share share_kind changes policy library dtype engine work windows spans best_span "
         "task measure commit processor torch date").split()             # columns of words, even if empty
 
 # ---- reading ----
