@@ -203,13 +203,14 @@ def windows_of(tokenizer, n, T):
 
 def on_texts(model, first, windows, label):
     """→ {(text, measure): a number for each window}: losses of a model, and its divergence from the first."""
-    device, measured = model.embed.weight.device, {}
-    progress = Progress(f"{label}, texts", sum(map(len, windows.values())))
+    device, measured, done = model.embed.weight.device, {}, 0
+    progress = Progress(f"{label}, windows of text", sum(map(len, windows.values())))
     for text, rows in windows.items():
         pairs = []
         for row in rows:
             pairs.append(loss_and_divergence(model, first, row[None].to(device)))
-            progress.say(len(pairs))
+            done += 1
+            progress.say(done)
         losses, divergences = zip(*pairs)
         measured[text, "loss"], measured[text, "divergence"] = losses, divergences
     return measured
