@@ -136,7 +136,7 @@ def test_models_are_timed_beside_each_other_as_they_are_and_shared(rows_of, tmp_
 
 def test_what_is_opened_decodes_as_the_model_does(tmp_path):
     model = save_model(tmp_path / "one").eval()
-    opened = bench.open_models(str(tmp_path / "one"), "1-2", True, CPU)
+    opened = bench.open_models(str(tmp_path / "one"), {"share": "1-2"}, True, CPU)
     idx = torch.randint(256, (1, 9), generator=torch.Generator().manual_seed(1))
     shared = checkpoint.reconfigure(model, share="1-2")
     for _, made in opened:
