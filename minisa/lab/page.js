@@ -134,6 +134,8 @@ class Side {
     this.decoder = new Decoder(this.model, this.kinds);
     this.random = uniform(seed());
     this.written = 0;
+    this.total = { flops: 0, read_bytes: 0 };
+    this.seconds = 0; // of computing, without drawing
     this.part("text").replaceChildren();
     this.utf8 = new TextDecoder();
     wake();
@@ -155,7 +157,11 @@ class Side {
       tokens.push(draw(this.logits, Number(by_id("temperature").value), this.random()));
     }
     stale = true;
+    const begun = performance.now();
     this.logits = decoder.step(tokens[decoder.length]);
+    this.seconds += (performance.now() - begun) / 1000;
+    const cost = predict(this.model.config, this.kinds, decoder.S);
+    for (const key in this.total) this.total[key] += cost[key];
   }
 
   show(all) {
@@ -187,7 +193,10 @@ class Side {
     const rows = { "KV cache now, bytes": "cache_bytes", "FLOPs for the newest token": "flops",
       "bytes read for it": "read_bytes" };
     const cells = Object.entries(rows).map(([name, key]) => `<tr><th scope=row>${name}</th>`
-      + `<td>${written(cost[key])}</td><td>${percent(cost[key] / full[key])}</td></tr>`);
+      + `<td>${written(cost[key])}</td><td>${percent(cost[key] / full[key])}</td>`
+      + `<td>${key in this.total ? written(this.total[key]) : ""}</td></tr>`);
+    const speed = Math.round(this.decoder.length / this.seconds);
+    cells.push(`<tr><th scope=row>tokens/s here, without drawing</th><td>${written(speed)}</td></tr>`);
     find("tbody", this.element).innerHTML = cells.join("");
   }
 

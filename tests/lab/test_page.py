@@ -174,11 +174,15 @@ def test_the_counters_are_what_cost_predicts(tiny_page, open_page, way):
         expected = cost.predict(model, min(length, 24))
         of_full = cost.predict(full, min(length, 24))
         rows = tab.locator(".side").nth(index).locator("tbody tr").all_inner_texts()
-        cells = [row.split("\t")[1:] for row in rows]
+        *cells, speed = [row.split("\t")[1:] for row in rows]
+        assert int(speed[0].replace(",", "")) > 0
         for cell, name in zip(cells, ("cache_bytes", "decode_flops", "read_bytes"), strict=True):
             number, whole = getattr(expected, name), getattr(of_full, name)
             assert cell[0] == f"{number:,}"
             assert int(cell[1].removesuffix(" %")) == pytest.approx(100 * number / whole, abs=0.5)
+            if name != "cache_bytes":                           # in all: of every token so far
+                so_far = [cost.predict(model, min(S, 24)) for S in range(1, length + 1)]
+                assert cell[2] == f"{sum(getattr(one, name) for one in so_far):,}"
         assert f"{expected.cache_bytes:,} bytes" in tab.locator("#scores").inner_text()
         held = tab.evaluate("i => sum(sides[i].decoder.layers.map(({ k, v }) => k.length + v.length))", index)
         assert 4 * held == cost.predict(model, 24).cache_bytes
