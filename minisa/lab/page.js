@@ -195,8 +195,9 @@ class Side {
     const cells = Object.entries(rows).map(([name, key]) => `<tr><th scope=row>${name}</th>`
       + `<td>${written(cost[key])}</td><td>${percent(cost[key] / full[key])}</td>`
       + `<td>${key in this.total ? written(this.total[key]) : ""}</td></tr>`);
-    const speed = Math.round(this.decoder.length / this.seconds);
-    cells.push(`<tr><th scope=row>tokens/s here, without drawing</th><td>${written(speed)}</td></tr>`);
+    const n_tokens = sum(sides.map((side) => side.decoder.length));
+    const speed = Math.round(n_tokens / sum(sides.map((side) => side.seconds)));
+    cells.push(`<tr><th scope=row>tokens/s, mean of all models</th><td>${written(speed)}</td></tr>`);
     find("tbody", this.element).innerHTML = cells.join("");
   }
 
