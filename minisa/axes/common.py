@@ -81,7 +81,7 @@ def loss_and_divergence(model, original, windows):
     model, and its KL divergence from the original."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
     log_q = model(inputs)[0].float().log_softmax(-1)            # (N, T, V)
-    log_p = original(inputs)[0].float().log_softmax(-1)
+    log_p = log_q if original is model else original(inputs)[0].float().log_softmax(-1)
     loss = F.nll_loss(log_q.flatten(0, 1), targets.flatten())
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     return loss.item(), divergence.item()

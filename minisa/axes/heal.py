@@ -15,6 +15,7 @@ import math
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -115,7 +116,7 @@ def heal(model, teacher, data, tokenizer, args, autocast):
     """Train, saving every --save_interval steps. → the model, or None if it was stopped."""
     optimizer = torch.optim.AdamW(trained_parameters(model, args.train), weight_decay=0.0,
                                   betas=(0.9, 0.95))
-    state = f"{args.out}/{STATE}"
+    state = Path(args.out, STATE)
     settings = {name: getattr(args, name) for name in SETTINGS}
     begun, step = time.perf_counter(), 0
     if args.resume:
@@ -188,11 +189,14 @@ def main():
 def heal_model(args):
     """Load both models, heal one, and write it. → the exit status"""
     parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
-    teacher, _, _ = checkpoint.load(args.teacher, device=args.device)
+    teacher, its_tokenizer, _ = checkpoint.load(args.teacher, device=args.device)
+    if its_tokenizer.identity != tokenizer.identity:
+        raise ValueError(f"--teacher={args.teacher}: has other tokens than {args.model}; name the "
+                         "model that it was made of")
     longest = min(parent.config.block_size, teacher.config.block_size)
-    if teacher.config.vocab_size != parent.config.vocab_size or args.block_size > longest:
-        raise ValueError(f"--teacher={args.teacher}: must have the tokens of the model, and both "
-                         f"a context of --block_size={args.block_size}")
+    if args.block_size > longest:
+        raise ValueError(f"--block_size={args.block_size}: the context of these models is "
+                         f"{longest} tokens; take at most that")
     data = data_of(info, tokenizer, args.text)
     model = copy(parent)
     autocast = number_format(model, args.dtype)
@@ -204,6 +208,8 @@ def heal_model(args):
     after = held_out_divergence(model, teacher, data, args)
     print(f"divergence on held-out text: {before:.4f} before, {after:.4f} after", flush=True)
     checkpoint.derive(args.out, model, parent, info)
+    Path(args.out, STATE).unlink(missing_ok=True)           # several times as large as the model
+    print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")
     return 0
 
 def copy(model):

@@ -18,7 +18,6 @@ stopped run continues.
 import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -42,10 +41,6 @@ KEPT_EVERY = 50             # answers
 LEVEL = 0.95                # of all intervals together
 
 # ---- one question ----
-
-def tokens_of(encode, context, continuation):
-    """→ the tokens of both together, and how many of the first are the context's."""
-    return encode(context + continuation), len(encode(context))
 
 def common_length(rows):
     """How many first tokens all rows have in common."""
@@ -216,10 +211,12 @@ def on_texts(model, first, windows, label):
     return measured
 
 def measure(args, source, first=None):
-    """→ the model, and {(task or text, measure): a number for each question or window}. first: the model that
-    it diverges from, or None if it is that. Raises ValueError if their tokens differ."""
+    """→ the model with its tokenizer, and {(task or text, measure): a number for each question or window}.
+    first: the model with its tokenizer that it diverges from; None: it is that. Raises ValueError if their
+    tokens differ."""
     model, tokenizer, _ = load(source, device=args.device, dtype=getattr(torch, args.dtype))
-    if args.windows and first and first.config.vocab_size != model.config.vocab_size:
+    original, its_tokenizer = first or (model, tokenizer)
+    if args.windows and tokenizer.identity != its_tokenizer.identity:
         raise ValueError(f"{source}: its tokens are not those of {args.models[0]}, so there is no divergence "
                          "from it; take --windows=0")
     identity = fingerprint(model)
@@ -233,8 +230,8 @@ def measure(args, source, first=None):
     if args.windows:
         T = min(512, model.config.block_size)
         windows = windows_of(tokenizer, args.windows, T)
-        measured |= on_texts(model, first or model, windows, source)
-    return model, measured
+        measured |= on_texts(model, original, windows, source)
+    return (model, tokenizer), measured
 
 def compare(source, measured, first, comparisons):
     """Yield a row for a CSV file for each measure of a model, beside the first model's (None: it is that)."""
@@ -330,8 +327,7 @@ def main():
     args = parser.parse_intermixed_args()
     keep_memory()
     args.dtype = args.dtype or choose_dtype(args.device)
-    os.makedirs(args.out_dir, exist_ok=True)
-    with lock(Path(args.out_dir)):
+    with lock(args.out_dir):
         rows = rows_of(args)
     if args.csv:
         write_results(args.csv, rows)
