@@ -22,7 +22,7 @@ import torch
 from minisa import cost
 from minisa.axes import squeeze
 from minisa.decode import handles
-from minisa.kit.checkpoint import add_share_kind, changes, load, reconfigure
+from minisa.kit.checkpoint import add_share_kind, described, load, reconfigure
 from minisa.kit.cli import (
     Parser,
     add_device,
@@ -167,13 +167,7 @@ def timed(stream, times):
 
 def facts(case):
     """→ the columns of the bill on what was sampled."""
-    config = case.model.config
-    steps = []
-    for change in changes(case.model):                          # that axes made to a trained model
-        settings = [value for value in change["settings"].values() if isinstance(value, (str, int))]
-        steps.append(" ".join(map(str, [change["by"], *settings])))
-    return {"model": case.source, "share": config.share, "share_kind": config.share and config.share_kind,
-            "changes": ", ".join(steps), **case.way.facts, "val_bpb": case.val_bpb}
+    return {"model": case.source, **described(case.model), **case.way.facts, "val_bpb": case.val_bpb}
 
 def predict(case, context):
     """→ the Cost of a token with this context, in closed form."""

@@ -79,6 +79,16 @@ def add_share_kind(parser):
 def changes(model):
     return getattr(model, "changes", [])
 
+def described(model):
+    """→ columns of a table of results: what a model shares, and what axes changed, in words."""
+    steps = []
+    for change in changes(model):
+        settings = [value for value in change["settings"].values() if isinstance(value, (str, int))]
+        steps.append(" ".join(map(str, [change["by"], *settings])))
+    config = model.config
+    return {"share": config.share, "share_kind": config.share and config.share_kind,
+            "changes": ", ".join(steps)}
+
 class Unfilled(TorchFunctionMode):
     """Within it, nn.init fills nothing. (On the meta device there is nothing to fill, but to draw
     from a normal distribution there makes torch import its compiler, for a second or more.)"""

@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 from minisa.axes.common import loss_and_divergence
-from minisa.kit.checkpoint import load
+from minisa.kit.checkpoint import described, load
 from minisa.kit.cli import Parser, add_device, add_dtype, command, count, one_of, several, table, whole
 from minisa.kit.data import tokenize
 from minisa.kit.files import lock, read_file, reading, write_file
@@ -106,13 +106,16 @@ def answer(model, encode, task, question):
 
 # ---- all questions of a task, kept on disk ----
 
-def kept_answers(file):
-    """What an earlier run kept: for each question, 1.0 if right, else 0.0, and the nats of the right
-    continuation."""
+def kept_pairs(file):
+    """What an earlier run kept, pairs of numbers: for each question, 1.0 if right, else 0.0, and the nats of
+    the right continuation; for each window of text, the loss and the divergence."""
     if not file.exists():
         return []
     with reading(file, "not answers that this command wrote", "delete it"):
-        return [(float(right), float(nats)) for right, nats in json.loads(read_file(file))]
+        return [(float(a), float(b)) for a, b in json.loads(read_file(file))]
+
+def keep(file, pairs):
+    write_file(file, json.dumps(pairs).encode())
 
 class Progress:
     """Says on stderr, at most once in five seconds, how far a long piece of work is."""
@@ -135,14 +138,14 @@ class Progress:
               flush=True)
 
 def examine(model, encode, name, asked, file, label):
-    """Ask a model the questions of a task; continue what the file keeps. → as kept_answers()"""
-    answers = kept_answers(file)
+    """Ask a model the questions of a task; continue what the file keeps. → as kept_pairs()"""
+    answers = kept_pairs(file)
     progress = Progress(f"{label}, {name}", len(asked))
     for question in asked[len(answers):]:
         right, nats = answer(model, encode, TASKS[name], question)
         answers.append((float(right), nats))
         if len(answers) % KEPT_EVERY == 0 or len(answers) == len(asked):
-            write_file(file, json.dumps(answers).encode())
+            keep(file, answers)
         score = statistics.fmean(right for right, _ in answers)
         progress.say(len(answers), f", {score:.1%} right")
     return answers
@@ -196,18 +199,20 @@ def windows_of(tokenizer, n, T):
         windows[name] = data.windows("val", n, T)
     return windows
 
-def on_texts(model, first, windows, label):
-    """→ {(text, measure): a number for each window}: losses of a model, and its divergence from the first."""
-    device, measured, done = model.embed.weight.device, {}, 0
-    progress = Progress(f"{label}, windows of text", sum(map(len, windows.values())))
-    for text, rows in windows.items():
-        pairs = []
-        for row in rows:
-            pairs.append(loss_and_divergence(model, first, row[None].to(device)))
-            done += 1
-            progress.say(done)
-        losses, divergences = zip(*pairs)
-        measured[text, "loss"], measured[text, "divergence"] = losses, divergences
+def on_texts(model, first, windows, file, label):
+    """→ {(text, measure): a number for each window}: losses of a model, and its divergence from the first.
+    Those that the file keeps are not measured again."""
+    device, pairs = model.embed.weight.device, kept_pairs(file)
+    rows = torch.cat([*windows.values()])                       # (texts · n, T + 1)
+    progress = Progress(f"{label}, windows of text", len(rows))
+    for row in rows[len(pairs):]:
+        pairs.append(loss_and_divergence(model, first, row[None].to(device)))
+        progress.say(len(pairs))
+    keep(file, pairs)
+    measured, (losses, divergences) = {}, zip(*pairs)
+    for i, (text, of_text) in enumerate(windows.items()):
+        here = slice(i * len(of_text), (i + 1) * len(of_text))
+        measured[text, "loss"], measured[text, "divergence"] = losses[here], divergences[here]
     return measured
 
 def measure(args, source, first=None):
@@ -219,25 +224,27 @@ def measure(args, source, first=None):
     if args.windows and tokenizer.identity != its_tokenizer.identity:
         raise ValueError(f"{source}: its tokens are not those of {args.models[0]}, so there is no divergence "
                          "from it; take --windows=0")
-    identity = fingerprint(model)
+    folder, ending = Path(args.out_dir), f"{args.dtype}-{fingerprint(model)}"
     measured = {}
     for name in args.tasks:
         asked = questions(name, args.questions)
-        kept = Path(args.out_dir) / f"{name}-{len(asked)}-{args.dtype}-{identity}.json"
+        kept = folder / f"{name}-{len(asked)}-{ending}.json"
         answers = examine(model, tokenizer.encode, name, asked, kept, source)
         right, nats = zip(*answers)
         measured[name, "right"], measured[name, "nats"] = right, nats
     if args.windows:
         T = min(512, model.config.block_size)
         windows = windows_of(tokenizer, args.windows, T)
-        measured |= on_texts(model, original, windows, source)
+        kept = folder / f"texts-{args.windows}-{ending}-{fingerprint(original)}.json"
+        measured |= on_texts(model, original, windows, kept, source)
     return (model, tokenizer), measured
 
-def compare(source, measured, first, comparisons):
-    """Yield a row for a CSV file for each measure of a model, beside the first model's (None: it is that)."""
+def compare(known, measured, first, comparisons):
+    """Yield a row for a CSV file for each measure of a model, beside the first model's (None: it is that).
+    known: the columns that say which model it is."""
     for (task, name), values in measured.items():
         row = {
-            "model": source,
+            **known,
             "task": task,
             "measure": name,
             "questions": len(values),
@@ -258,11 +265,11 @@ def compare(source, measured, first, comparisons):
             row |= {"difference": difference, "half_width": half_width(error, comparisons)}
         yield row
 
-def over_all(source, measured, first, comparisons):
+def over_all(known, measured, first, comparisons):
     """The row of the mean over the tasks, each of the same weight."""
     tasks = [task for task, name in measured if name == "right"]
     row = {
-        "model": source,
+        **known,
         "task": "all",
         "measure": "right",
         "questions": sum(len(measured[task, "right"]) for task in tasks),
@@ -301,9 +308,10 @@ def rows_of(args):
     rows = []
     for source in args.models:
         model, measured = measure(args, source, first_model)
-        found = list(compare(source, measured, first, comparisons))
+        known = {"model": source, **described(model[0])}
+        found = list(compare(known, measured, first, comparisons))
         if args.tasks:
-            found.append(over_all(source, measured, first, comparisons))
+            found.append(over_all(known, measured, first, comparisons))
         head = ["model", "task", "measure", "questions", "value", "difference from the first", ""]
         print_table([head, *map(as_text, found)], words=3)
         rows += found
@@ -317,7 +325,8 @@ def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.benchmarks MODEL [MODEL ...] [--FLAG=VALUE ...]")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
                         "or smollm2, which is downloaded once; the first is the one to compare with")
-    parser.flag("tasks", several(one_of(*TASKS)), ",".join(TASKS), "benchmarks, with commas between them")
+    parser.flag("tasks", several(one_of(*TASKS, "none")), ",".join(TASKS), "benchmarks, with commas between "
+                "them; or none")
     parser.flag("questions", count, None, "how many of each, evenly spaced", "all")
     parser.flag("windows", whole, 48, "of 512 tokens of each text, for loss and divergence; 0 for none")
     parser.flag("out_dir", str, "out/benchmarks", "folder to keep the answers in")
@@ -327,6 +336,7 @@ def main():
     args = parser.parse_intermixed_args()
     keep_memory()
     args.dtype = args.dtype or choose_dtype(args.device)
+    args.tasks = [name for name in args.tasks if name != "none"]
     with lock(args.out_dir):
         rows = rows_of(args)
     if args.csv:

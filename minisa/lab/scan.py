@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from minisa.axes.common import calibration, walk
+from minisa.axes.common import calibration, loss_and_divergence, walk
 from minisa.axes.heads import head_products, refit, share
 from minisa.cost import predict
 from minisa.kit.checkpoint import add_share_kind
@@ -56,8 +56,8 @@ def log_probabilities(model, x):
     logits = model.head(model.norm(x))
     return logits.float().log_softmax(dim=-1)
 
-def loss_and_divergence(model, outputs, log_p, windows):
-    """outputs (N, T, C): of the last block. log_p: N of (T, V), full attention's log probabilities. windows:
+def from_outputs(model, outputs, log_p, windows):
+    """Loss and divergence. outputs (N, T, C): of the last block. log_p: N of (T, V), full attention's log probabilities. windows:
     (N, T + 1). → two means over all tokens, in nats."""
     found = []
     for x, expected, window in zip(outputs, log_p, windows):
@@ -80,7 +80,7 @@ def scan(model, sharing, windows, spans):
         x, handed_up = inputs[a], None                          # below the anchor, nothing changes
         for block in sharing(f"{a}-{b}").blocks[a:]:
             x, handed_up = block(x, step, handed_up)
-        yield a, b, *loss_and_divergence(model, x, log_p, windows)
+        yield a, b, *from_outputs(model, x, log_p, windows)
 
 def best_sets(divergences, n_layer, most):
     """divergences: {(a, b): that of a span alone} → {r: (sum, spans)}: for each number r ≤ most of reuse
@@ -172,22 +172,36 @@ def summarize(percents, divergences, model, sharing, context):
         })
     return rows
 
+def measure(shared, model, held_out):
+    """→ columns: by how many percent the loss of a model that shares exceeds that of full attention, and its
+    divergence, on windows (N, T + 1); each with its standard error over the windows."""
+    pairs = [loss_and_divergence(shared, model, window[None]) for window in held_out]
+    full = [loss_and_divergence(model, model, window[None])[0] for window in held_out]
+    losses, divergences = zip(*pairs)
+    percents = [100 * (loss - before) / statistics.fmean(full) for loss, before in zip(losses, full)]
+    return {
+        "percent": statistics.fmean(percents),
+        "percent_error": standard_error(percents),
+        "divergence": statistics.fmean(divergences),
+        "divergence_error": standard_error(divergences),
+    }
+
+def standard_error(values):
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
 def measure_sets(sets, model, sharing, held_out, refit_on=None):
-    """sets: those of best_sets(). → a row for each, measured on held_out (N, T + 1), and again after a refit
-    on refit_on (N, T)."""
-    full, context = mean_loss(model, held_out), held_out.size(1) - 1
+    """sets: {reuse layers: spans}. → rows for each, as measured on held_out (N, T + 1), and again after a
+    refit on refit_on (N, T)."""
     rows = []
-    for r, (_, spans) in sets.items():
-        name = spans_text(spans)
-        print(f"measuring {name}", file=sys.stderr, flush=True)
-        shared = sharing(name)
-        row = {"reuse_layers": r, "spans": name}
-        row["percent_measured"] = percent(mean_loss(shared, held_out), full)
+    for r, spans in sets.items():
+        print(f"measuring {spans}", file=sys.stderr, flush=True)
+        shared = sharing(spans)
+        cache_saved, _ = saved(model, shared, held_out.size(1) - 1)
+        known = {"reuse_layers": r, "spans": spans, "cache_saved": cache_saved}
+        rows.append({**known, "refitted": "no", **measure(shared, model, held_out)})
         if refit_on is not None:
             refit(shared, model, refit_on)
-            row["percent_refitted"] = percent(mean_loss(shared, held_out), full)
-        row["cache_saved"], _ = saved(model, shared, context)
-        rows.append(row)
+            rows.append({**known, "refitted": "yes", **measure(shared, model, held_out)})
     return rows
 
 def report(rows, file):
@@ -249,7 +263,8 @@ def main():
     print("\nloss over full attention, in percent: the median of all spans, and the span of least divergence")
     rows = summarize(percents, divergences, model, sharing, T)
     report(rows, folder / f"spans-{name}.csv")
-    sets = best_sets(divergences, L, args.most)
+    best = best_sets(divergences, L, args.most)
+    sets = {r: spans_text(spans) for r, (_, spans) in best.items()}
     held_out = data.windows("val", 2 * args.windows, T).to(args.device)
     refit_on = calibration(model, data) if args.refit else None
     print(f"\nthe best sets, if divergences add up, on {len(held_out)} windows of the validation part")

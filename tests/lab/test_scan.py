@@ -117,18 +117,30 @@ def test_the_best_sets_are_measured_on_other_text_and_refitted(run, trained, kin
                          "--windows=2", "--context=20", "--longest=3", "--most=2")
     name = kind if heads == "same" else f"{kind}-{heads}"
     sets = rows_of(trained / f"sets-{name}.csv")
-    assert status == 0 and "best sets" in out and [row["reuse_layers"] for row in sets] == ["1", "2"]
-    assert sets[1]["spans"] == "0-2" and float(sets[1]["cache_saved"]) == pytest.approx(saved)
+    assert status == 0 and "best sets" in out
+    assert [(row["reuse_layers"], row["refitted"]) for row in sets] == [("1", "no"), ("1", "yes"),
+                                                                        ("2", "no"), ("2", "yes")]
+    *_, before, after = sets
+    assert before["spans"] == "0-2" and float(before["cache_saved"]) == pytest.approx(saved)
 
     model, _, info = checkpoint.load(trained)
     data = Data(info["data"])
     products = head_products(model, data.windows("train", 4, 20)[::2, :-1])
     shared = share(model, "0-2", heads, products, kind)
     held_out = data.windows("val", 4, 20)
-    full, before = plain_loss(model, held_out), plain_loss(shared, held_out)
-    after = plain_loss(refit(shared, model, data.windows("train", 12, 32)[:, :-1]), held_out)
-    assert float(sets[1]["percent_measured"]) == pytest.approx(100 * (before / full - 1), abs=1e-3)
-    assert float(sets[1]["percent_refitted"]) == pytest.approx(100 * (after / full - 1), abs=1e-3)
+    p = model(held_out[:, :-1])[0].double().softmax(-1)
+    for row in before, after:
+        if row is after:
+            refit(shared, model, data.windows("train", 12, 32)[:, :-1])
+        full = torch.tensor([plain_loss(model, window[None]) for window in held_out]).double()
+        losses = torch.tensor([plain_loss(shared, window[None]) for window in held_out]).double()
+        percents = 100 * (losses - full) / full.mean()
+        assert float(row["percent"]) == pytest.approx(percents.mean().item(), abs=1e-3)
+        assert float(row["percent_error"]) == pytest.approx(percents.std().item() / 2, abs=1e-3)
+        q = shared(held_out[:, :-1])[0].double().softmax(-1)
+        divergences = (p * (p / q).log()).sum(-1).mean(1)                   # of each window
+        assert float(row["divergence"]) == pytest.approx(divergences.mean().item(), rel=1e-3)
+        assert float(row["divergence_error"]) == pytest.approx(divergences.std().item() / 2, rel=1e-2)
 
 @pytest.mark.parametrize("flags, message", [
     (["run", "--heads=other"], "--heads"),
