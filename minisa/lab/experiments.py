@@ -9,9 +9,13 @@ A study is a list of commands, each with the files that it makes, in studies.tom
 runs if one of its files is missing. Studies under [trainings] train models with several settings and seeds,
 and add a row to assets/results/NAME.csv for each run; settings that have a row are not trained again. A run
 that was interrupted has no row, and starts over. All commands run in the folder of the checkout.
+
+The study seeds chooses the settings of each mode with seed 0, on two of the four held-out plays; what it
+reports is the loss on the two others, of ten other seeds.
 """
 
 import argparse
+import copy
 import csv
 import json
 import os
@@ -25,17 +29,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minisa.cost import predict
 from minisa.kit import checkpoint
 from minisa.kit.cli import Parser, add_dtype, command, count
+from minisa.kit.data import data_of
 from minisa.kit.files import lock, read_file, set_aside
 from minisa.kit.machine import choose_dtype
 from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table, provenance, write_results
+from minisa.kit.shakespeare import two_and_two
 from minisa.lab import tables
-from minisa.lab.tables import SETTINGS, best, read, result
+from minisa.lab.tables import SHAPE, best, best_unreported, named, read, result, time_ratios
 
 STUDIES = tomllib.loads(Path(__file__).with_name("studies.toml").read_text(encoding="utf-8"))
 TRAININGS = STUDIES.pop("trainings")        # modes → flags
@@ -44,6 +51,8 @@ SEEDS = 1, 2, 3
 RATES = 1e-3, 2e-3, 3e-3, 4e-3
 WARMUPS = 500, 1000             # the first one while learning rates are swept
 STEPS = 2000
+TEN = range(1, 11)              # the seeds of the study seeds; it chooses with seed 0
+HIGHER = 6e-3                   # its rate for modes that do best at the last one of RATES
 FIGURES = {
     "preset": "python -m minisa.lab.plot assets/results/learning.csv --file=assets/learning.png",
     "sharing": "python -m minisa.lab.plot assets/results/sharing.csv --file=assets/frontier.png",
@@ -63,31 +72,72 @@ def sweep(runs, modes):
     yield [{"mode": mode, **chosen[mode], "seed": seed}
            for seed in SEEDS for mode in modes if mode in chosen]
 
-def preset(modes):
+def preset(runs, modes):
     """train.py's preset `long` as it is, with each seed."""
     settings = {"steps": 6000, "learning_rate": 2.5e-3, "warmup_iters": 1000}
     yield [{"mode": mode, **settings, "seed": seed} for seed in SEEDS for mode in modes]
 
-def fair(modes):
+def fair(runs, modes):
     """The best settings of `sharing`, but for as long as full attention took, or with a wider MLP."""
-    runs = read("sharing")
-    if missing("sharing", runs):
+    swept = read("sharing")
+    if missing("sharing", swept):
         raise ValueError("the study sharing comes first: python -m minisa.lab.experiments sharing")
-    chosen, minutes = best(runs), runs.groupby("mode")["minutes"].median()
+    chosen, minutes = best(swept), swept.groupby("mode")["minutes"].median()
     steps = (STEPS * minutes["full"] / minutes).round()
     for seed in SEEDS:
         yield [{"mode": mode, "equal": "time", **chosen[mode], "steps": int(steps[mode]), "seed": seed}
                for mode in modes]
         yield [{"mode": mode, "equal": "parameters", **chosen[mode], "seed": seed} for mode in WIDER]
 
+def flags_of(shape, rate, warmup, seed, steps=STEPS, dtype="bfloat16", equal="steps"):
+    """The settings of a run of the study seeds, under the names of train.py's flags."""
+    return {**shape, "equal": equal, "max_iters": steps, "learning_rate": rate, "warmup_iters": warmup,
+            "seed": seed, "dtype": dtype}
+
+def selection(runs, modes):
+    """With seed 0: learning rates, a higher one for modes that do best at the last, and another warm-up."""
+    first = WARMUPS[0]
+    yield [flags_of(modes[mode], rate, first, 0) for rate in RATES for mode in modes]
+    chosen = best_unreported(runs.query(f"warmup_iters == {first}"))
+    rates = {mode: rate for mode, (rate, _) in chosen.items()}
+    yield [flags_of(modes[mode], HIGHER, first, 0) for mode in modes if rates[mode] >= RATES[-1]]
+    yield [flags_of(modes[mode], rates[mode], iters, 0) for iters in WARMUPS[1:] for mode in modes]
+
+def in_turn(modes):
+    """→ pairs of mode and seed, seed by seed. Another mode is the first each time, so that none is always
+    trained beside the same other."""
+    order, turns = [*modes], []
+    for seed in TEN:
+        order = order[1:] + order[:1]
+        turns += [(mode, seed) for mode in order]
+    return turns
+
+def seeds(runs, modes):
+    """The selection; then two modes in float32, and ten seeds of all modes: for as many steps, for as long as
+    full attention takes, and for three times as many steps."""
+    yield from selection(runs, modes)
+    chosen = best_unreported(runs)
+    turns = [(seed, mode, modes[mode], *chosen[mode]) for mode, seed in in_turn(modes)]
+    yield [flags_of(*settings, seed, dtype="float32") for seed, mode, *settings in turns
+           if mode in ("full", "SA 1-3") and seed in SEEDS]
+    yield [flags_of(*settings, seed) for seed, _, *settings in turns]
+    same = runs.query(f"seed > 0 and max_iters == {STEPS} and equal == 'steps' and dtype == 'bfloat16'")
+    steps = (STEPS / time_ratios(same).median()).round()
+    yield [flags_of(*settings, seed, int(steps[mode]), equal="time") for seed, mode, *settings in turns
+           if mode != "full"]
+    yield [flags_of(*settings, seed, 3 * STEPS) for seed, _, *settings in turns]
+
 def missing(name, runs):
     """The runs without a row in the first stage that is not complete; [] if all are done."""
-    if len(runs) and not {"mode", *SETTINGS, "seed", "val_bpb"} <= {*runs}:
+    own = [*SHAPE, "select_bpb"] if name == "seeds" else ["mode", "steps"]
+    if len(runs) and not {*own, "learning_rate", "warmup_iters", "seed", "val_bpb"} <= {*runs}:
         raise ValueError(f"{result(name)}: is not of this study; move it away")
-    modes, plans = TRAININGS[name], {"preset": preset, "fair": fair}
-    stages = plans[name](modes) if name in plans else sweep(runs, modes)
-    for stage in stages:
-        columns = [*stage[0]]
+    if name == "seeds" and len(runs):
+        runs = named(runs)
+    plans = {"preset": preset, "fair": fair, "seeds": seeds}
+    plan = plans.get(name, sweep)
+    for stage in plan(runs, TRAININGS[name]):
+        columns = [*stage[0]] if stage else []
         done = set(runs.reindex(columns=columns).itertuples(index=False, name=None))
         left = [settings for settings in stage if tuple(settings.values()) not in done]
         if left:
@@ -123,15 +173,12 @@ def train(name, settings, flags, dtype):
         run(line, stdout=subprocess.DEVNULL)
     minutes = (time.perf_counter() - begun) / 60
     model, _, info = checkpoint.load(folder)
-    cost = predict(model, model.config.block_size)
     row = {
         **settings,
         "val_loss": f"{info['val_loss']:.4f}",
         "val_bpb": f"{info['val_bpb']:.4f}",
         "minutes": f"{minutes:.2f}",
-        "parameters": cost.params,
-        "cache_bytes_per_token": cost.cache_bytes_per_token,
-        "flops": cost.decode_flops,
+        **bill(model),
         "dtype": dtype,
     }
     log = map(json.loads, read_file(folder / "log.jsonl").decode().splitlines())
@@ -139,6 +186,44 @@ def train(name, settings, flags, dtype):
               "seconds": f"{line['seconds']:.1f}", "val_bpb": f"{line['val_bpb']:.4f}"}
              for line in log if "val_bpb" in line]
     return row, curve
+
+def bill(model):
+    cost = predict(model, model.config.block_size)
+    return {"parameters": cost.params, "cache_bytes_per_token": cost.cache_bytes_per_token,
+            "flops": cost.decode_flops}
+
+def train_seed(settings, flags):
+    """Train one run of the study seeds from its beginning → its row, and no curve. minutes: of its steps, and
+    of one evaluation on 20,000 tokens."""
+    out = "out/experiments/" + "-".join(map(str, ["seeds", *settings.values()]))
+    shutil.rmtree(tables.ROOT / out, ignore_errors=True)    # what an interrupted one left
+    given = {name: value for name, value in settings.items() if name != "equal" and value != ""}
+    # evaluated once, at the end: no play chooses the step whose model is saved
+    given |= {"eval_interval": settings["max_iters"], "out_dir": out}
+    line = " ".join(f"--{name}={value}" for name, value in given.items())
+    run(f"python train.py --preset=cpu --device=cpu {line} {flags}", stdout=subprocess.DEVNULL)
+    model, tokenizer, info = checkpoint.load(tables.ROOT / out)
+    select, report = on_two_and_two(model, data_of(info, tokenizer))
+    row = {
+        **settings,
+        "val_bpb": f"{info['val_bpb']:.5f}",
+        "select_bpb": f"{select:.5f}",
+        "report_bpb": f"{report:.5f}",
+        "minutes": f"{info['seconds'] / 60:.3f}",
+        **bill(model),
+    }
+    return row, []
+
+def on_two_and_two(model, data):
+    """→ the bits per byte of the first two held-out plays, and of the last two"""
+    plays = data.tokenizer.decode(data.val.tolist())
+    losses = []
+    for text in two_and_two(plays):
+        part = copy.copy(data)
+        part.val = np.array(data.tokenizer.encode(text))
+        part.val_bytes = len(data.tokenizer.decode_bytes(part.val[1:].tolist()))    # all that are predicted
+        losses.append(part.evaluate(model)[1])
+    return losses
 
 def add_rows(name, new):
     """Append rows to a file of results."""
@@ -210,15 +295,21 @@ def begin_again(name):
 def run_study(name, args):
     if name in STUDIES and (args.jobs > 1 or args.dtype or args.train_flags):
         raise ValueError(f"--jobs, --dtype, --train_flags: are for {', '.join(TRAININGS)}; drop them")
+    if name == "seeds" and args.dtype:
+        raise ValueError("--dtype: the study seeds trains in bfloat16, and some runs in float32; drop it")
     with lock(tables.ROOT / "out" / "experiments"):         # in the checkout, as the results are
         if args.again:
             begin_again(name)
         if name in STUDIES:
             return run_steps(STUDIES[name])
-        dtype = args.dtype or choose_dtype(torch.device("cpu"), None)
         if args.jobs > 1:
             os.environ["OMP_NUM_THREADS"] = "1"
-        measure = partial(train, name, flags=args.train_flags, dtype=dtype)
+            torch.set_num_threads(1)                        # models are also evaluated here
+        if name == "seeds":
+            measure = partial(train_seed, flags=args.train_flags)
+        else:
+            dtype = args.dtype or choose_dtype(torch.device("cpu"), None)
+            measure = partial(train, name, flags=args.train_flags, dtype=dtype)
         run_trainings(name, measure, args.jobs)
 
 # ---- main ----

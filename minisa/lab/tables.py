@@ -117,6 +117,32 @@ def standing_out(rows):
         raise KeyError("not every mode has run with two seeds")
     return best.query("times >= 2.5").sort_values("times", ascending=False)
 
+# ---- ten seeds ----
+
+SHAPE = ["share", "share_kind", "n_kv_head"]
+
+def named(runs):
+    """Runs of the study seeds, with a column `mode`, as "SA 1-3, MQA"."""
+    kind = runs["share_kind"].map({"": "", "weights": "SA ", "kv": "CLA "})
+    heads = runs["n_kv_head"].map({1: "MQA"}).fillna("")
+    names = (kind + runs["share"] + ", " + heads).str.strip(", ")
+    return runs.assign(mode=names.replace("", "full"))
+
+def best_unreported(runs):
+    """→ {mode: its learning rate and warm-up} that are best with seed 0, on the two plays that choose."""
+    first = runs.query("seed == 0").sort_values("select_bpb", kind="stable").drop_duplicates("mode")
+    return {run.mode: (run.learning_rate, run.warmup_iters) for run in first.itertuples()}
+
+def by_seed(runs, value):
+    """Runs, one for each mode and seed → a row for each seed with which all modes have run, a column for each
+    mode."""
+    return runs.pivot(index="seed", columns="mode", values=value).dropna()
+
+def time_ratios(runs):
+    """→ for each seed and mode, the time of a run over that of full attention"""
+    minutes = by_seed(runs, "minutes")
+    return minutes.div(minutes["full"], axis=0)
+
 # ---- bills ----
 
 def over_whole(rows):

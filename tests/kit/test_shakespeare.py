@@ -91,6 +91,9 @@ def test_the_real_plays_can_be_fetched(tmp_path):
     for text in train, held_out:
         assert text.endswith("\n\n") and not set("_*#[]\\") & set(text) and "\n\n\n" not in text
     assert "repetition.\nWhat shouts are these?" in train and "Enter MENENIUS" not in train
+    first, last = shakespeare.two_and_two(held_out)
+    assert "If music be the food of love" in first and "O for a Muse of fire" in first
+    assert "O brave new world" in last and "Is this a dagger" in last
     assert "O brave new world" in held_out and "O brave new world" not in train
 
 @pytest.mark.network

@@ -15,10 +15,11 @@ import torch
 pytest.importorskip("pandas", reason="needs pandas: pip install pandas")
 import train  # noqa: E402
 from minisa.axes import heads  # noqa: E402
+from minisa.kit import checkpoint, shakespeare  # noqa: E402
 from minisa.kit.cli import command  # noqa: E402
 from minisa.kit.files import lock  # noqa: E402
 from minisa.lab import experiments, tables  # noqa: E402
-from minisa.lab.experiments import RATES, SEEDS, TRAININGS, WARMUPS, WIDER  # noqa: E402
+from minisa.lab.experiments import HIGHER, RATES, SEEDS, STEPS, TRAININGS, WARMUPS, WIDER  # noqa: E402
 from minisa.model import GPT, GPTConfig  # noqa: E402
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_equal_time_takes_more_steps_for_a_mode_that_is_faster(checkout):
         for row in rows:
             row["minutes"] = 2 if row["mode"] == "full" else 1.6
         experiments.add_rows("sharing", rows)
-    planned = [settings for stage in experiments.fair(TRAININGS["fair"]) for settings in stage]
+    planned = [settings for stage in experiments.fair(None, TRAININGS["fair"]) for settings in stage]
     assert len(planned) == (1 + 2 * len(WIDER)) * len(SEEDS)
     steps = {(row["mode"] == "full", row["equal"]): row["steps"] for row in planned}
     assert steps == {(True, "time"): 2000, (False, "time"): 2500, (False, "parameters"): 2000}
@@ -130,6 +131,96 @@ def test_equal_parameters_train_the_wider_model():
     out, [line] = experiments.commands_of("fair", settings, "")
     assert "--n_kv_head=1 --n_hidden=416 " in line and f"--out_dir={out}" in line
     assert "n_hidden" not in experiments.commands_of("fair", settings | {"equal": "time"}, "")[1][0]
+
+# ---- ten seeds ----
+
+def seed_of(settings):
+    """On the plays that choose, with seed 0, MQA likes 8e-3, the others 2e-3, and SA 0-3 a long warm-up; all
+    else says the opposite. MQA takes 4/5 of full attention's time."""
+    mqa = settings["n_kv_head"] == 1 and not settings["share"]
+    off = abs(settings["learning_rate"] - (8e-3 if mqa else 2e-3))
+    long = settings["warmup_iters"] > WARMUPS[0]
+    off += 1e-4 * (long != (settings["share"] == "0-3"))
+    select = 2 + off if settings["seed"] == 0 else 2 - off
+    minutes = settings["max_iters"] / 1000 * (0.8 if mqa else 1) * (1 + settings["seed"] / 100)
+    return {**settings, "select_bpb": select, "report_bpb": 4 - select, "val_bpb": 2, "minutes": minutes}
+
+@pytest.fixture
+def stages(checkout):
+    """The stages of the study seeds, each asked for when the one before it has its rows."""
+    stages = []
+    while left := experiments.missing("seeds", tables.read("seeds")):
+        stages.append(left)
+        random.Random(len(stages)).shuffle(rows := [seed_of(settings) for settings in left])
+        experiments.add_rows("seeds", rows)
+    return stages
+
+def test_settings_are_chosen_with_a_seed_that_is_not_reported(stages):
+    rates, higher, warmups, *reported = stages
+    assert {run["seed"] for stage in (rates, higher, warmups) for run in stage} == {0}
+    assert len(rates) == 6 * len(RATES) and len(warmups) == 6
+    assert [(run["n_kv_head"], run["share"], run["learning_rate"]) for run in higher] == [(1, "", HIGHER)]
+    found = {(run["n_kv_head"], run["share"], run["share_kind"], run["learning_rate"], run["warmup_iters"])
+             for stage in reported for run in stage}
+    assert found == {(4, "", "", 2e-3, 500), (4, "1-3", "weights", 2e-3, 500),
+                     (4, "0-3", "weights", 2e-3, 1000), (1, "", "", HIGHER, 500),
+                     (1, "1-3", "weights", 2e-3, 500), (1, "1-3", "kv", 2e-3, 500)}
+
+def test_ten_seeds_are_run_seed_by_seed_with_all_modes_in_turn(stages):
+    *_, in_float32, steps, timed, longer = stages
+    for stage in steps, longer:
+        assert [run["seed"] for run in stage] == [seed for seed in range(1, 11) for _ in range(6)]
+        shapes = [tuple(run[name] for name in tables.SHAPE) for run in stage]
+        turns = [shapes[n:n + 6] for n in range(0, 60, 6)]
+        assert all(len(set(turn)) == 6 for turn in turns)
+        assert {turn[0] for turn in turns} == set(shapes)   # each is the first of a seed
+    assert {run["max_iters"] for run in steps} == {STEPS} and {run["max_iters"] for run in longer} == {6000}
+    assert sorted((run["share"], run["seed"]) for run in in_float32) == [
+        (share, seed) for share in ("", "1-3") for seed in (1, 2, 3)]
+    assert len(timed) == 50 and {run["equal"] for run in timed} == {"time"}
+    assert {(run["n_kv_head"], run["share"]): run["max_iters"] for run in timed} == {
+        (4, "1-3"): 2000, (4, "0-3"): 2000, (1, ""): 2500, (1, "1-3"): 2000}
+
+def test_modes_of_the_ten_seeds_are_named_for_their_flags(checkout):
+    modes = TRAININGS["seeds"]
+    experiments.add_rows("seeds", [{**shape, "seed": 1} for shape in modes.values()])
+    assert tables.named(tables.read("seeds"))["mode"].tolist() == [*modes]
+
+def test_two_plays_choose_and_two_others_report(text, checkout, monkeypatch):
+    monkeypatch.setattr(shakespeare, "THIRD", "CALIBAN:\nWhen Prospero")    # near the end of tests/text.txt
+    monkeypatch.setattr(experiments, "run", in_this_process)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    tiny = "--n_layer=2 --n_head=2 --n_embd=16 --n_hidden=32 --block_size=16 --vocab_size=300 --batch_size=4"
+    flags = f"{tiny} --text={text.as_posix()} --data_dir={checkout.as_posix()}/data"
+    shape = {"share": "0-1", "share_kind": "kv", "n_kv_head": 1}
+    settings = experiments.flags_of(shape, 1e-3, 2, seed=3, steps=4, dtype="float32")
+    monkeypatch.chdir(checkout)
+    row, _ = experiments.train_seed(settings, flags)
+    assert {name: row[name] for name in settings} == settings and row["cache_bytes_per_token"] == 2 * 8 * 4
+
+    folder, = (file.parent for file in (checkout / "out").glob("*/*/config.json"))
+    model, tokenizer, info = checkpoint.load(folder)
+    val = text.read_text()[int(0.9 * len(text.read_text())):]
+    cut = val.index("CALIBAN:\nWhen Prospero")
+    for part, column in ((val[:cut], "select_bpb"), (val[cut:], "report_bpb"), (val, "val_bpb")):
+        ids = torch.tensor(tokenizer.encode(part))
+        nats = 0.0
+        for begin in range(0, len(ids) - 1, 16):            # each window by itself, without padding
+            x, y = ids[begin:begin + 16], ids[begin + 1:begin + 17]
+            logits, _ = model(x[None, :len(y)])
+            nats -= logits[0].log_softmax(-1)[range(len(y)), y].sum().item()
+        n_bytes = len(part.encode()) - len(tokenizer.decode_bytes([ids[0].item()]))
+        assert float(row[column]) == pytest.approx(nats / n_bytes / 0.6931472, abs=1e-4)
+    assert info["step"] == 4
+
+def test_another_text_than_the_plays_has_no_halves():
+    assert shakespeare.two_and_two("a\n\nMaster:\nBoatswain!\nb") == ("a\n\n", "Master:\nBoatswain!\nb")
+    with pytest.raises(ValueError, match="not the four held-out plays; train on the plays, without --text"):
+        shakespeare.two_and_two("To be, or not to be")
+
+def test_the_format_of_the_ten_seeds_is_not_a_choice(run, checkout):
+    status, _, err = run(experiments.main, "seeds", "--dtype=float32")
+    assert status == 2 and err.startswith("minisa: error: --dtype: the study seeds trains in bfloat16")
 
 def in_this_process(line, stdout=None):
     """A command of a study, without waiting for torch."""
@@ -299,5 +390,5 @@ def test_studies_are_listed_with_how_far_they_are(run, checkout, steps):
 def test_the_study_of_the_preset_trains_what_train_py_calls_long():
     long = train.PRESETS["long"]
     settings, = {tuple(run[name] for name in ("steps", "learning_rate", "warmup_iters"))
-                 for run in next(experiments.preset(["full"]))}
+                 for run in next(experiments.preset(None, ["full"]))}
     assert settings == (long["max_iters"], long["learning_rate"], long["warmup_iters"])
