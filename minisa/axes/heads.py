@@ -164,26 +164,38 @@ def share(model, spans, heads="same", products=None, share_kind="weights"):
 # ---- refit ----
 
 @torch.no_grad()
-def refit(shared, model, windows, ridge=0.1):
+def attention_outputs(model, windows, layers):
+    """windows (N, T) → {layer: y (N, T, C), the output of its attention}, for some layers."""
+    found = {}
+    for block, x, step, below in walk(model, windows):
+        layer = block.attn.layer
+        if layer in layers:
+            found[layer], _ = block.attn(block.norm(x), step, below)
+    return found
+
+@torch.no_grad()
+def refit(shared, model, windows, ridge=0.1, outputs=None):
     """Refit the output projections of `shared`, which was made of `model`, on windows (N, T) of a
     calibration text, in place: of its reuse layers, and of all whose keys or values are narrower.
 
     The layers are taken in turn, each on what it sees in `shared`, refitted below it. ridge: λ, in
-    means of the diagonal of Σ z zᵀ. Raises ValueError if `model` shares, and not as `shared` does.
+    means of the diagonal of Σ z zᵀ. outputs: attention_outputs() of `model`, if they are known.
+    Raises ValueError if `model` shares, and not as `shared` does.
     """
     own, new = model.config, shared.config
     if own.share and (own.share, own.share_kind) != (new.share, new.share_kind):
         raise ValueError("--refit: needs the outputs of full attention, but the model already "
                          f"shares {own.share}")
-    reuse_layers = anchors(new)
-    both = zip(walk(model, windows), walk(shared, windows))
-    for (full, x, *rest), (block, seen, *given) in both:
+    pairs = zip(model.blocks, shared.blocks)
+    layers = {after.attn.layer for before, after in pairs
+              if after.attn.layer in anchors(new) or after.attn.widths != before.attn.widths}
+    outputs = outputs or attention_outputs(model, windows, layers)
+    for block, x, step, below in walk(shared, windows):
         attn = block.attn
-        if attn.layer in reuse_layers or attn.widths != full.attn.widths:
-            y, _ = full.attn(full.norm(x), *rest)               # (N, T, C)
-            z, _ = attn.heads(block.norm(seen), *given)         # (N, H, T, d)
+        if attn.layer in layers:
+            z, _ = attn.heads(block.norm(x), step, below)       # (N, H, T, d)
             z = merge_heads(z)                                  # (N, T, n)
-            missing = (y - attn.out(z)).float()
+            missing = (outputs[attn.layer] - attn.out(z)).float()
             more = ridge_regression(z.float(), missing, ridge)  # (C, n)
             W = attn.out.weight
             attn.out.weight = nn.Parameter(W + more.to(W))      # `model` may use the old one too

@@ -57,8 +57,8 @@ def log_probabilities(model, x):
     return logits.float().log_softmax(dim=-1)
 
 def from_outputs(model, outputs, log_p, windows):
-    """Loss and divergence. outputs (N, T, C): of the last block. log_p: N of (T, V), full attention's log probabilities. windows:
-    (N, T + 1). → two means over all tokens, in nats."""
+    """outputs (N, T, C): of the last block. log_p: N of (T, V), full attention's log probabilities. windows:
+    (N, T + 1). → loss and divergence, two means over all tokens, in nats."""
     found = []
     for x, expected, window in zip(outputs, log_p, windows):
         log_q = log_probabilities(model, x)

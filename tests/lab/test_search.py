@@ -78,10 +78,10 @@ def test_sets_are_judged_refitted_on_text_that_they_were_not_fitted_to(run, fold
 
 def test_a_stopped_search_continues(run, folder, monkeypatch):
     with monkeypatch.context() as patch:
-        def stopped(shared, model, windows):
+        def stopped(*args, **more):
             if (folder / "found/trials.csv").exists():
                 raise KeyboardInterrupt
-            return refit(shared, model, windows)
+            return refit(*args, **more)
         patch.setattr(search, "refit", stopped)
         assert run(search.main, *FLAGS)[0] == 130
     file = folder / "found/trials.csv"
