@@ -31,8 +31,8 @@ from minisa.kit.run import restore_optimizer
 STATE = "heal.safetensors"
 PARTS = "all", "reuse", "attention"
 SETTINGS = {                # which --resume must find the same
-    "teacher": str, "train": str, "max_iters": int, "learning_rate": float, "batch_size": int,
-    "block_size": int, "seed": int, "dtype": str}
+    "teacher": str, "train": str, "max_iters": int, "learning_rate": float,
+    "reuse_learning_rate": float, "batch_size": int, "block_size": int, "seed": int, "dtype": str}
 PROGRESS = {"step": int, "seconds": float, "text": str}         # text: a digest
 WARMUP = 0.1                # of the steps
 HELD_OUT = 16               # windows to report the divergence on
@@ -47,18 +47,19 @@ def divergence(model, teacher, idx):
     log_q = model(idx)[0].float().log_softmax(-1).flatten(0, 1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
-def learning_rate(step, args):
-    """A short warm-up in a straight line, then half a cosine down to 0."""
+def schedule(step, args):
+    """→ the fraction of the peak learning rate: a short rise in a straight line, then half a cosine
+    down to 0."""
     warmup = max(1, round(WARMUP * args.max_iters))
     if step < warmup:
-        return args.learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     done = (step - warmup) / max(1, args.max_iters - warmup)
-    return args.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return (1 + math.cos(math.pi * done)) / 2
 
 def train_step(model, teacher, optimizer, data, args, step):
     """One step on --batch_size sequences, one at a time, to save memory. → the mean divergence"""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+        group["lr"] = group["peak"] * schedule(step, args)
     idx, _ = data.batch(step, args.seed, args.batch_size, args.block_size)
     total = 0.0
     for row in idx.to(args.device).split(1):
@@ -74,18 +75,25 @@ def train_step(model, teacher, optimizer, data, args, step):
 
 # ---- what learns ----
 
-def trained_parameters(model, part):
-    """Let only a part of a model learn ("all", "reuse", "attention") → its parameters. Raises
-    ValueError if the model has no reuse layers to train alone."""
+def parameter_groups(model, args):
+    """Let only args.train of a model learn ("all", "reuse", "attention") → groups of parameters for
+    an optimizer, each with its `peak` learning rate: those of the reuse layers, and all others.
+    Raises ValueError if the model has no reuse layers to train alone."""
     reuse_layers = anchors(model.config)
-    if part != "all" and not reuse_layers:
-        raise ValueError(f"--train={part}: the model shares nothing, so it has no reuse layers")
-    model.requires_grad_(part == "all")
+    if args.train != "all" and not reuse_layers:
+        raise ValueError(f"--train={args.train}: the model shares nothing, so it has no reuse "
+                         "layers")
+    model.requires_grad_(args.train == "all")
+    of_reuse = []
     for layer in reuse_layers:
         block = model.blocks[layer]
-        learns = block.attn if part == "attention" else block
-        learns.requires_grad_(True)
-    return [p for p in model.parameters() if p.requires_grad]
+        learns = block.attn if args.train == "attention" else block
+        of_reuse += learns.requires_grad_(True).parameters()
+    known = {id(p) for p in of_reuse}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [{"params": of_reuse, "peak": args.reuse_learning_rate},
+              {"params": others, "peak": args.learning_rate}]
+    return [group for group in groups if group["params"]]
 
 # ---- the whole ----
 
@@ -114,8 +122,7 @@ def held_out_divergence(model, teacher, data, args):
 
 def heal(model, teacher, data, tokenizer, args, autocast):
     """Train, saving every --save_interval steps. → the model, or None if it was stopped."""
-    optimizer = torch.optim.AdamW(trained_parameters(model, args.train), weight_decay=0.0,
-                                  betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), weight_decay=0.0, betas=(0.9, 0.95))
     state = Path(args.out, STATE)
     settings = {name: getattr(args, name) for name in SETTINGS}
     begun, step = time.perf_counter(), 0
@@ -168,6 +175,8 @@ def main():
                choices=PARTS)
     flags.flag("max_iters", count, 120, "number of steps")
     flags.flag("learning_rate", amount, 5e-5, "peak learning rate; it falls to 0")
+    flags.flag("reuse_learning_rate", amount, 3e-4, "that of the reuse layers, which have more to "
+               "learn")
     flags.flag("batch_size", count, 8, "sequences per step")
     flags.flag("block_size", at_least(int, 2), 256, "tokens per sequence")
     flags.flag("seed", at_least(int, 0), 1337, "random seed for the batches")

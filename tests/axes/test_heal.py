@@ -51,11 +51,23 @@ def test_only_the_named_part_learns(folder, run, part, learns):
 
 def test_healing_brings_the_predictions_back(folder, run):
     status, out, err = run(heal.main, "shared", "--teacher=full", "--out=healed", "--max_iters=60",
-                           "--learning_rate=0.001", *FLAGS, "--batch_size=8")
+                           "--learning_rate=0.001", "--reuse_learning_rate=0.001", *FLAGS, "--batch_size=8")
     assert status == 0, err
     words = out.splitlines()[-2].split()
     before, after = float(words[4]), float(words[6])
     assert after < 0.93 * before
+
+def test_reuse_layers_have_a_rate_of_their_own(folder, run):
+    flags = "shared", "--teacher=full", "--max_iters=1", *FLAGS
+    for out, rate in ("slow", 0.001), ("fast", 0.002):
+        status, _, err = run(heal.main, *flags, f"--out={out}", f"--reuse_learning_rate={rate}")
+        assert status == 0, err
+    before, slow, fast = (checkpoint.load(name)[0].state_dict() for name in ("shared", "slow", "fast"))
+    for name, start in before.items():
+        ratio = 2 if name.startswith(("blocks.2.", "blocks.3.")) else 1
+        moved = slow[name] - start
+        assert moved.abs().max() > 0
+        torch.testing.assert_close(fast[name] - start, ratio * moved, rtol=1e-2, atol=1e-6)
 
 @pytest.fixture
 def stopped(monkeypatch):
