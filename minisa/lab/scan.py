@@ -23,11 +23,11 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from minisa.axes.common import calibration, loss_and_divergence, walk
+from minisa.axes.common import calibration, walk
 from minisa.axes.heads import head_products, refit, share
 from minisa.cost import predict
 from minisa.kit.checkpoint import add_share_kind
-from minisa.kit.cli import at_least, command, count
+from minisa.kit.cli import add_dtype, at_least, command, count
 from minisa.kit.files import read_file
 from minisa.kit.results import print_table, write_results
 from minisa.lab import plot
@@ -167,18 +167,31 @@ def summarize(percents, divergences, model, sharing, context):
             "median_percent": statistics.median(percents[span] for span in spans),
             "best_span": name,
             "best_percent": percents[best],
+            "median_divergence": statistics.median(divergences[span] for span in spans),
+            "best_divergence": divergences[best],
             "cache_saved": cache_saved,
             "flops_saved": flops_saved,
         })
     return rows
 
-def measure(shared, model, held_out):
+@torch.inference_mode()
+def predictions(model, window):
+    """window (T + 1,) → what a model predicts after each of its first T tokens: the loss in nats, and log
+    probabilities (T, V)."""
+    logits, _ = model(window[None, :-1])
+    log_p = logits[0].float().log_softmax(-1)
+    return F.nll_loss(log_p, window[1:]).item(), log_p
+
+def measure(shared, full, held_out):
     """→ columns: by how many percent the loss of a model that shares exceeds that of full attention, and its
-    divergence, on windows (N, T + 1); each with its standard error over the windows."""
-    pairs = [loss_and_divergence(shared, model, window[None]) for window in held_out]
-    full = [loss_and_divergence(model, model, window[None])[0] for window in held_out]
-    losses, divergences = zip(*pairs)
-    percents = [100 * (loss - before) / statistics.fmean(full) for loss, before in zip(losses, full)]
+    divergence, on windows (N, T + 1), each with its standard error over the windows. full: the predictions()
+    of full attention."""
+    full_loss = statistics.fmean(loss for loss, _ in full)
+    percents, divergences = [], []
+    for window, (loss, log_p) in zip(held_out, full):
+        shared_loss, log_q = predictions(shared, window)
+        percents.append(100 * (shared_loss - loss) / full_loss)
+        divergences.append(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item())
     return {
         "percent": statistics.fmean(percents),
         "percent_error": standard_error(percents),
@@ -192,16 +205,17 @@ def standard_error(values):
 def measure_sets(sets, model, sharing, held_out, refit_on=None):
     """sets: {reuse layers: spans}. → rows for each, as measured on held_out (N, T + 1), and again after a
     refit on refit_on (N, T)."""
+    full = [predictions(model, window) for window in held_out]
     rows = []
     for r, spans in sets.items():
         print(f"measuring {spans}", file=sys.stderr, flush=True)
         shared = sharing(spans)
         cache_saved, _ = saved(model, shared, held_out.size(1) - 1)
         known = {"reuse_layers": r, "spans": spans, "cache_saved": cache_saved}
-        rows.append({**known, "refitted": "no", **measure(shared, model, held_out)})
+        rows.append({**known, "refitted": "no", **measure(shared, full, held_out)})
         if refit_on is not None:
             refit(shared, model, refit_on)
-            rows.append({**known, "refitted": "yes", **measure(shared, model, held_out)})
+            rows.append({**known, "refitted": "yes", **measure(shared, full, held_out)})
     return rows
 
 def report(rows, file):
@@ -226,6 +240,7 @@ def read_args():
     flags.flag("most", count, 8, "largest number of reuse layers to look for a set of spans for")
     flags.flag("windows", count, 4, "windows of text for fitting heads, as many others for the spans, and "
                "twice as many for the sets")
+    add_dtype(flags, "number format of the weights")
     return flags.parse_args()
 
 def main():
@@ -243,7 +258,9 @@ def main():
         "model": f"{args.model} {sha256[:8]}",
         "windows": f"{args.windows} of {data.name}",
         "context": T,
+        "dtype": args.dtype,
     }
+    model.to(getattr(torch, args.dtype))
     L = model.config.n_layer
     rows = read_scan(file, origin, L)
 
@@ -260,7 +277,7 @@ def main():
     plot.span_map(percents, L, f"loss of each span, zero-shot, {name}", file.with_suffix(".png"))
     print(f"wrote {file} and scan-{name}.png; full attention: {full:.4f} nats per token")
 
-    print("\nloss over full attention, in percent: the median of all spans, and the span of least divergence")
+    print("\nloss over full attention, in percent, and divergence: the median of all spans, and the best")
     rows = summarize(percents, divergences, model, sharing, T)
     report(rows, folder / f"spans-{name}.csv")
     best = best_sets(divergences, L, args.most)

@@ -17,17 +17,15 @@ end, sets.csv has the best set of each size, measured on held-out text.
 
 import math
 import os
-import statistics
 from functools import partial
 
 import torch
-from torch.nn import functional as F
 
 from minisa.axes.heads import attention_outputs, head_products, refit, share
 from minisa.kit.cli import add_dtype, command, count
 from minisa.kit.machine import choose_dtype, keep_memory
 from minisa.kit.results import write_results
-from minisa.lab.scan import measure_sets, report, spans_text
+from minisa.lab.scan import measure, measure_sets, predictions, report, spans_text
 from minisa.lab.similarity import open_data, parser
 from minisa.lab.tables import load
 
@@ -71,31 +69,18 @@ def read_trials(file, origin):
                          "move it away, or take another --out_dir")
     return trials
 
-@torch.inference_mode()
-def log_probabilities(model, window):
-    """window (1, T + 1) → the log probabilities of what follows each of its first T tokens, (T, V)."""
-    logits, _ = model(window[:, :-1])
-    return logits[0].float().log_softmax(-1)
-
 def searcher(model, sharing, fit_on, judge_on, file, origin):
     """→ the divergence of a set of reuse layers, as a function that keeps in a file what it measured.
     fit_on (N, T), judge_on (n, T + 1): windows of text."""
     trials = read_trials(file, origin)
     outputs = attention_outputs(model, fit_on, range(model.config.n_layer))
-    judges = [(window, log_probabilities(model, window)) for window in judge_on.split(1)]
-
-    def measure(spans):
-        shared = refit(sharing(spans), model, fit_on, outputs=outputs)
-        of_each = []
-        for window, log_p in judges:
-            log_q = log_probabilities(shared, window)
-            of_each.append(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item())
-        return statistics.fmean(of_each)
+    full = [predictions(model, window) for window in judge_on]
 
     def divergence_of(layers):
         spans = spans_text(spans_of(layers))
         if spans not in trials:
-            trials[spans] = measure(spans)
+            shared = refit(sharing(spans), model, fit_on, outputs=outputs)
+            trials[spans] = measure(shared, full, judge_on)["divergence"]
             rows = [{**origin, "spans": key, "divergence": value} for key, value in trials.items()]
             write_results(file, rows)
             print(f"{len(layers)} reuse layers, {spans}: divergence {trials[spans]:.4f}", flush=True)
