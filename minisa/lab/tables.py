@@ -11,7 +11,6 @@ import tomllib
 from pathlib import Path
 
 from minisa.kit.files import read_file, write_file
-from minisa.model import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
@@ -151,14 +150,6 @@ def over_whole(rows):
     differences = [percent(100 * value - 100) for value in ratio]
     shown = [f" ({difference})" if difference else "" for difference in differences]
     return rows.assign(over=differences, in_brackets=shown)
-
-def spans(rows):
-    """Rows of the bill of spans, starting with those that lose least with mixed heads."""
-    rows = over_whole(rows).query("share != ''").sort_values("val_bpb")
-    configs = [GPTConfig(n_layer=1000, share=share) for share in rows["share"]]
-    rows["reuse_layers"] = [sum(b - a for a, b in config.spans) for config in configs]
-    rows["mixed"] = rows["changes"] == "heads mix"
-    return rows.sort_values("mixed", ascending=False, kind="stable")
 
 # ---- speeds and answers ----
 

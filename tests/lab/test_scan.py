@@ -96,8 +96,8 @@ def test_a_scan_is_written_and_continued_where_it_was_stopped(run, trained, monk
     assert status == 0 and out.count("\nspan ") + out.startswith("span ") == 2         # only what was missing
     assert sorted((row["anchor"], row["last"]) for row in rows) == [("-1", "-1"), ("0", "1"), ("0", "2"),
                                                                     ("1", "2")]
-    assert rows[1] == before and list(before)[:8] == ["model", "windows", "context", "dtype", "anchor", "last",
-                                                      "loss", "divergence"]
+    assert rows[1] == before and list(before)[:8] == ["model", "windows", "context", "dtype", "anchor",
+                                                      "last", "loss", "divergence"]
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     status, _, err = run(scanning.main, trained, "--heads=match", "--windows=3", "--context=20")
     assert status == 2 and "cannot be continued" in err and err.count("\n") <= 1

@@ -100,7 +100,7 @@ def test_a_table_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="no table is named nonsense; there are preset"):
         renew("<!-- table: nonsense -->\n")
 
-@pytest.mark.parametrize("name, study", [("preset", "preset"), ("spans", "spans"), ("scan", "scan"),
+@pytest.mark.parametrize("name, study", [("preset", "preset"), ("scan", "scan"),
                                          ("sets", "scan"), ("recall", "recall"), ("eigen", "axes")])
 def test_a_table_without_all_its_results_names_its_study(write, name, study):
     with pytest.raises(ValueError, match=f"continue with: python -m minisa.lab.experiments {study}$"):
@@ -147,17 +147,6 @@ def test_what_is_misspelt_in_a_table_is_named(write, monkeypatch, what):
 def test_the_study_of_each_table_exists():
     assert {table["study"] for table in tables.TABLES.values()} <= {*STUDIES, *TRAININGS}
 
-def test_spans_are_given_over_full_attention_best_mixture_first(write):
-    def rows(share, same, match, mix, kv):
-        weights = {"share": share, "share_kind": "weights"}
-        return [{**weights, "val_bpb": same}, {**weights, "changes": "heads match", "val_bpb": match},
-                {**weights, "changes": "heads mix", "val_bpb": mix},
-                {"share": share, "share_kind": "kv", "val_bpb": kv}]
-    full = {"share": "", "share_kind": "", "changes": "", "val_bpb": 2.0}
-    write("spans", [full, *rows("1-2,5-7", 2.2, 2.1, 2.06, 3.0), *rows("3-4", *[2.02] * 4)], policy="")
-    assert make("spans")[1:] == [["3-4", "1"] + ["+1.00 %"] * 4,
-                                 ["1-2,5-7", "3", "+10.00 %", "+5.00 %", "+3.00 %", "+50.00 %"]]
-
 def test_right_answers_have_their_standard_error(write):
     for length in (256, 512, 1024, 1536):
         models = [{"model": model, "policy": policy, "right": 0 if policy else 98} for policy in ("", "heavy")
@@ -166,15 +155,6 @@ def test_right_answers_have_their_standard_error(write):
     half, none = make("recall")[1:3]                        # (98 + 2) / 200, and 2 / 200
     assert half == ["smollm2"] + ["50.0% ± 3.5%"] * 4       # √(0.5 · 0.5 / 200)
     assert none == ["smollm2, squeezed to 60 %"] + ["0.0% ± 0.7%"] * 4
-
-def test_what_training_gives_back_is_over_full_attention_trained_alike(write):
-    eight, six = "5-6,12-13,14-15,20-22,24-25,27-29", "3-4,5-6,14-15,20-22,28-29"
-    for steps, losses in {0: (2.0, 2.1, 2.2), 60: (1.0, 1.1, 1.2)}.items():
-        rows = [{"share": share, "val_bpb": bpb} for share, bpb in zip(("", eight, six), losses)]
-        write(f"tuned-{steps}", rows, policy="")
-    assert [row[1:] for row in make("tuned")[1:]] == [
-        ["2.0000", "1.0000"], ["2.1000 (+5.00 %)", "1.1000 (+10.00 %)"],
-        ["2.2000 (+10.00 %)", "1.2000 (+20.00 %)"]]
 
 def test_a_policy_is_over_the_whole_cache(write):
     rows = [{"policy": policy, "cut": cut, "val_bpb": 2.2} for policy in ("heavy", "sinks", "window")
