@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from minisa.kit import checkpoint
-from minisa.kit.cli import Parser, add_device, command
+from minisa.kit.cli import Parser, add_device, command, count
 from minisa.kit.data import data_of
 from minisa.kit.files import lock, refuse_taken
 from minisa.model import SharedAttention
@@ -86,10 +86,10 @@ def loss_and_divergence(model, original, windows):
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     return loss.item(), divergence.item()
 
-def calibration(model, data):
-    """Twelve windows (12, T ≤ 512) of the training part of a minisa.kit.data.Data."""
+def calibration(model, data, n=12):
+    """n windows (n, T ≤ 512) of the training part of a minisa.kit.data.Data."""
     T = min(512, model.config.block_size)
-    windows = data.windows("train", 12, T)
+    windows = data.windows("train", n, T)
     return windows[:, :-1].to(model.embed.weight.device)
 
 # ---- commands ----
@@ -106,11 +106,14 @@ def parser(doc, name):
     add_device(parser)
     return parser
 
+def add_windows(parser):
+    parser.flag("windows", count, 12, "windows of 512 tokens to calibrate on")
+
 def rewrite(args, technique):
     """Load args.model, let technique(model, windows) make another one of it, and write that to
     args.out. Raises ValueError.
 
-    windows: a function that reads the calibration text → twelve windows (12, T ≤ 512) of tokens.
+    windows: a function that reads the calibration text → --windows of tokens (n, T ≤ 512).
     """
     with lock(args.out):
         refuse_taken(args.out, "out")
@@ -119,7 +122,7 @@ def rewrite(args, technique):
         def windows():
             data = data_of(info, tokenizer, args.text)
             print(f"calibrating on {data.name}", file=sys.stderr, flush=True)
-            return calibration(parent, data)
+            return calibration(parent, data, args.windows)
 
         checkpoint.derive(args.out, technique(parent, windows), parent, info)
         checkpoint.load(args.out, device=args.device)           # does the axis write what is read?

@@ -39,7 +39,16 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 
-from minisa.axes.common import fill, parser, rebuilt, resize, rewrite, run_main, walk
+from minisa.axes.common import (
+    add_windows,
+    fill,
+    parser,
+    rebuilt,
+    resize,
+    rewrite,
+    run_main,
+    walk,
+)
 from minisa.axes.heads import refit
 from minisa.kit import checkpoint
 from minisa.kit.cli import at_least, count
@@ -280,6 +289,7 @@ def main():
                "output may be off, as a fraction of the stream it goes into; each layer keeps what "
                "that takes", "none")
     flags.switch("refit", "refit the output projections to what the layers of MODEL put out")
+    add_windows(flags)
     args = flags.parse_args()
     if (args.rank is None) == (args.error is None):
         raise ValueError("--rank, --error: give one of them")
