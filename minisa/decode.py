@@ -50,8 +50,9 @@ def weighted_sum(P, values):
 # its cache (a reuse layer has no k, and in CLA no v). The newest k and v are stored before they are
 # used, as a token attends to itself too.
 
-def full_attention(now, layer, x, below):
-    """A full layer, or an anchor: computes q, k and v, and stores k and v."""
+def project(now, layer, x):
+    """x (C,) → q (H, D), and the visible keys and values (G, S, D), of which the newest are stored
+    now."""
     heads = (layer.qkv @ x).reshape(-1, now.D)              # (H + G + G, D)
     G = len(layer.k)
     qk, v = heads[:-G], heads[-G:]
@@ -59,8 +60,11 @@ def full_attention(now, layer, x, below):
     q, k = qk[:-G], qk[-G:]
     layer.k[:, now.slot] = k
     layer.v[:, now.slot] = v
-    keys = layer.k[:, :now.S]                               # (G, S, D)
-    values = layer.v[:, :now.S]
+    return q, layer.k[:, :now.S], layer.v[:, :now.S]
+
+def full_attention(now, layer, x, below):
+    """A full layer, or an anchor: computes q, k and v, and stores k and v."""
+    q, keys, values = project(now, layer, x)
     P = attention_weights(q, keys)
     return weighted_sum(P, values), (P, keys, values)
 

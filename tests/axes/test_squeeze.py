@@ -408,15 +408,16 @@ def test_bits_per_byte_are_those_of_the_last_quarters_of_windows(data):
 
 def test_a_prompt_is_read_once_for_all_settings(data, monkeypatch):
     model, calls = make(vocab_size=256), []
-    args = SimpleNamespace(squeeze=20, squeeze_policy=["sinks", "window"], squeeze_cut=[1.0, 0.5], context=64)
+    args = SimpleNamespace(squeeze=20, squeeze_policy=["sinks", "window"], squeeze_cut=[1.0, 0.5], cache_bits=None,
+                           context=64)
     ways = squeeze.ways_of(args, model)
     monkeypatch.setattr(squeeze, "read", lambda *args: calls.append(1) or read(*args))
     assert len(list(squeeze.bits_per_byte(model, data, 64, 64, ways))) == 5
     assert len(calls) == 1 and [way.name("m") for way in ways] == [
         "m", "m, squeeze 20 sinks equal", "m, squeeze 20 sinks 0.5", "m, squeeze 20 window equal",
         "m, squeeze 20 window 0.5"]
-    assert ways[0].facts == {"policy": "", "budget": "", "cut": ""}
-    assert ways[2].facts == {"policy": "sinks", "budget": 20, "cut": 0.5}
+    assert ways[0].facts == {"policy": "", "budget": "", "cut": "", "bits": ""}
+    assert ways[2].facts == {"policy": "sinks", "budget": 20, "cut": 0.5, "bits": ""}
 
 def test_the_cache_for_the_bill_holds_all_but_a_token_of_the_context(data):
     model = make(vocab_size=256)
@@ -467,6 +468,6 @@ def test_a_wrong_flag_is_refused_by_name(flag):
         parse(flag)
 
 def test_a_budget_above_the_context_is_refused():
-    args = SimpleNamespace(squeeze=65, squeeze_policy=["heavy"], squeeze_cut=[0.5], context=1000)
+    args = SimpleNamespace(squeeze=65, squeeze_policy=["heavy"], squeeze_cut=[0.5], cache_bits=None, context=1000)
     with pytest.raises(ValueError, match="--squeeze=65: must be from 8 to the context of 64 tokens"):
         squeeze.ways_of(args, make())
