@@ -223,8 +223,8 @@ def text_works(models, size, times=token_times, library="minisa"):
 # ---- modes: models of random weights ----
 
 def kinds_flag(parser):
-    parser.flag("share_kind", several(kind), "weights,kv", "kinds of sharing to time beside full attention, as "
-                "weights,kv,top-64", "weights,kv")
+    parser.flag("share_kind", several(kind), "weights,kv", "kinds of sharing that are timed beside full "
+                "attention; several with commas, as weights,kv,top-64", "weights,kv")
 
 def modes_of(full, kinds, share):
     """A model → it, and models that share in each of these kinds, made from it, zero-shot."""
