@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_squeeze import IDX, MODELS, Plain, few_observers, make, one_by_one  # noqa: F401 (a fixture)
@@ -28,12 +29,12 @@ def begun(model, idx, way):
 def rounded(x):
     """x (G, d) → what int8 makes of it, number by number."""
     out = torch.zeros_like(x)
-    for g, head in enumerate(x.tolist()):
-        largest = max(map(abs, head))
-        scale = torch.tensor(largest / 127).bfloat16().item()
+    for g, head in enumerate(x.float().numpy()):
+        largest = max(abs(head))
+        scale = np.float32(torch.tensor(largest / 127).bfloat16().item())
         for i, number in enumerate(head):
-            n = max(-127, min(127, round(number / scale))) if largest else 0
-            out[g, i] = n * scale
+            n = max(-127, min(127, round(number / scale))) if largest else 0        # in float32, as it is there
+            out[g, i] = n * float(scale)
     return out
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 1.0), (torch.float32, 1e-20), (torch.float32, 1e20),
