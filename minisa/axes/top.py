@@ -108,7 +108,7 @@ def few_in_numpy(now, layer, x, rows):
 def with_setting(text):
     """"64" → the classes of --share_kind=top-64. Raises ValueError if it is no number from 1 up."""
     if not text.isdecimal() or not 0 < int(text) < 2**29:
-        raise ValueError("--share_kind: top needs how many tokens to attend to, as in top-64")
+        raise ValueError(f"--share_kind=top-{text}: give a number from 1 up, as in top-64")
     k = int(text)
 
     class Anchor(TopAnchor):

@@ -33,7 +33,7 @@ def rounded(x):
         largest = max(abs(head))
         scale = np.float32(torch.tensor(largest / 127).bfloat16().item())
         for i, number in enumerate(head):
-            n = max(-127, min(127, round(number / scale))) if largest else 0        # in float32, as it is there
+            n = max(-127, min(127, round(number / scale))) if largest else 0       # float32, as there
             out[g, i] = n * float(scale)
     return out
 
@@ -149,6 +149,7 @@ def test_the_cache_for_the_bill_has_room_for_the_context(data):
     assert cache.length == 39 and cache.rooms == [40] * 5
     assert cache.predict(model, 40) == cost.measure(model, 40, cache_of=lambda _: cache)
 
+@torch.no_grad()
 def test_the_loss_is_that_of_the_rounded_cache(data):
     model = make(vocab_size=256)
     whole, eight = squeeze.bits_per_byte(model, data, 64, 64, [Whole(), stored(model)])

@@ -148,7 +148,7 @@ def test_it_is_saved_loaded_and_shared_zero_shot(tmp_path):
 
 @pytest.mark.parametrize("name", ["top", "top-", "top-0", "top-x", "top--3", "top-99999999999"])
 def test_a_setting_that_is_no_number_is_refused_by_name(name):
-    with pytest.raises(ValueError, match="^--share_kind: top needs .* as in top-64$"):
+    with pytest.raises(ValueError, match="^--share_kind=top-.*: give a number from 1 up, as in top-64$"):
         GPTConfig(share_kind=name)
 
 def test_narrow_keys_refuse_it_in_one_line():
