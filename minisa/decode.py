@@ -51,8 +51,7 @@ def weighted_sum(P, values):
 # used, as a token attends to itself too.
 
 def project(now, layer, x):
-    """x (C,) → q (H, D), and the visible keys and values (G, S, D), of which the newest are stored
-    now."""
+    """x (C,) → q (H, D), and all keys and values (G, S, D); stores the newest."""
     heads = (layer.qkv @ x).reshape(-1, now.D)              # (H + G + G, D)
     G = len(layer.k)
     qk, v = heads[:-G], heads[-G:]
