@@ -111,11 +111,11 @@ def with_setting(text):
         raise ValueError(f"--share_kind=top-{text}: give a number from 1 up, as in top-64")
     k = int(text)
 
-    class Anchor(TopAnchor):
+    class AnchorOfTop(TopAnchor):
         in_numpy = anchor_in_numpy(k)
 
-    class Reuse(TopAttention):
+    class ReuseOfTop(TopAttention):
         in_numpy = few_in_numpy
 
-    Anchor.k = Reuse.k = k
-    return Anchor, Reuse
+    AnchorOfTop.k = ReuseOfTop.k = k
+    return AnchorOfTop, ReuseOfTop
