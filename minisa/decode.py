@@ -43,10 +43,10 @@ def weighted_sum(P, values):
     """P (G, H/G, S), values (G, S, D) → y (C,)."""
     return (P @ values).reshape(-1)
 
-# After project(), a function for each kind of layer: x (C,) → y (C,), and the (P, keys, values) that
-# it hands up for reuse. below: those handed up by the layer below. `now` is the Decoder, further
-# down: it knows S, the turn for rotate(), and the newest token's slot, its place in the cache of
-# `size` slots.
+# After project(), a function for each kind of layer: x (C,) → y (C,), and the (P, keys, values)
+# that it hands up for reuse. below: those handed up by the layer below. `now` is the Decoder,
+# further down: it knows S, the turn for rotate(), and the newest token's slot, its place in the
+# cache of `size` slots.
 # layer.qkv holds those of W_q, W_k and W_v that the layer has; layer.k and layer.v (G, size, D) are
 # its cache (a reuse layer has no k, and in CLA no v). The newest k and v are stored before they are
 # used, as a token attends to itself too.
