@@ -6,6 +6,7 @@ That table is the bill.
     python sample.py out/full --share=1-3     weights trained with full attention, made to share
     python sample.py smollm2 --share=26-28 --prompt="Once upon a time"
     python sample.py smollm2 --squeeze=307    caches that keep 307 tokens a layer (minisa/axes/squeeze.py)
+    python sample.py smollm2 --cache_bits=8   caches in int8 (minisa/axes/bits.py)
 """
 
 import minisa  # isort: skip  # noqa: F401 (before torch, as it sees to Ctrl-C)
@@ -55,7 +56,7 @@ def read_flags():
     flag("seed", whole, 1337, "random seed for sampling: same seed, same text")
     flag("context", count, 1024, "context length for the bill, in tokens; capped at block_size")
     flag("eval_tokens", count, 4096, "validation tokens used to measure the loss of a downloaded model, or "
-         "with --squeeze")
+         "with --squeeze or --cache_bits")
     squeeze.add_flags(parser)
     add_dtype(parser)
     add_device(parser)
@@ -65,8 +66,9 @@ def read_flags():
 
 # ---- what is sampled: models, each with one or more ways to keep its cache ----
 
-# A way says which tokens a model's cache keeps. Without --squeeze there is one, squeeze.Whole: all of
-# them. With it there is also a squeeze.Squeezing for each policy, a rule that says which tokens to keep.
+# A way says what a model's cache keeps. By default there is one, squeeze.Whole: all tokens. With --squeeze
+# there is also a squeeze.Squeezing for each policy, a rule that says which tokens to keep, and with
+# --cache_bits a squeeze.Stored: all tokens, in fewer bits.
 
 @dataclass
 class Case:
@@ -74,7 +76,7 @@ class Case:
     source: str
     model: GPT
     tokenizer: object
-    way: squeeze.Whole          # which tokens the cache keeps: all (Whole), or some (Squeezing)
+    way: squeeze.Whole          # what the cache keeps: all (Whole), some (Squeezing), fewer bits (Stored)
     val_bpb: float | None       # loss in bits per byte of validation text; None: not known
     cache: object               # the cache to bill; None: an ordinary KVCache
 
@@ -91,7 +93,7 @@ def sources(args):
     return found
 
 def cases(args):
-    """Yield a Case for each model unchanged, and as changed by --share and --squeeze."""
+    """Yield a Case for each model unchanged, as changed by --share, and for each way to keep its cache."""
     for source in sources(args):
         dtype = getattr(torch, args.dtype)
         model, tokenizer, info = load(source, device=args.device, dtype=dtype)
@@ -112,18 +114,19 @@ def cases(args):
 
 def losses(source, model, tokenizer, info, args, ways):
     """→ the bits per byte of validation text with each way to keep the cache. If the text that the
-    model was trained on is gone: None, or with --squeeze a ValueError."""
-    if info["val_bpb"] and not args.squeeze:
+    model was trained on is gone: None, or with several ways a ValueError."""
+    several = len(ways) > 1
+    if info["val_bpb"] and not several:
         return [info["val_bpb"]]
     try:
         data = data_of(info, tokenizer)
     except ValueError as error:
-        if args.squeeze:
+        if several:
             raise
         print(f"the loss of {source} is not known: {error}", file=sys.stderr)
         return [None]
     print(f"measuring the loss of {source} on {data.name}", file=sys.stderr, flush=True)
-    if args.squeeze:
+    if several:
         return squeeze.bits_per_byte(model, data, args.context, args.eval_tokens, ways)
     tokens = None if info["data"] else args.eval_tokens
     return [data.evaluate(model, tokens)[1]]
@@ -144,7 +147,7 @@ def generate(case, args):
     seconds = 0.0
     for sample in range(args.num_samples):
         generator = torch.Generator(args.device).manual_seed(args.seed + sample)
-        # without --squeeze, all of ids is unread and cache is None: stream() then makes a KVCache
+        # of squeeze.Whole, all of ids is unread and cache is None: stream() then makes a KVCache
         unread, cache = case.way.begin(model, ids)
         stream = model.stream(unread, args.max_new_tokens, args.temperature, args.top_k, generator, cache)
         times = []

@@ -110,23 +110,23 @@ def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
 
 class Reads(TorchFunctionMode):
     """Within it, adds up the bytes of weights and cache that enter matrix products, or are gathered
-    for one."""
+    or converted for one."""
 
     def __init__(self, tensors):
         super().__init__()
         self.places = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
         self.bytes = 0
 
-    def knows(self, t):
-        return t.untyped_storage().data_ptr() in self.places
+    def itemsize(self, t):
+        """Bytes per number of t if it is of weights or cache, else 0."""
+        return t.itemsize * (t.untyped_storage().data_ptr() in self.places)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ in ("matmul", "__matmul__", "linear"):
-            for t in args[:2]:
-                self.bytes += t.nbytes if self.knows(t) else 0
+            self.bytes += sum(t.numel() * self.itemsize(t) for t in args[:2])
         result = function(*args, **kwargs or {})
-        if function.__name__ in ("gather", "take_along_dim", "index_select"):
-            self.bytes += result.nbytes if self.knows(args[0]) else 0
+        if function.__name__ in ("gather", "take_along_dim", "index_select", "to"):
+            self.bytes += result.numel() * self.itemsize(args[0])
         return result
 
 @torch.inference_mode()
@@ -134,7 +134,8 @@ def measure(model: GPT, context: int, batch_size: int = 1, cache_of=None,
             engine: str = "torch") -> Cost:
     """→ the same figures, measured: parameters, the cache's storage, the products of a real run.
 
-    cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured.
+    cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured; its
+    tensors are (B, heads, tokens, any).
     engine: what decodes, "torch" (model.py) or "numpy" (decode.py).
     """
     explicit = copy(model)
@@ -150,11 +151,11 @@ def measure(model: GPT, context: int, batch_size: int = 1, cache_of=None,
     tokens = torch.zeros(batch_size, context, dtype=torch.long, device=model.embed.weight.device)
     cache = KVCache(model, batch_size, context)
     prefill, _ = run(cache, tokens)
-    per_token = cache.nbytes // (context * batch_size)
     if cache_of:
         cache = cache_of(tokens[:, :-1])
     else:
         cache.length = context - 1                  # drop the last token and decode it again
+    per_token = sum(t[:, :, 0].nbytes for t in cache.tensors) // batch_size
     last = tokens[:, -1:]
     decode, read = run(cache, last) if engine == "torch" else run_in_numpy(Decoder(model, cache))
     params = sum(p.numel() for p in model.parameters())

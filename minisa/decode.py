@@ -43,15 +43,16 @@ def weighted_sum(P, values):
     """P (G, H/G, S), values (G, S, D) → y (C,)."""
     return (P @ values).reshape(-1)
 
-# A function for each kind of layer: x (C,) → y (C,), and the (P, keys, values) that it hands up for
-# reuse. below: those handed up by the layer below. `now` is the Decoder, further down: it knows S,
-# the turn for rotate(), and the newest token's slot, its place in the cache of `size` slots.
+# After project(), a function for each kind of layer: x (C,) → y (C,), and the (P, keys, values)
+# that it hands up for reuse. below: those handed up by the layer below. `now` is the Decoder,
+# further down: it knows S, the turn for rotate(), and the newest token's slot, its place in the
+# cache of `size` slots.
 # layer.qkv holds those of W_q, W_k and W_v that the layer has; layer.k and layer.v (G, size, D) are
 # its cache (a reuse layer has no k, and in CLA no v). The newest k and v are stored before they are
 # used, as a token attends to itself too.
 
-def full_attention(now, layer, x, below):
-    """A full layer, or an anchor: computes q, k and v, and stores k and v."""
+def project(now, layer, x):
+    """x (C,) → q (H, D), and all keys and values (G, S, D); stores the newest."""
     heads = (layer.qkv @ x).reshape(-1, now.D)              # (H + G + G, D)
     G = len(layer.k)
     qk, v = heads[:-G], heads[-G:]
@@ -59,8 +60,11 @@ def full_attention(now, layer, x, below):
     q, k = qk[:-G], qk[-G:]
     layer.k[:, now.slot] = k
     layer.v[:, now.slot] = v
-    keys = layer.k[:, :now.S]                               # (G, S, D)
-    values = layer.v[:, :now.S]
+    return q, layer.k[:, :now.S], layer.v[:, :now.S]
+
+def full_attention(now, layer, x, below):
+    """A full layer, or an anchor: computes q, k and v, and stores k and v."""
+    q, keys, values = project(now, layer, x)
     P = attention_weights(q, keys)
     return weighted_sum(P, values), (P, keys, values)
 

@@ -254,7 +254,7 @@ def sharing_kind(name):
         module = f"minisa.axes.{axis}"
         if axis.isidentifier() and util.find_spec(module):
             module = import_module(module)
-            if setting and hasattr(module, "with_setting"):
+            if name not in SHARE_KINDS and hasattr(module, "with_setting"):
                 SHARE_KINDS[name] = module.with_setting(setting)
     if name not in SHARE_KINDS:
         raise ValueError(f"--share_kind={name}: must be {' or '.join(SHARE_KINDS)} in this version")

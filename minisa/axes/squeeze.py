@@ -22,13 +22,14 @@ memory use peaks just before.
 import itertools
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from minisa import cost
+from minisa.axes.bits import Int8
 from minisa.kit.cli import at_least, one_of, several
 from minisa.model import PREFILL_CHUNK, KVCache
 
@@ -148,15 +149,18 @@ def budgets(groups, cosines, sizes, budget, cut):
 
 class Floats:
     """How the keys or the values of a layer are stored: as they are. Another storage is a class
-    with the same methods; it combines with every policy.
+    with the same methods; it combines with every policy. See Int8 in bits.py.
 
     tokens (B, G, n, d): those of the prompt. room: for how many there is a place.
     """
+    bits = ""                       # of a number, if that is not the model's dtype
+    bytes_per_token = None          # or a function: n numbers of a token in some heads → their
+                                    # bytes, all of which are converted, once, in every step
 
     def __init__(self, tokens, room):
         free = room - tokens.size(2)
         self.numbers = F.pad(tokens, (0, 0, 0, free))           # (B, G, room, d)
-        self.tensors = [self.numbers]                           # all that it holds
+        self.tensors = [self.numbers]                   # all that it holds: (B, G, room, any)
 
     def put(self, sequences, places, new):
         """Store new (B, G, d) at places (B,) of sequences (B,)."""
@@ -213,8 +217,8 @@ class SqueezedCache:
     there for what the methods do. Made by Squeezing."""
     size = 1                        # tokens at once, as another may have to go for each
 
-    def __init__(self, length):
-        self.length = length
+    def __init__(self, length, storage):
+        self.length, self.storage = length, storage
         self.units = []                             # a Kept for each unit
         self.kept, self.k, self.v = [], [], []      # for each layer its unit's Kept, its storages
 
@@ -238,8 +242,23 @@ class SqueezedCache:
 
     def predict(self, model, context):
         """→ the Cost of a token of a model after `context` - 1 others, as cost.predict()."""
-        bytes_per_number = model.embed.weight.element_size()
-        return cost.predict(model, context, bytes_per_number=bytes_per_number, kept=self.rooms)
+        itemsize = model.embed.weight.element_size()
+        bill = cost.predict(model, context, bytes_per_number=itemsize, kept=self.rooms)
+        return self.converted(bill, model, context) if self.storage.bytes_per_token else bill
+
+    def converted(self, bill, model, context):
+        """→ the Cost for a storage that converts its numbers, given the Cost for floats."""
+        stored = []                                             # bytes per token of each layer
+        for block in model.blocks:
+            attn = block.attn
+            _, k, v = (self.storage.bytes_per_token(n, attn.G) for n in attn.widths)
+            stored.append(k + v)
+        seen = [min(room, context) for room in self.rooms]
+        floats = model.embed.weight.element_size() * cost.numbers_read(model.blocks, seen)
+        held, read = (sum(n * size for n, size in zip(tokens, stored))
+                      for tokens in (self.rooms, seen))
+        return replace(bill, cache_bytes_per_token=sum(stored), cache_bytes=held,
+                       read_bytes=bill.read_bytes - floats + read)
 
     def advance(self, positions):
         for kept in self.units:
@@ -312,7 +331,7 @@ def read(model, idx, ways=(), room=0):
 class Whole:
     """The usual way: the cache keeps all tokens."""
     keeps = None                    # the Policy that says which tokens, if not all
-    facts = {"policy": "", "budget": "", "cut": ""}     # columns of a table of results
+    facts = {"policy": "", "budget": "", "cut": "", "bits": ""}     # columns of a table of results
 
     def name(self, model):
         """A name for a model with such a cache."""
@@ -355,16 +374,18 @@ class Squeezing(Whole):
 
     @property
     def facts(self):
-        return {"policy": self.policy, "budget": self.budget, "cut": self.cut}
+        kept = {"policy": self.policy, "budget": self.budget, "cut": self.cut}
+        return kept | {"bits": self.storage.bits}
 
     def name(self, model):
         cut = "equal" if self.cut == 1 else f"{self.cut:g}"
-        return f"{model}, squeeze {self.budget} {self.policy} {cut}"
+        bits = f", {self.storage.bits} bits" if self.storage.bits else ""
+        return f"{model}, squeeze {self.budget} {self.policy} {cut}{bits}"
 
     @torch.no_grad()
     def of(self, reading):
         whole, received = reading.cache, reading.received[self.keeps]
-        small = SqueezedCache(whole.length)
+        small = SqueezedCache(whole.length, self.storage)
         pairs = zip(whole.k, whole.v)
         sizes = [k.size(3) + v.size(3) for k, v in pairs]
         rooms = budgets([*received], reading.cosines, sizes, self.budget, self.cut)
@@ -396,8 +417,20 @@ class Squeezing(Whole):
         context = min(context, model.config.block_size)
         window = data().windows("val", 1, context)
         ids = window[:, :context].to(model.embed.weight.device)
-        _, cache = self.begin(model, ids)
+        way = replace(self, budget=min(self.budget, context))
+        _, cache = way.begin(model, ids)
         return cache
+
+class Stored(Squeezing):
+    """The cache keeps all tokens, in another storage. To be made of a model's block_size, the
+    policy "window" and a cut of 1, so that only tokens beyond that go."""
+
+    @property
+    def facts(self):
+        return Whole.facts | {"bits": self.storage.bits}
+
+    def name(self, model):
+        return f"{model}, {self.storage.bits} bits"
 
 @torch.inference_mode()
 def loss(model, way, windows, reading):
@@ -440,16 +473,24 @@ def add_flags(parser):
     parser.flag("squeeze_cut", cuts, "0.5", "with --squeeze: fraction of the budget given to the "
                 "least important layers, 1 for equal budgets; or several, as 1,0.5, a row each",
                 "0.5")
+    parser.flag("cache_bits", int, None, "8: cached numbers are int8, with a scale per token and "
+                "head (minisa/axes/bits.py); the loss is then measured as with --squeeze",
+                "as the model computes", choices=[8])
 
 def ways_of(args, model):
-    """The flags → all ways to keep the cache: Whole, and with --squeeze a Squeezing for each policy
-    and cut. Raises ValueError if the budget is more than the context."""
+    """The flags → all ways to keep the cache: Whole, with --cache_bits a Stored, and with --squeeze
+    a Squeezing for each policy and cut. Raises ValueError if the budget is more than the context.
+    """
+    ways, storage = [Whole()], Floats
+    if args.cache_bits:
+        storage = Int8
+        ways.append(Stored(model.config.block_size, "window", 1, storage))
     if not args.squeeze:
-        return [Whole()]
+        return ways
     context = min(args.context, model.config.block_size)
     if args.squeeze > context:
         raise ValueError(f"--squeeze={args.squeeze}: must be from 8 to the context of {context} "
                          "tokens")
     pairs = itertools.product(args.squeeze_policy, args.squeeze_cut)
-    squeezings = [Squeezing(args.squeeze, policy, cut) for policy, cut in pairs]
-    return [Whole(), *squeezings]
+    squeezings = [Squeezing(args.squeeze, policy, cut, storage) for policy, cut in pairs]
+    return ways + squeezings

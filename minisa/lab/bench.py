@@ -3,6 +3,7 @@
     python -m minisa.lab.bench modes --shapes=small,large,long      full attention and both kinds of sharing
     python -m minisa.lab.bench model smollm2 --share=26-28          a model from a file, as it is and sharing
     python -m minisa.lab.bench sweep --over=context                 as the context grows from 256 to 32,768
+    python -m minisa.lab.bench sweep --share_kind=weights,kv,top-64     and beside another kind of sharing
 
 `python -m minisa.lab.bench COMMAND --help` lists the flags of each. minisa/lab/peers.py measures nanoGPT and
 Hugging Face transformers in the same way.
@@ -26,7 +27,7 @@ import torch
 
 from minisa.cost import predict
 from minisa.decode import handles
-from minisa.kit.checkpoint import add_share_kind, load, reconfigure
+from minisa.kit.checkpoint import add_share_kind, kind, load, reconfigure
 from minisa.kit.cli import (
     Parser,
     add_device,
@@ -221,17 +222,21 @@ def text_works(models, size, times=token_times, library="minisa"):
 
 # ---- modes: models of random weights ----
 
-def modes_of(full, share):
-    """A model → it, and both kinds of sharing made from it, zero-shot."""
-    kinds = ("weights", "kv") if share else ()
+def kinds_flag(parser):
+    parser.flag("share_kind", several(kind), "weights,kv", "kinds of sharing that are timed beside full "
+                "attention; several with commas, as weights,kv,top-64", "weights,kv")
+
+def modes_of(full, kinds, share):
+    """A model → it, and models that share in each of these kinds, made from it, zero-shot."""
+    kinds = kinds if share else []
     shared = [reconfigure(full, share=share, share_kind=kind) for kind in kinds]
     return [full, *shared]
 
-def random_modes(where, share=None, **fields):
+def random_modes(where, kinds, share=None, **fields):
     """The same for random weights. All layers from 1 on share if share is None."""
     config = GPTConfig(**fields)
     share = share or f"1-{config.n_layer - 1}"
-    return modes_of(GPT(config).to(where).eval(), share)
+    return modes_of(GPT(config).to(where).eval(), kinds, share)
 
 def shape_works(shape, args):
     """What is timed of a shape."""
@@ -239,7 +244,7 @@ def shape_works(shape, args):
     context, where = fields["block_size"], args.device
     T = min(context, 2048)                                  # of the prompt
     reading, decoding = [], []
-    for model in random_modes(where, **fields):
+    for model in random_modes(where, args.share_kind, **fields):
         if training:
             dtype = args.dtype or choose_dtype(where, None)
             trained = GPT(model.config).to(where)
@@ -257,11 +262,12 @@ def torch_flag(parser):
 def shape_flags(parser):
     names = several(one_of(*SHAPES))
     parser.flag("shapes", names, list(SHAPES), "which shapes to measure", shown=",".join(SHAPES))
+    kinds_flag(parser)
     add_dtype(parser, "number format to train in", None, "the faster one here")
     torch_flag(parser)
 
 def modes(args):
-    """Time training, prefill and decoding: full attention and both kinds of sharing.
+    """Time training, prefill and decoding: full attention and kinds of sharing.
 
     The shapes are small (4 layers, 128 wide, context 256), large (6 layers, 384 wide, context 256), long (6
     layers, 128 wide, context 8,192: the cache is ten times the weights, and nothing is trained), and recipe
@@ -309,18 +315,19 @@ def growing_models(args):
     """→ [(name, model), ...]: full attention and sharing, of a file or of random weights."""
     if args.model:
         full, _, _ = load(args.model, device=args.device)
-        return [(args.model, model) for model in modes_of(full, args.share)]
-    heads = random_modes(args.device, args.share, **GROWING)
-    full, shared, _ = random_modes(args.device, args.share, **GROWING, n_kv_head=1)
+        return [(args.model, model) for model in modes_of(full, args.share_kind, args.share)]
+    kinds, first = args.share_kind, args.share_kind[:1]
+    heads = random_modes(args.device, kinds, args.share, **GROWING)
+    groups = random_modes(args.device, first, args.share, **GROWING, n_kv_head=1)
     named = [("6 × 256", model) for model in heads]
-    return [*named, ("6 × 256, GQA", full), ("6 × 256, GQA", shared)]
+    return named + [("6 × 256, GQA", model) for model in groups]
 
 def points(args):
     """Yield (context, batch size, [(name, model), ...]) of each point of a sweep."""
     if args.over == "shapes":
         for shape in "small", "large", "long":
             fields, _ = SHAPES[shape]
-            models = random_modes(args.device, **fields)
+            models = random_modes(args.device, args.share_kind, **fields)
             yield fields["block_size"], 1, [(shape, model) for model in models]
         return
     models = growing_models(args)
@@ -335,8 +342,9 @@ def sweep_flags(parser):
                         "or smollm2 (default: random weights, 6 layers, 256 wide, with and without GQA)")
     parser.flag("over", choices=["context", "batch_size", "shapes"], default="context", help="what grows; "
                 "shapes: decoding of those of `bench modes`, without MODEL")
-    parser.flag("share", help="spans that share beside it in both kinds, zero-shot",
+    parser.flag("share", help="spans that share beside it in each kind, zero-shot",
                 shown="none with MODEL, else 1-5")
+    kinds_flag(parser)
     parser.flag("plot", picture, help="file to draw it in, as .png, .svg or .pdf; needs matplotlib",
                 shown="none")
 

@@ -201,6 +201,8 @@ def bill_name(row):
         parts.append(f"{row['share_kind']} {row['share']}")
     if row["policy"]:
         parts.append(f"{row['policy']} {row['budget']:g}, cut {row['cut']:g}")
+    if row.get("bits", 0) > 0:                              # not in all files; NaN where floats are kept
+        parts.append(f"{row['bits']:g} bits")
     return ", ".join(parts)
 
 def token_times(rows, over, file):

@@ -3,6 +3,7 @@
     python -m minisa.lab.recall smollm2 out/mixed               side by side
     python -m minisa.lab.recall smollm2 --share=26-28           and made to share, zero-shot
     python -m minisa.lab.recall smollm2 --squeeze=128           and with caches that keep 128 tokens a layer
+    python -m minisa.lab.recall smollm2 --cache_bits=8          and with caches in int8
 
 A prompt of N tokens is: a line of validation text, "The secret number is 4829.", more of the text, and "The
 secret number is". The answer is right if the most likely next tokens are the digits. The loss hardly shows

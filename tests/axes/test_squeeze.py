@@ -12,6 +12,7 @@ from minisa.axes import eigen, heads, lowrank, squeeze
 from minisa.axes.heads import Matched, Mixed
 from minisa.axes.lowrank import Corrected
 from minisa.axes.squeeze import POLICIES, Floats, Snap, Squeezing, Whole, budgets, loss, read, units
+from minisa.axes.top import TopAttention
 from minisa.kit import cli
 from minisa.kit.data import tokenize
 from minisa.kit.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ MODELS = {
     "two spans, one kv head": lambda: make(share="1-2,3-4", n_kv_head=1),
     "kv": lambda: make(share="1-3", share_kind="kv"),
     "kv, gqa": lambda: make(share="0-1,2-4", share_kind="kv", n_kv_head=2),
+    "top": lambda: make(share="1-3", share_kind="top-4", n_kv_head=2),
     "match": matched,
     "mix": mixed,
     "lowrank": lambda: stir(lowrank.correct(make(n_kv_head=2), "1-3", 2)),
@@ -105,6 +107,12 @@ class Plain:
             return self.anchor_scores.softmax(-1)
         if isinstance(attn, Corrected):
             return (self.anchor_scores + self.scores(q, layer, places)).softmax(-1)
+        if isinstance(attn, TopAttention):
+            G = self.config.n_kv_head
+            weights = self.anchor_scores.softmax(-1).view(G, -1, len(places)).sum(1)        # (G, S)
+            few = weights.topk(min(attn.k, len(places))).indices
+            hidden = torch.ones_like(weights).scatter(1, few, 0).repeat_interleave(len(q) // G, dim=0)
+            return self.scores(q, layer, places).masked_fill(hidden.bool(), -math.inf).softmax(-1)
         if q is not None:                                                   # CLA
             return self.scores(q, anchor, places).softmax(-1)
         P = self.anchor_scores.softmax(-1)
@@ -408,15 +416,16 @@ def test_bits_per_byte_are_those_of_the_last_quarters_of_windows(data):
 
 def test_a_prompt_is_read_once_for_all_settings(data, monkeypatch):
     model, calls = make(vocab_size=256), []
-    args = SimpleNamespace(squeeze=20, squeeze_policy=["sinks", "window"], squeeze_cut=[1.0, 0.5], context=64)
+    args = SimpleNamespace(squeeze=20, squeeze_policy=["sinks", "window"], squeeze_cut=[1.0, 0.5],
+                           cache_bits=None, context=64)
     ways = squeeze.ways_of(args, model)
     monkeypatch.setattr(squeeze, "read", lambda *args: calls.append(1) or read(*args))
     assert len(list(squeeze.bits_per_byte(model, data, 64, 64, ways))) == 5
     assert len(calls) == 1 and [way.name("m") for way in ways] == [
         "m", "m, squeeze 20 sinks equal", "m, squeeze 20 sinks 0.5", "m, squeeze 20 window equal",
         "m, squeeze 20 window 0.5"]
-    assert ways[0].facts == {"policy": "", "budget": "", "cut": ""}
-    assert ways[2].facts == {"policy": "sinks", "budget": 20, "cut": 0.5}
+    assert ways[0].facts == {"policy": "", "budget": "", "cut": "", "bits": ""}
+    assert ways[2].facts == {"policy": "sinks", "budget": 20, "cut": 0.5, "bits": ""}
 
 def test_the_cache_for_the_bill_holds_all_but_a_token_of_the_context(data):
     model = make(vocab_size=256)
@@ -467,6 +476,7 @@ def test_a_wrong_flag_is_refused_by_name(flag):
         parse(flag)
 
 def test_a_budget_above_the_context_is_refused():
-    args = SimpleNamespace(squeeze=65, squeeze_policy=["heavy"], squeeze_cut=[0.5], context=1000)
+    args = SimpleNamespace(squeeze=65, squeeze_policy=["heavy"], squeeze_cut=[0.5], cache_bits=None,
+                           context=1000)
     with pytest.raises(ValueError, match="--squeeze=65: must be from 8 to the context of 64 tokens"):
         squeeze.ways_of(args, make())

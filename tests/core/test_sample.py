@@ -117,6 +117,18 @@ def test_squeezed_caches_are_rows_of_the_bill(run, runs):
     assert all(int(row["flops"]) < int(full["flops"]) for row in others)
     assert len({row["val_bpb"] for row in others}) >= 2 and "they agree" in out
 
+def test_caches_in_int8_are_rows_of_the_bill(run, runs):
+    flags = ["--cache_bits=8", "--squeeze=8", "--max_new_tokens=30", "--eval_tokens=64", "--csv=bill.csv"]
+    status, out, err = run(sample.main, "out/weights-0-2", *flags)
+    assert status == 0 and "they agree" in out and "out/weights-0-2, 8 bits" in out, err
+    rows = table("bill.csv")
+    assert [(row["policy"], row["budget"], row["bits"]) for row in rows] == [
+        ("", "", ""), ("", "", "8"), ("heavy", "8", "8")]
+    per_token, sizes = ([int(row[name]) for row in rows] for name in ("cache_bytes_per_token", "cache_bytes"))
+    assert per_token[0] > 2 * per_token[1] and per_token[1] == per_token[2]
+    assert sizes[:2] == [16 * per_token[0], 16 * per_token[1]] and sizes[2] <= 8 * per_token[1]
+    assert int(rows[1]["read_bytes"]) < int(rows[0]["read_bytes"]) and rows[1]["flops"] == rows[0]["flops"]
+
 def test_the_bill_for_programs_is_the_last_line(run, runs):
     status, out, _ = run(sample.main, "--max_new_tokens=12", "--json", "--csv=bill.csv")
     content = json.loads(out.splitlines()[-1])

@@ -164,6 +164,18 @@ def test_a_sweep_times_each_mode_at_each_point(rows_of, monkeypatch, over, point
             (str(context), str(batch_size), str(500 / batch_size))}
     assert Path("sweep.png").stat().st_size > 5000
 
+def test_any_kinds_of_sharing_are_timed_in_numpy(rows_of, monkeypatch):
+    monkeypatch.setattr(bench, "GROWING", {**TINY, "n_layer": 6})
+    monkeypatch.setattr(bench, "SWEPT", {"context": [(32, 1)]})
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (TINY, None)})
+    kinds = "--share_kind=kv,top-8"
+    rows, out = rows_of("sweep", kinds)
+    assert what(rows, "share_kind", "engine") == [(kind, "numpy") for kind in ("", "kv", "top-8", "", "kv")]
+    assert all(line.endswith("1.00") for line in out.splitlines()[2:-1])
+    rows, _ = rows_of("modes", kinds)
+    assert what(rows, "share_kind", "work") == [
+        (kind, work) for work in ("prefill", "decode") for kind in ("", "kv", "top-8")]
+
 def test_a_model_from_a_file_is_swept_up_to_its_context(rows_of, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "SWEPT_FILES", {"context": [(16, 1), (64, 1), (128, 1)]})
     save_model(tmp_path / "one")
@@ -197,6 +209,8 @@ def test_shapes_are_swept_at_their_full_context(rows_of, monkeypatch):
     ("model", "are required: MODEL"),
     ("model run --share=5-9", "--share=5-9"),
     ("model none.gguf", "none.gguf: no such model"),
+    ("sweep --share_kind=weights,none", "--share_kind: none: must be weights or kv"),
+    ("modes --share_kind=top", "--share_kind: top-: give a number from 1 up"),
     ("sweep --torch", "unrecognized arguments: --torch"),
     ("sweep run --over=shapes", "--over=shapes: goes without MODEL"),
     ("sweep --over=shapes --plot=some.png", "--over=shapes: goes without MODEL"),

@@ -82,13 +82,13 @@ def test_all_caches_of_one_reading_answer_as_each_would_alone(model):
 
 def test_every_model_length_and_cache_is_a_row_of_its_own(run, model, tmp_path):
     status, out, _ = run(recall.main, "run", "--lengths=64,96", "--prompts=3", "--share=1-2",
-                         "--share_kind=kv", "--squeeze=16", f"--csv={tmp_path}/new.csv")
+                         "--share_kind=kv", "--squeeze=16", "--cache_bits=8", f"--csv={tmp_path}/new.csv")
     rows = list(csv.DictReader(open(tmp_path / "new.csv")))
     assert status == 0 and out.count("%") == 2 * len(rows)
-    assert list(rows[0])[:9] == [
-        "model", "share", "share_kind", "policy", "budget", "cut", "length", "prompts", "right"]
-    found = [tuple(row.values())[1:7] for row in rows]
-    caches = ("", "", ""), ("heavy", "16", "0.5")
+    assert list(rows[0])[:10] == [
+        "model", "share", "share_kind", "policy", "budget", "cut", "bits", "length", "prompts", "right"]
+    found = [tuple(row.values())[1:8] for row in rows]
+    caches = ("", "", "", ""), ("", "", "", "8"), ("heavy", "16", "0.5", "8")
     expected = itertools.product((("", ""), ("1-2", "kv")), ("64", "96"), caches)
     assert found == [(*share, *cache, length) for share, length, cache in expected]
     assert all(row["model"] == "run" and row["prompts"] == "3" for row in rows)
