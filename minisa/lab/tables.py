@@ -15,7 +15,7 @@ from minisa.kit.files import read_file, write_file
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
 TEXT = ("mode equal model share share_kind changes policy library dtype engine work windows spans best_span "
-        "task measure commit processor torch date").split()             # columns of words, even if empty
+        "refitted task measure commit processor torch date").split()             # columns of words, even if empty
 
 # ---- reading ----
 
@@ -193,6 +193,9 @@ def three_measures(rows):
             text += f" ({scale * row.difference:+z.{digits}f} ± {scale * row.half_width:.{digits}f})"
         shown.append(text.replace("-", "−"))
     return rows.assign(shown=shown)
+
+def refitted(rows):
+    return rows.query("refitted == 'yes'")
 
 def share_of(right, n):
     """How many of n are right → the fraction and its standard error after Agresti and Coull, as text."""

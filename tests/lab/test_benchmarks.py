@@ -117,6 +117,43 @@ def test_the_score_is_that_of_transformers(tmp_path, text):
         expected = sum(log_p[t - 1, ids[t]].item() for t in range(begin, len(ids)))
         assert total == pytest.approx(expected, abs=1e-3)
 
+def choice(transformers_model, encode, task, question):
+    """Is the answer right, and nats of the right continuation, as an evaluation harness scores it: each text
+    is read whole, the log probabilities of its continuation are added up."""
+    scores, greedy = [], []
+    for context, continuation in zip(question["contexts"], question["continuations"]):
+        ids, begin = encode(context + continuation), len(encode(context))
+        with torch.no_grad():
+            log_p = transformers_model(torch.tensor([ids])).logits[0, begin - 1:-1].log_softmax(-1)
+        said = torch.tensor(ids[begin:])
+        scores.append(log_p.gather(1, said[:, None]).sum().item())
+        greedy.append(torch.equal(log_p.argmax(1), said))
+    nats = -scores[question["right"]]
+    if task.last_word:
+        return greedy[0], nats
+    if task.per_character:
+        lengths = [len(continuation.strip()) for continuation in question["continuations"]]
+        scores = [score / length for score, length in zip(scores, lengths)]
+    return scores.index(max(scores)) == question["right"], nats
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_smollm2_answers_real_questions_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    try:
+        model, tokenizer, info = checkpoint.load("smollm2")
+        questions.prepare()
+    except ValueError as error:
+        pytest.skip(f"needs the network: {error}")
+    checkpoint.save(tmp_path / "whole", model, tokenizer, info)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    encode = transformers.AutoTokenizer.from_pretrained(tmp_path / "whole").encode
+    for name, task in questions.TASKS.items():
+        for question in questions.questions(name, 3):
+            right, nats = choice(other, encode, task, question)
+            found = benchmarks.answer(model, tokenizer.encode, task, question)
+            assert found == (right, pytest.approx(nats, abs=2e-3)), name
+
 # ---- questions ----
 
 def request(doc_id, context, continuation, label, doc=None):
