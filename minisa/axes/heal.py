@@ -122,7 +122,8 @@ def held_out_divergence(model, teacher, data, args):
 
 def heal(model, teacher, data, tokenizer, args, autocast):
     """Train, saving every --save_interval steps. → the model, or None if it was stopped."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), weight_decay=0.0, betas=(0.9, 0.95))
+    groups = parameter_groups(model, args)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
     state = Path(args.out, STATE)
     settings = {name: getattr(args, name) for name in SETTINGS}
     begun, step = time.perf_counter(), 0

@@ -15,7 +15,7 @@ from minisa.kit.files import read_file, write_file
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
 TEXT = ("mode equal model share share_kind changes policy library dtype engine work windows spans best_span "
-        "refitted task measure commit processor torch date").split()             # columns of words, even if empty
+        "refitted task measure commit processor torch date").split()        # columns of words, even if empty
 
 # ---- reading ----
 
