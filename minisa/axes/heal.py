@@ -5,8 +5,8 @@
 Sharing makes a model's predictions drift from those of the model it was made of. Distillation
 (arXiv:1503.02531) takes some of that back: the loss is the KL divergence of the model's prediction
 from its teacher's, at every token of a text. --train says what learns: all layers, the reuse
-layers, or their attention alone. A few hundred steps are enough, at a rate so small that
-the model does not learn the text by heart.
+layers, or their attention alone. A few hundred steps help, at rates so small that the model
+does not learn the text by heart.
 
 Ctrl-C saves what --resume continues, with the same result as without a stop.
 """
@@ -174,9 +174,9 @@ def main():
                "none; it must be given")
     flags.flag("train", str, "all", "what learns: all layers, the reuse layers, or their attention",
                choices=PARTS)
-    flags.flag("max_iters", count, 120, "number of steps")
-    flags.flag("learning_rate", amount, 5e-5, "peak learning rate; it falls to 0")
-    flags.flag("reuse_learning_rate", amount, 3e-4, "that of the reuse layers, which have more to "
+    flags.flag("max_iters", count, 160, "number of steps")
+    flags.flag("learning_rate", amount, 3e-5, "peak learning rate; it falls to 0")
+    flags.flag("reuse_learning_rate", amount, 1e-4, "that of the reuse layers, which have more to "
                "learn")
     flags.flag("batch_size", count, 8, "sequences per step")
     flags.flag("block_size", at_least(int, 2), 256, "tokens per sequence")

@@ -58,7 +58,7 @@ def test_healing_brings_the_predictions_back(folder, run):
     assert after < 0.93 * before
 
 def test_reuse_layers_have_a_rate_of_their_own(folder, run):
-    flags = "shared", "--teacher=full", "--max_iters=1", *FLAGS
+    flags = "shared", "--teacher=full", "--max_iters=1", "--learning_rate=5e-5", *FLAGS
     for out, rate in ("slow", 0.001), ("fast", 0.002):
         status, _, err = run(heal.main, *flags, f"--out={out}", f"--reuse_learning_rate={rate}")
         assert status == 0, err

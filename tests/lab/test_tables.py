@@ -156,6 +156,22 @@ def test_right_answers_have_their_standard_error(write):
     assert half == ["smollm2"] + ["50.0% ± 3.5%"] * 4       # √(0.5 · 0.5 / 200)
     assert none == ["smollm2, squeezed to 60 %"] + ["0.0% ± 0.7%"] * 4
 
+def test_measures_have_their_difference_from_the_first_model_and_its_interval(write):
+    right = {"task": "lambada", "measure": "right"}
+    nats = {"task": "lambada", "measure": "nats"}
+    write("lambada", [
+        {"model": "smollm2", **right, "value": 0.281},
+        {"model": "smollm2", **nats, "value": 3.9},
+        {"model": "out/eight", **right, "value": 0.256, "difference": -0.025, "half_width": 0.012, "lost": 300,
+         "won": 171},
+        {"model": "out/eight", **nats, "value": 4.25, "difference": 0.35, "half_width": 0.03},
+        {"model": "out/healed", **right, "value": 0.281, "difference": -0.0000001, "half_width": 0.01,
+         "lost": 9, "won": 9},
+        {"model": "out/healed", **nats, "value": 3.95, "difference": 0.05, "half_width": 0.02}])
+    assert [row[1:] for row in make("lambada")[1:]] == [
+        ["28.1 %", "", "3.900"], ["25.6 % (−2.5 ± 1.2)", "300, 171", "4.250 (+0.350 ± 0.030)"],
+        ["28.1 % (+0.0 ± 1.0)", "9, 9", "3.950 (+0.050 ± 0.020)"]]
+
 def test_a_policy_is_over_the_whole_cache(write):
     rows = [{"policy": policy, "cut": cut, "val_bpb": 2.2} for policy in ("heavy", "sinks", "window")
             for cut in (1, 0.7, 0.5)]
