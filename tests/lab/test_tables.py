@@ -101,7 +101,7 @@ def test_a_table_that_nobody_knows_is_refused():
         renew("<!-- table: nonsense -->\n")
 
 @pytest.mark.parametrize("name, study", [("preset", "preset"), ("scan", "scan"),
-                                         ("sets", "scan"), ("recall", "recall"), ("eigen", "axes")])
+                                         ("sets", "search"), ("recall", "recall"), ("eigen", "axes")])
 def test_a_table_without_all_its_results_names_its_study(write, name, study):
     with pytest.raises(ValueError, match=f"continue with: python -m minisa.lab.experiments {study}$"):
         make(name)
@@ -162,8 +162,8 @@ def test_measures_have_their_difference_from_the_first_model_and_its_interval(wr
     write("lambada", [
         {"model": "smollm2", **right, "value": 0.281},
         {"model": "smollm2", **nats, "value": 3.9},
-        {"model": "out/eight", **right, "value": 0.256, "difference": -0.025, "half_width": 0.012, "lost": 300,
-         "won": 171},
+        {"model": "out/eight", **right, "value": 0.256, "difference": -0.025, "half_width": 0.012,
+         "lost": 300, "won": 171},
         {"model": "out/eight", **nats, "value": 4.25, "difference": 0.35, "half_width": 0.03},
         {"model": "out/healed", **right, "value": 0.281, "difference": -0.0000001, "half_width": 0.01,
          "lost": 9, "won": 9},
