@@ -189,8 +189,11 @@ def three_measures(rows):
         right = row.measure == "right"
         scale, digits = (100, 1) if right else (1, 3)
         text = f"{scale * row.value:.{digits}f}" + (" %" if right else "")
-        if not math.isnan(row.difference):
-            text += f" ({scale * row.difference:+z.{digits}f} ± {scale * row.half_width:.{digits}f})"
+        half_width = f"{scale * row.half_width:.{digits}f}"
+        if row.measure == "divergence" and row.value:           # the first model's is 0
+            text += f" ± {half_width}"
+        elif row.measure != "divergence" and not math.isnan(row.difference):
+            text += f" ({scale * row.difference:+z.{digits}f} ± {half_width})"
         shown.append(text.replace("-", "−"))
     return rows.assign(shown=shown)
 

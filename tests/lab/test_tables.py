@@ -172,6 +172,12 @@ def test_measures_have_their_difference_from_the_first_model_and_its_interval(wr
         ["28.1 %", "", "3.900"], ["25.6 % (−2.5 ± 1.2)", "300, 171", "4.250 (+0.350 ± 0.030)"],
         ["28.1 % (+0.0 ± 1.0)", "9, 9", "3.950 (+0.050 ± 0.020)"]]
 
+def test_a_divergence_is_a_difference_already(write):
+    rows = [{"measure": "divergence", "value": 0.0, "difference": "", "half_width": ""},
+            {"measure": "divergence", "value": 0.158, "difference": 0.158, "half_width": 0.012}]
+    write("benchmarks", rows)
+    assert tables.three_measures(read("benchmarks"))["shown"].tolist() == ["0.000", "0.158 ± 0.012"]
+
 def test_a_policy_is_over_the_whole_cache(write):
     rows = [{"policy": policy, "cut": cut, "val_bpb": 2.2} for policy in ("heavy", "sinks", "window")
             for cut in (1, 0.7, 0.5)]
