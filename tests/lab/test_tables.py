@@ -150,7 +150,7 @@ def test_the_study_of_each_table_exists():
 def test_right_answers_have_their_standard_error(write):
     for length in (256, 512, 1024, 1536):
         models = [{"model": model, "policy": policy, "right": 0 if policy else 98} for policy in ("", "heavy")
-                  for model in ("smollm2", "out/eight", "out/narrow", "out/small")]
+                  for model in ("smollm2", "out/eight-plays", "out/narrow", "out/small")]
         write(f"recall/{length}", models, length=length, prompts=196)
     half, none = make("recall")[1:3]                        # (98 + 2) / 200, and 2 / 200
     assert half == ["smollm2"] + ["50.0% ± 3.5%"] * 4       # √(0.5 · 0.5 / 200)
