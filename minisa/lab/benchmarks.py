@@ -337,6 +337,8 @@ def main():
     keep_memory()
     args.dtype = args.dtype or choose_dtype(args.device)
     args.tasks = [name for name in args.tasks if name != "none"]
+    if not args.tasks and not args.windows:
+        raise ValueError("--tasks=none, --windows=0: leave nothing to measure; give one of them")
     with lock(args.out_dir):
         rows = rows_of(args)
     if args.csv:

@@ -243,12 +243,17 @@ def read_args():
     add_dtype(flags, "number format of the weights")
     return flags.parse_args()
 
+def open_full(args):
+    """As open_data(). Raises ValueError if the model shares already."""
+    model, *more = open_data(args)
+    if model.config.share:
+        raise ValueError(f"{args.model}: already shares {model.config.share}; take a model that was trained "
+                         "with full attention")
+    return model, *more
+
 def main():
     args = read_args()
-    model, data, folder, T = open_data(args)
-    if model.config.share:
-        raise ValueError(f"{args.model}: already shares {model.config.share}; scan a model that was trained "
-                         "with full attention")
+    model, data, folder, T = open_full(args)
     sharing = partial(share, model, heads=args.heads, share_kind=args.share_kind)
     sharing("0-1")                                          # raises if its layers cannot
     name = args.share_kind if args.heads == "same" else f"{args.share_kind}-{args.heads}"

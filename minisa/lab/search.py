@@ -25,8 +25,8 @@ from minisa.axes.heads import attention_outputs, head_products, refit, share
 from minisa.kit.cli import add_dtype, command, count
 from minisa.kit.machine import choose_dtype, keep_memory
 from minisa.kit.results import write_results
-from minisa.lab.scan import measure, measure_sets, predictions, report, spans_text
-from minisa.lab.similarity import open_data, parser
+from minisa.lab.scan import measure, measure_sets, open_full, predictions, report, spans_text
+from minisa.lab.similarity import parser
 from minisa.lab.tables import load
 
 def spans_of(layers):
@@ -97,10 +97,7 @@ def main():
     add_dtype(flags, "number format of the weights", None, "the faster one here")
     args = flags.parse_args()
     keep_memory()
-    model, data, folder, T = open_data(args)
-    if model.config.share:
-        raise ValueError(f"{args.model}: already shares {model.config.share}; search a model that was "
-                         "trained with full attention")
+    model, data, folder, T = open_full(args)
     L = model.config.n_layer
     if args.most >= L:
         raise ValueError(f"--most={args.most}: the model has {L} layers, of which at most {L - 1} can reuse")
