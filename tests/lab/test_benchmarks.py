@@ -324,7 +324,8 @@ def test_losses_and_divergences_are_paired_by_window(run, models, monkeypatch, t
 
 @pytest.mark.parametrize("flags,message", [
     (("a", "--tasks=chess"), "chess"), (("a", "--questions=0"), "not a number from 1"),
-    (("a", "--tasks=none", "--windows=0"), "nothing to measure"), (("nowhere",), "nowhere"), ((), "MODEL"), (("a", "--csv=found.txt"), ".csv")])
+    (("a", "--tasks=none", "--windows=0"), "nothing to measure"),
+    (("nowhere",), "nowhere"), ((), "MODEL"), (("a", "--csv=found.txt"), ".csv")])
 def test_wrong_flags_are_refused_in_a_line(run, models, flags, message):
     status, out, err = run(benchmarks.main, *flags)
     assert status == 2 and message in err and len(err.splitlines()) == 1
