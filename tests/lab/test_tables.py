@@ -167,10 +167,14 @@ def test_measures_have_their_difference_from_the_first_model_and_its_interval(wr
         {"model": "out/eight", **nats, "value": 4.25, "difference": 0.35, "half_width": 0.03},
         {"model": "out/healed", **right, "value": 0.281, "difference": -0.0000001, "half_width": 0.01,
          "lost": 9, "won": 9},
-        {"model": "out/healed", **nats, "value": 3.95, "difference": 0.05, "half_width": 0.02}])
+        {"model": "out/healed", **nats, "value": 3.95, "difference": 0.05, "half_width": 0.02},
+        {"model": "out/healed-long", **right, "value": 0.289, "difference": 0.008, "half_width": 0.01,
+         "lost": 0, "won": 41},
+        {"model": "out/healed-long", **nats, "value": 3.9, "difference": 0.0, "half_width": 0.02}])
     assert [row[1:] for row in make("lambada")[1:]] == [
         ["28.1 %", "", "3.900"], ["25.6 % (−2.5 ± 1.2)", "300, 171", "4.250 (+0.350 ± 0.030)"],
-        ["28.1 % (+0.0 ± 1.0)", "9, 9", "3.950 (+0.050 ± 0.020)"]]
+        ["28.1 % (+0.0 ± 1.0)", "9, 9", "3.950 (+0.050 ± 0.020)"],
+        ["28.9 % (+0.8 ± 1.0)", "0, 41", "3.900 (+0.000 ± 0.020)"]]
 
 def test_a_divergence_is_a_difference_already(write):
     rows = [{"measure": "divergence", "value": 0.0, "difference": "", "half_width": ""},
