@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 .PHONY: test quick style tables
 
 test:                   # everything, in a few minutes
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 quick:                  # what takes seconds and no download
 	$(PYTHON) -m pytest -m "not slow and not network"
