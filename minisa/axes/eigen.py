@@ -30,10 +30,12 @@ summed over all heads that share the keys and values; the values' M is their mea
 errors are then fractions of the stream, and comparable. So numbers are dropped in the order of
 their eigenvalues, keys and values of a layer together, while the mean over t of
 |δy_t|² / |x_t + y_t|² stays within error². All heads of a layer keep equally many. Errors of two
-keys, or of two heads, are taken as independent. What an anchor's error does to its reuse layers is
-not counted.
+keys, or of two heads, are taken as independent. An error of an anchor's keys is in the weights of
+its reuse layers too: in the anchor it counts once for each layer of the span, and a reuse layer's
+values may add only what it leaves of error².
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -41,6 +43,7 @@ import torch.nn as nn
 
 from minisa.axes.common import (
     add_windows,
+    anchors,
     fill,
     parser,
     rebuilt,
@@ -263,6 +266,10 @@ def compress(model, windows, rank=None, error=None):
     square over tokens of |y' − y| / |x + y|, as predicted above; each layer keeps what that takes.
     """
     D, ranks, tensors = model.config.head_dim, [], {}
+    shares_weights = model.config.share_kind == "weights"
+    anchor_of = anchors(model.config) if shares_weights else {}
+    n_reuse = Counter(anchor_of.values())                       # of each anchor
+    lost = {}                                                   # to what an anchor drops of keys
     for layer, (keys, values) in enumerate(moments(model, windows)):
         keys = keys and basis(*keys)
         values = basis(*values)
@@ -270,8 +277,10 @@ def compress(model, windows, rank=None, error=None):
         if error:
             errors_k = keys[2].sum(0) if keys else torch.zeros(D)
             errors_v = values[2].sum(0)
-            budget = error**2 * windows.numel()
-            k_rank, v_rank = numbers_to_keep(errors_k, errors_v, budget)
+            errors_of_span = (1 + n_reuse[layer]) * errors_k
+            budget = error**2 * windows.numel() - lost.get(anchor_of.get(layer), 0.0)
+            k_rank, v_rank = numbers_to_keep(errors_of_span, errors_v, budget)
+            lost[layer] = errors_k[k_rank:].sum().item()
         k_rank = k_rank if keys else D
         ranks.append([k_rank, v_rank])
         attn = model.blocks[layer].attn

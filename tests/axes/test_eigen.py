@@ -240,6 +240,21 @@ def test_the_error_of_the_first_layer_is_about_what_was_allowed():
             error = (off.square().sum(-1) / (x + y).square().sum(-1)).mean().sqrt().item()
             assert 0.4 * allowed < error < 1.5 * allowed, (allowed, changes(small))
 
+def test_what_an_anchor_drops_of_its_keys_counts_in_all_layers_of_its_span():
+    model = make(share="0-2")                                   # and layer 3, which shares nothing
+    moments, allowed = eigen.moments(model, WINDOWS), 0.2**2 * WINDOWS.numel()
+    errors_k = [keys and eigen.basis(*keys)[2].sum(0) for keys, _ in moments]
+    errors_v = [eigen.basis(*values)[2].sum(0) for _, values in moments]
+    ranks = changes(eigen.compress(model, WINDOWS, error=0.2))[0]["settings"]["ranks"]
+
+    def error(layer, k, v):                                     # of a layer that keeps so many
+        n_layers, keys = {0: (3, 0), 1: (1, 0), 2: (1, 0), 3: (1, 3)}[layer]
+        return n_layers * errors_k[keys][k:].sum() + errors_v[layer][v:].sum()
+    for layer, (k, v) in enumerate(ranks):
+        k = ranks[0][0] if layer in (1, 2) else k               # a reuse layer has no keys
+        assert error(layer, k, v) <= allowed < error(layer, k, v - 1), layer
+    assert allowed < error(0, ranks[0][0] - 1, ranks[0][1])
+
 def test_the_cheapest_numbers_are_dropped_first():
     k, v = torch.tensor([9.0, 2.0, 0.5, 0.1]), torch.tensor([8.0, 1.0, 0.2, 0.0])
     for budget, kept in {0.0: [4, 3], 0.31: [3, 2], 0.85: [2, 2], 1e9: [1, 1]}.items():
