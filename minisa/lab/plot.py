@@ -3,9 +3,11 @@
     python -m minisa.lab.plot assets/results/sharing.csv --file=frontier.png
 
 draws what the files hold: bills of sample.py --csv (loss beside cache), sweeps of minisa.lab.bench --csv
-(milliseconds per token), or runs of minisa.lab.experiments (loss beside cache and FLOPs, or over steps).
+(milliseconds per token), right answers of minisa.lab.recall --csv (over cache), or runs of
+minisa.lab.experiments (loss beside cache and FLOPs, or over steps).
 """
 
+import itertools
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 
 from minisa.kit.cli import Parser, command, picture
 from minisa.kit.picture import pyplot, save
-from minisa.lab.tables import ATTENTION, at_best, load, pandas
+from minisa.lab.tables import ATTENTION, TABLES, answers, at_best, load, pandas
 
 BLUE = "#0072b2"
 
@@ -191,6 +193,37 @@ def loss_against_cache(rows, file):
     panels = {LOSS: over, "cache, bytes per token": cache}
     dot_plot(rows["name"], panels, None, file)
 
+def answers_against_bytes(rows, file):
+    """Rows of recall.py → a curve of right answers over the bytes of the cache for each method of the table
+    "recall", with its 95 % intervals: questions known on the left, unknown on the right; one needle above,
+    four below."""
+    rows = answers(rows)
+    methods = {name: rows.query(condition) for condition, name in TABLES["recall"]["rows"].items()}
+    with style("projector") as plt:
+        figure, axes = plt.subplots(2, 2, figsize=(16, 13), sharex=True, sharey=True)
+        cases = itertools.product({1: "one needle", 4: "four needles"}.items(), ("known", "unknown"))
+        for axis, ((needles, words), question) in zip(axes.flat, cases):
+            for name, points in methods.items():
+                chosen = (points["needles"] == needles) & (points["question"] == question)
+                draw_answers(axis, name, points[chosen])
+            axis.set(title=f"{words}, question {question}", ylim=(-2, 102))
+        figure.supxlabel("cache, % of the bytes in bfloat16")
+        figure.supylabel("right answers, %")
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3)
+        save(figure, file)
+
+def draw_answers(axis, name, points):
+    """A curve: in bfloat16 a line; in int8 dashes; of another model than the full one, dots."""
+    points = points.sort_values("percent").drop_duplicates("percent")       # all tokens, at several ratios
+    share = 100 * points["right"] / points["prompts"]
+    ends = [share - 100 * points["low"], 100 * points["high"] - share]
+    if not name.startswith("full"):
+        line = ":"
+    else:
+        line = "--" if "int8" in name else "-"
+    axis.errorbar(points["percent"], share, ends, linestyle=line, elinewidth=1, label=name)
+
 def bill_name(row):
     """A row of a bill → its model, what changed that or what it shares zero-shot, and what its cache
     keeps."""
@@ -225,6 +258,8 @@ def draw(rows, file):
     if "ms_per_token" in rows:
         over = "context" if rows["context"].nunique() > 1 else "batch_size"
         token_times(rows, over, file)
+    elif "right" in rows:
+        answers_against_bytes(rows, file)
     elif "step" in rows:
         learning(rows, file)
     elif "seed" in rows:
@@ -237,7 +272,7 @@ def read_results(files):
     frames = [load(file).assign(file=file) for file in files]
     rows = pandas().concat(frames, ignore_index=True)
     names = rows.filter(["mode", "model", "changes"]).sum(axis=1).astype(str)
-    if not 0 < len(rows) <= 1000 or names.str.len().max() > 100:
+    if not 0 < len(rows) <= 10_000 or names.str.len().max() > 100:
         raise ValueError("it has no rows, or more of them or longer names than can be drawn")
     numbers = rows.filter(["val_bpb", "ms_per_token", "cache_bytes", "context"]).astype(float)
     positive = (numbers > 0) & (numbers < math.inf)

@@ -44,7 +44,7 @@ def test_a_squeezed_cache_decodes_where_the_model_is(policy):
     with torch.no_grad():
         model.hidden(tokens(12), cache)
     received = {unit: torch.zeros(2, 12, device="meta") for unit in units(model.config)}
-    reading = Reading(cache, [0.9, 0.5, 0.4, 0.3, 0.2], {POLICIES[policy]: received})
+    reading = Reading(12, cache, [0.9, 0.5, 0.4, 0.3, 0.2], {POLICIES[policy]: received})
     small = Squeezing(8, policy).of(reading)
     assert model.generate(tokens(1), 9, cache=small).is_meta and all(t.is_meta for t in small.tensors)
 
