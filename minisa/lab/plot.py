@@ -206,9 +206,9 @@ def answers_against_bytes(rows, file):
             for name, points in methods.items():
                 chosen = (points["needles"] == needles) & (points["question"] == question)
                 draw_answers(axis, name, points[chosen])
-            axis.set(title=f"{words}, question {question}", ylim=(-2, 102))
-        figure.supxlabel("cache, % of the bytes in bfloat16")
-        figure.supylabel("right answers, %")
+            axis.set(title=f"{words}, question {question}", xlabel="cache, % of the bytes in bfloat16",
+                     ylabel="right answers, %", ylim=(-2, 102))
+            axis.label_outer()
         handles = axes[0, 0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=3)
         save(figure, file)
@@ -222,7 +222,8 @@ def draw_answers(axis, name, points):
         line = ":"
     else:
         line = "--" if "int8" in name else "-"
-    axis.errorbar(points["percent"], share, ends, linestyle=line, elinewidth=1, label=name)
+    axis.errorbar(points["percent"], share, ends, linestyle=line, elinewidth=1,
+                  label=name.replace("`", ""))
 
 def bill_name(row):
     """A row of a bill → its model, what changed that or what it shares zero-shot, and what its cache
