@@ -250,24 +250,30 @@ def facts(source, model, way, length):
 
 class Results:
     """The rows of a CSV file, which is written again with each batch of new ones. `measured` are the columns
-    that do not say what a row is about."""
+    that do not say what a row is about. Raises ValueError if the file holds another table, or half a row."""
 
     def __init__(self, file, measured):
         self.file, self.measured, self.rows = file, {*measured, *provenance()}, []
-        if file and Path(file).exists():
-            with reading(file, "not a table of results", "delete it"):
+        if file and Path(file).is_file():
+            with reading(file, "not a table of results", "name another file, or delete it"):
                 self.rows = [*csv.DictReader(read_file(file).decode().splitlines())]
+                if not all(map(self.is_whole, self.rows)):
+                    raise ValueError("it has other columns, or half a row")
+
+    def is_whole(self, row):
+        """csv gives the columns that a row lacks the value None, and what it has too much the name None."""
+        return None not in row and None not in row.values() and self.measured <= row.keys()
 
     def key(self, row):
         return frozenset((name, str(value)) for name, value in row.items() if name not in self.measured)
 
-    def lacks(self, rows):
-        """Is one of these rows, without what is measured, not there yet?"""
+    def missing(self, rows):
+        """→ those of these rows that are not there yet, whatever was measured."""
         known = {self.key(row) for row in self.rows}
-        return any(self.key(row) not in known for row in rows)
+        return [row for row in rows if self.key(row) not in known]
 
     def add(self, rows):
-        self.rows += [row for row in rows if self.lacks([row])]
+        self.rows += self.missing(rows)
         if self.file and self.rows:
             write_results(self.file, self.rows)
 
@@ -286,7 +292,7 @@ def answers(args, results, source, model, data, per_token):
             rows[way] = [{**about, "ratio": ratio, "full_bytes": per_token * tokens, "needles": needles,
                           "depth": depth, "question": when, "prompts": args.prompts}
                          for ratio, depth, when in of_way]
-        missing = [way for way in rows if results.lacks(rows[way])]
+        missing = [way for way in rows if results.missing(rows[way])]
         if not missing:
             continue
         label = f"{source}, {length} tokens, needles: {needles}"
@@ -337,7 +343,7 @@ def texts(args, results, source, model, first, data, per_token):
             about = facts(source, model, way, length)
             rows[way] = [{**about, "ratio": ratio, "full_bytes": per_token * length, "windows": args.windows}
                          for ratio in ratios]
-        missing = [way for way in rows if results.lacks(rows[way])]
+        missing = [way for way in rows if results.missing(rows[way])]
         if not missing:
             continue
         label = f"{source}, {length} tokens, windows of text"
@@ -361,6 +367,8 @@ def texts(args, results, source, model, first, data, per_token):
 
 def measure(args):
     """Measure all that is missing of all models, and compare each with the first."""
+    if args.csv and args.csv == args.text_csv:
+        raise ValueError(f"--text_csv={args.text_csv}: is the file of --csv, too; name another")
     answered, followed = Results(args.csv, ANSWERED), Results(args.text_csv, FOLLOWED)
     dtype = getattr(torch, args.dtype or choose_dtype(args.device))
     first = None
@@ -373,6 +381,7 @@ def measure(args):
         if first is None:
             first, identity = model, tokenizer.identity
             data = data_of(info, tokenizer, args.text)
+            data.windows("val", max(args.prompts, args.windows), max(args.lengths))     # is there enough?
             per_token = 2 * sum(k + v for _, k, v in (block.attn.widths for block in model.blocks))
         if tokenizer.identity != identity:
             raise ValueError(f"{source}: its tokens are not those of {args.models[0]}; compare models "

@@ -161,11 +161,33 @@ def test_loss_and_divergence_are_those_of_the_tokens_after_the_squeezed_ones(run
     (["--prompts=0"], "--prompts"), (["--text=none.txt"], "none.txt: No such file"),
     (["--ratios=1"], "--ratios=1: too few bytes"), (["--cache_bits=4"], "--cache_bits"),
     (["--csv=run/config.json"], "must end in .csv"),
+    (["--csv=a.csv", "--text_csv=a.csv"], "--text_csv=a.csv: is the file of --csv, too"),
+    (["--windows=999999"], "999999 windows"),
 ], ids=str)
 def test_wrong_flags_get_one_line_and_status_2(run, model, flags, message):
     status, _, err = run(recall.main, "run", "--prompts=1", f"--lengths={LENGTH}", *flags)
     errors = [line for line in err.splitlines() if "error" in line]
     assert status == 2 and len(errors) == 1 and message in errors[0]
+
+def test_too_many_windows_are_refused_before_any_question_is_asked(run, model, tmp_path):
+    status, out, _ = run(recall.main, "run", f"--lengths={LENGTH}", "--prompts=1", "--windows=999999",
+                         f"--csv={tmp_path}/a.csv")
+    assert status == 2 and not out and not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("spoil", [
+    lambda table: table[:-30],                              # half of the last row
+    lambda table: table.rstrip() + b",1\n",
+    lambda table: b"model,val_bpb\nrun,1.5\n"], ids=["cut", "longer", "another"])
+def test_a_table_that_is_cut_or_another_is_refused_and_kept(run, model, tmp_path, spoil):
+    file = tmp_path / "a.csv"
+    flags = ("run", f"--lengths={LENGTH}", "--prompts=1", "--ratios=100", "--needles=1", "--windows=0",
+             f"--csv={file}")
+    assert run(recall.main, *flags)[0] == 0
+    spoiled = spoil(file.read_bytes())
+    file.write_bytes(spoiled)
+    status, _, err = run(recall.main, *flags)
+    assert status == 2 and "a.csv: damaged, or not a table of results" in err.splitlines()[-1]
+    assert file.read_bytes() == spoiled
 
 def test_a_damaged_file_of_results_is_named(run, model):
     open("bad.csv", "wb").write(b"\xff\xfe")
