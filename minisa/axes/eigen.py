@@ -266,10 +266,10 @@ def compress(model, windows, rank=None, error=None):
     square over tokens of |y' − y| / |x + y|, as predicted above; each layer keeps what that takes.
     """
     D, ranks, tensors = model.config.head_dim, [], {}
-    shares_weights = model.config.share_kind == "weights"
+    shares_weights = model.config.share_kind == "weights"       # for CLA, see moments()
     anchor_of = anchors(model.config) if shares_weights else {}
     n_reuse = Counter(anchor_of.values())                       # of each anchor
-    lost = {}                                                   # to what an anchor drops of keys
+    lost = {}                                                   # in one layer, by the keys of each
     for layer, (keys, values) in enumerate(moments(model, windows)):
         keys = keys and basis(*keys)
         values = basis(*values)
@@ -278,7 +278,8 @@ def compress(model, windows, rank=None, error=None):
             errors_k = keys[2].sum(0) if keys else torch.zeros(D)
             errors_v = values[2].sum(0)
             errors_of_span = (1 + n_reuse[layer]) * errors_k
-            budget = error**2 * windows.numel() - lost.get(anchor_of.get(layer), 0.0)
+            inherited = lost.get(anchor_of.get(layer), 0.0)     # with the anchor's weights
+            budget = error**2 * windows.numel() - inherited
             k_rank, v_rank = numbers_to_keep(errors_of_span, errors_v, budget)
             lost[layer] = errors_k[k_rank:].sum().item()
         k_rank = k_rank if keys else D

@@ -304,7 +304,7 @@ class SqueezedCache:
 
 @torch.no_grad()
 def read_at_once(model, cache, idx):
-    """Read idx (B, T) into a SqueezedCache with as many free places in each layer, where no token
+    """Read idx (B, T) into a SqueezedCache whose layers all have T free places, so that no token
     has to go → the last hidden states (B, T, C)."""
     T, dtype = idx.size(1), model.embed.weight.dtype
     positions = torch.arange(cache.length, cache.length + T, device=idx.device)
@@ -362,6 +362,7 @@ def start_reading(model, cache, B, T, ways):
     return Reading(T, cache, [0.0] * len(model.blocks), received)
 
 def tell(receivers, P):
+    """Give the attention weights P of a layer to all of them."""
     for receive in receivers:
         receive(P)
 
@@ -387,7 +388,7 @@ def read_on(model, idx, readings):
             x = x + y
             x = x + block.mlp(block.norm(x))
     for reading in readings:
-        if cache.length == reading.length > 0:
+        if cache.length == reading.length > 0:                  # of no tokens, nothing was seen
             reading.finish()
 
 def read(model, idx, ways=(), room=0):

@@ -214,16 +214,14 @@ def answers_against_bytes(rows, file):
         save(figure, file)
 
 def draw_answers(axis, name, points):
-    """A curve: in bfloat16 a line; in int8 dashes; of another model than the full one, dots."""
+    """A curve of the full model: a line in bfloat16, dashes in int8; of another model: dots."""
     points = points.sort_values("percent").drop_duplicates("percent")       # all tokens, at several ratios
     share = 100 * points["right"] / points["prompts"]
     ends = [share - 100 * points["low"], 100 * points["high"] - share]
-    if not name.startswith("full"):
-        line = ":"
-    else:
-        line = "--" if "int8" in name else "-"
-    axis.errorbar(points["percent"], share, ends, linestyle=line, elinewidth=1,
-                  label=name.replace("`", ""))
+    of_full = "--" if "int8" in name else "-"
+    line = of_full if name.startswith("full") else ":"
+    label = name.replace("`", "")
+    axis.errorbar(points["percent"], share, ends, linestyle=line, elinewidth=1, label=label)
 
 def bill_name(row):
     """A row of a bill → its model, what changed that or what it shares zero-shot, and what its cache
