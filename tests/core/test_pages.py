@@ -35,6 +35,15 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert text.startswith("ROMEO:") and "params=" in text and names["model"].config.share == "1-3"
     assert [tuple(P.shape) for P in names["weights"]] == [(1, 2, 6, 6)] * 4
 
+def test_the_code_on_the_slides_is_that_of_the_core():
+    core = "".join((ROOT / f"minisa/{name}.py").read_text(encoding="utf-8") for name in ("plain", "decode"))
+    there = {line.split(" #")[0].strip() for line in core.splitlines()}
+    slides = (ROOT / "minisa/exercises/teacher/slides.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", slides, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for line in "".join(blocks).splitlines():
+        assert line.split(" #")[0].strip() in there, line
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere_and_commands_exist(page):
     text = page.read_text(encoding="utf-8")
