@@ -44,7 +44,7 @@ class Settings:
     n_hidden: count = None                  # width of the MLP, in numbers per token; default: 8/3 n_embd
     block_size: count = 128                 # context, in tokens; with --init_from at most 512 unless given
     share: str = ""                         # spans that share attention, as 1-3 or 1-3,5-7; default: none
-    share_kind: checkpoint.kind = "weights" # weights (Shared Attention), kv (Cross-Layer), or one of minisa/axes: top-64
+    share_kind: checkpoint.kind = "weights" # weights (Shared Attention), kv (Cross-Layer) or top-64 (an axis)
     dropout: amount = 0.0                   # fraction of activations dropped in training
     rope_base: amount = 10000.0             # base of RoPE's wavelengths
     norm_eps: amount = 1e-5                 # epsilon added to the mean square in RMSNorm
