@@ -54,9 +54,13 @@ class Damaged(Exception):
     """A block could not be used. It is gone by then, so the next load() does without it."""
 
 class StoredCache(KVCache):
-    """A KVCache whose layers are still arriving."""
+    """A KVCache of one sequence, whose layers are still arriving."""
     in_numpy = True                                     # after a prompt, when all layers are there
-    arriving, loaded = {}, None             # layer → a Future of its numbers; their slots
+
+    def __init__(self, model, size):
+        super().__init__(model, 1, size)
+        self.arriving = {}                              # layer → a Future of its numbers
+        self.loaded = None                              # their slots
 
     def remember(self, name, layer, new):
         """As KVCache.remember(), once the layer is there. Raises Damaged if it is not as it was
@@ -229,7 +233,7 @@ class Store:
                 for name in names}
         start, end = self.longest(list(have.values()))
         positions = torch.arange(start, end, device=self.device)
-        cache = StoredCache(self.model, 1, self.size)
+        cache = StoredCache(self.model, self.size)
         cache.length, cache.loaded = end, positions % self.size
         cache.where[0, 0, cache.loaded] = positions[:, None]
         if end:

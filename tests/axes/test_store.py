@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from minisa import decode
 from minisa.axes import eigen, heads, lowrank
 from minisa.axes.store import BLOCK, DIGEST, Damaged, Disk, Store, StoredCache
 from minisa.kit.checkpoint import changes
@@ -110,6 +111,14 @@ def test_a_history_is_reused_and_the_answer_is_the_same(kind, folder, tmp_path):
     logits, reused, cache = read(model, store, history)
     assert reused == 200 // BLOCK * BLOCK and same(logits, fresh(model, history))
     assert cache.k[0].dtype == model.embed.weight.dtype
+
+def test_text_goes_on_in_numpy_from_what_was_loaded(tmp_path):
+    model, history = make(share="0-1"), tokens(200)
+    remember(model, tmp_path, history)
+    _, reused, cache = read(model, Store(model, tmp_path), history)
+    assert reused == 192 and decode.handles(model, cache)
+    decode.Decoder(model, cache).step(7)
+    assert cache.length == 201
 
 def test_an_edited_history_reuses_what_comes_before_the_edit(tmp_path):
     model, history = make(), tokens(300)
