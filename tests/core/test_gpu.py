@@ -100,5 +100,5 @@ def test_a_run_is_trained_resumed_and_sampled_on_the_card(text, tmp_path, monkey
         monkeypatch.setattr(sys, "argv", [script.__name__, *words])
         assert script.main() == 0
     bill = json.loads(capsys.readouterr().out.splitlines()[-1])["bill"]
-    assert bill[0]["engine"] == "torch" and bill[0]["tokens/s"] > 0
+    assert bill[0]["engine"] == "torch" and bill[0]["tokens_per_s"] > 0
     assert minisa.load(Path("out/run"), device="cuda")[0].embed.weight.is_cuda
