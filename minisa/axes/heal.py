@@ -31,7 +31,7 @@ from minisa.kit.run import restore_optimizer
 STATE = "heal.safetensors"
 PARTS = "all", "reuse", "attention"
 SETTINGS = {                # which --resume must find the same
-    "teacher": str, "train": str, "max_iters": int, "learning_rate": float,
+    "model": str, "teacher": str, "train": str, "max_iters": int, "learning_rate": float,
     "reuse_learning_rate": float, "batch_size": int, "block_size": int, "seed": int, "dtype": str}
 PROGRESS = {"step": int, "seconds": float, "text": str}         # text: a digest
 WARMUP = 0.1                # of the steps
@@ -76,9 +76,9 @@ def train_step(model, teacher, optimizer, data, args, step):
 # ---- what learns ----
 
 def parameter_groups(model, args):
-    """Let only args.train of a model learn ("all", "reuse", "attention") → groups of parameters for
-    an optimizer, each with its `peak` learning rate: those of the reuse layers, and all others.
-    Raises ValueError if the model has no reuse layers to train alone."""
+    """Let only args.train of a model learn ("all", "reuse", "attention"), in memory of its own →
+    two groups of parameters for an optimizer, each with its `peak` learning rate: those of the
+    reuse layers, and all others. Raises ValueError if there are no reuse layers to train alone."""
     reuse_layers = anchors(model.config)
     if args.train != "all" and not reuse_layers:
         raise ValueError(f"--train={args.train}: the model shares nothing, so it has no reuse "
@@ -88,12 +88,14 @@ def parameter_groups(model, args):
     for layer in reuse_layers:
         block = model.blocks[layer]
         learns = block.attn if args.train == "attention" else block
-        of_reuse += learns.requires_grad_(True).parameters()
-    known = {id(p) for p in of_reuse}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    groups = [{"params": of_reuse, "peak": args.reuse_learning_rate},
-              {"params": others, "peak": args.learning_rate}]
-    return [group for group in groups if group["params"]]
+        of_reuse += learns.requires_grad_().parameters()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.data = p.data.clone()                                 # the parent keeps its numbers
+    known = set(of_reuse)
+    others = [p for p in learning if p not in known]
+    return [{"params": of_reuse, "peak": args.reuse_learning_rate},
+            {"params": others, "peak": args.learning_rate}]
 
 # ---- the whole ----
 
@@ -208,7 +210,7 @@ def heal_model(args):
         raise ValueError(f"--block_size={args.block_size}: the context of these models is "
                          f"{longest} tokens; take at most that")
     data = data_of(info, tokenizer, args.text)
-    model = copy(parent)
+    model = checkpoint.reconfigure(parent)                      # the same, in the same memory
     autocast = number_format(model, args.dtype)
     number_format(teacher, args.dtype)
     print(f"learning from {args.teacher} on {data.name}", file=sys.stderr, flush=True)
@@ -221,13 +223,6 @@ def heal_model(args):
     Path(args.out, STATE).unlink(missing_ok=True)           # several times as large as the model
     print(f"wrote {args.out}; next: python sample.py {args.model} {args.out}")
     return 0
-
-def copy(model):
-    """→ a model of the same shape with the same numbers, in memory of its own."""
-    new = checkpoint.empty(model.config, checkpoint.changes(model))
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    new.load_state_dict(state, assign=True)
-    return new.requires_grad_().eval()
 
 if __name__ == "__main__":
     run_main("heal")

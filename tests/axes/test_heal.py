@@ -47,6 +47,9 @@ def test_only_the_named_part_learns(folder, run, part, learns):
     after, _, _ = checkpoint.load("healed")
     changed = {name for name, t in after.state_dict().items() if not t.equal(before.state_dict()[name])}
     assert changed == {name for name in after.state_dict() if learns(name)}
+    if part != "all":                                           # the rest is the parent's, on disk too
+        written = checkpoint.read("healed").tensors
+        assert all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in written)
     assert after.config.share == "1-3"
 
 def test_healing_brings_the_predictions_back(folder, run):
