@@ -22,17 +22,17 @@ from torch.nn import functional as F
 
 from minisa.axes.common import anchors, loss_and_divergence, parser, run_main
 from minisa.kit import checkpoint
-from minisa.kit.cli import amount, at_least, count
+from minisa.kit.cli import amount, at_least, count, whole
 from minisa.kit.data import data_of
 from minisa.kit.files import lock, refuse_taken
-from minisa.kit.machine import choose_dtype, keep_memory, number_format
+from minisa.kit.machine import choose_dtype, number_format
 from minisa.kit.run import restore_optimizer
 
 STATE = "heal.safetensors"
 PARTS = "all", "reuse", "attention"
-SETTINGS = {                # which --resume must find the same
-    "model": str, "teacher": str, "train": str, "max_iters": int, "learning_rate": float,
-    "reuse_learning_rate": float, "batch_size": int, "block_size": int, "seed": int, "dtype": str}
+SETTINGS = (                # which --resume must find the same
+    "model", "teacher", "train", "max_iters", "learning_rate", "reuse_learning_rate",
+    "batch_size", "block_size", "seed", "dtype")
 PROGRESS = {"step": int, "seconds": float, "text": str}         # text: a digest
 WARMUP = 0.1                # of the steps
 HELD_OUT = 16               # windows to report the divergence on
@@ -161,9 +161,8 @@ def heal(model, teacher, data, tokenizer, args, autocast):
 def continue_run(model, optimizer, file, settings, data):
     """Put what save_training() wrote into a model and an optimizer. → its PROGRESS. Raises
     ValueError if that is of another model, text or setting."""
-    kinds = {"settings": SETTINGS, "progress": PROGRESS}
-    saved, _, moments, known = checkpoint.read_training(file, kinds)
-    if known["settings"] != settings or known["progress"]["text"] != data.digest:
+    saved, _, moments, known = checkpoint.read_training(file, {"progress": PROGRESS})
+    if known.get("settings") != settings or known["progress"]["text"] != data.digest:
         raise ValueError(f"{file}: was begun with other flags or another text; give the same, or "
                          "another --out")
     model.load_state_dict(saved.state_dict())
@@ -172,8 +171,8 @@ def continue_run(model, optimizer, file, settings, data):
 
 def main():
     flags = parser(__doc__, "heal")
-    flags.flag("teacher", str, None, "the model to learn from: a folder, a .gguf file, or smollm2",
-               "none; it must be given")
+    flags.add_argument("--teacher", metavar="MODEL", required=True,
+                       help="the model to learn from: a folder, a .gguf file, or smollm2")
     flags.flag("train", str, "all", "what learns: all layers, the reuse layers, or their attention",
                choices=PARTS)
     flags.flag("max_iters", count, 160, "number of steps")
@@ -182,17 +181,14 @@ def main():
                "learn")
     flags.flag("batch_size", count, 8, "sequences per step")
     flags.flag("block_size", at_least(int, 2), 256, "tokens per sequence")
-    flags.flag("seed", at_least(int, 0), 1337, "random seed for the batches")
+    flags.flag("seed", whole, 1337, "random seed for the batches")
     flags.flag("log_interval", count, 5, "steps between lines of progress")
     flags.flag("save_interval", count, 20, "steps between what --resume can continue")
     flags.flag("dtype", str, None, "number format of the products", "the faster one here",
                choices=("float32", "bfloat16"))
     flags.switch("resume", "continue what was stopped; give the same flags")
     args = flags.parse_args()
-    if not args.teacher:
-        raise ValueError("--teacher: name the model that was made to share")
     args.dtype = args.dtype or choose_dtype(args.device)
-    keep_memory()
     with lock(args.out):
         if not args.resume:
             refuse_taken(args.out, "out")
