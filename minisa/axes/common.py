@@ -101,12 +101,16 @@ def parser(doc, name):
     parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, "
                         "or smollm2, which is downloaded once")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write the model")
-    parser.flag("text", default=None, shown="the text that the model was trained on, or the plays",
-                help="UTF-8 file to calibrate on")
     add_device(parser)
     return parser
 
-def add_windows(parser):
+def add_text(parser, purpose):
+    parser.flag("text", help=f"UTF-8 file to {purpose}",
+                shown="the text that the model was trained on, or the plays")
+
+def add_calibration(parser):
+    """The flags that the `windows` of rewrite() need."""
+    add_text(parser, "calibrate on")
     parser.flag("windows", count, 12, "windows of 512 tokens to calibrate on")
 
 def rewrite(args, technique):

@@ -42,7 +42,7 @@ import torch
 import torch.nn as nn
 
 from minisa.axes.common import (
-    add_windows,
+    add_calibration,
     anchors,
     fill,
     parser,
@@ -299,7 +299,7 @@ def main():
                "output may be off, as a fraction of the stream it goes into; each layer keeps what "
                "that takes", "none")
     flags.switch("refit", "refit the output projections to what the layers of MODEL put out")
-    add_windows(flags)
+    add_calibration(flags)
     args = flags.parse_args()
     if (args.rank is None) == (args.error is None):
         raise ValueError("--rank, --error: give one of them")

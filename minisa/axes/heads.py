@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 
 from minisa.axes.common import (
-    add_windows,
+    add_calibration,
     anchors,
     fill,
     parser,
@@ -220,7 +220,7 @@ def main():
                "the same number; or, of weights, its most similar head, or a mixture",
                choices=["same", "match", "mix"])
     flags.switch("refit", "refit the output projections of reuse layers")
-    add_windows(flags)
+    add_calibration(flags)
     args = flags.parse_args()
 
     def technique(model, windows):

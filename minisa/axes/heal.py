@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from minisa.axes.common import anchors, loss_and_divergence, parser, run_main
+from minisa.axes.common import add_text, anchors, loss_and_divergence, parser, run_main
 from minisa.kit import checkpoint
 from minisa.kit.cli import amount, at_least, count, whole
 from minisa.kit.data import data_of
@@ -173,6 +173,7 @@ def main():
     flags = parser(__doc__, "heal")
     flags.add_argument("--teacher", metavar="MODEL", required=True,
                        help="the model to learn from: a folder, a .gguf file, or smollm2")
+    add_text(flags, "learn on")
     flags.flag("train", str, "all", "what learns: all layers, the reuse layers, or their attention",
                choices=PARTS)
     flags.flag("max_iters", count, 160, "number of steps")
