@@ -4,9 +4,7 @@ import importlib
 import sys
 from dataclasses import replace
 
-import torch
 import torch.nn as nn
-from torch.nn import functional as F
 
 from minisa.kit import checkpoint
 from minisa.kit.cli import Parser, add_device, command, count
@@ -74,17 +72,6 @@ def fill(new, model, tensors):
         raise RuntimeError(f"fill() was given no numbers for {', '.join(unfilled)}")
     new.load_state_dict(state, assign=True)
     return new.to(model.embed.weight).eval()
-
-@torch.inference_mode()
-def loss_and_divergence(model, original, windows):
-    """windows (N, T + 1) → two means over their last T tokens, in nats per token: the loss of a
-    model, and its KL divergence from the original."""
-    inputs, targets = windows[:, :-1], windows[:, 1:]
-    log_q = model(inputs)[0].float().log_softmax(-1)            # (N, T, V)
-    log_p = log_q if original is model else original(inputs)[0].float().log_softmax(-1)
-    loss = F.nll_loss(log_q.flatten(0, 1), targets.flatten())
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    return loss.item(), divergence.item()
 
 def calibration(model, data, n=12):
     """n windows (n, T ≤ 512) of the training part of a minisa.kit.data.Data."""

@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from minisa.axes.common import loss_and_divergence
 from minisa.kit.checkpoint import described, load
 from minisa.kit.cli import Parser, add_device, add_dtype, command, count, one_of, several, table, whole
 from minisa.kit.data import tokenize
@@ -198,6 +197,17 @@ def windows_of(tokenizer, n, T):
         data = tokenize(file and prepare() / file, tokenizer=tokenizer)
         windows[name] = data.windows("val", n, T)
     return windows
+
+@torch.inference_mode()
+def loss_and_divergence(model, original, windows):
+    """windows (N, T + 1) → two means over their last T tokens, in nats per token: the loss of a model, and
+    its KL divergence from the original."""
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    log_q = model(inputs)[0].float().log_softmax(-1)            # (N, T, V)
+    log_p = log_q if original is model else original(inputs)[0].float().log_softmax(-1)
+    loss = F.nll_loss(log_q.flatten(0, 1), targets.flatten())
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return loss.item(), divergence.item()
 
 def on_texts(model, first, windows, file, label):
     """→ {(text, measure): a number for each window}: losses of a model, and its divergence from the first.

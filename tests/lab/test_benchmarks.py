@@ -272,11 +272,10 @@ def test_more_comparisons_have_wider_intervals():
     assert benchmarks.half_width(1.0, 10) == pytest.approx(2.80703, abs=1e-4)      # 99.5 %
 
 def test_divergence_is_the_mean_of_its_definition():
-    from minisa.axes.common import loss_and_divergence
     model, other = small(share="1-3"), small()
     windows = torch.randint(300, (2, 9))
     p, q = (m(windows[:, :-1])[0].double().softmax(-1) for m in (other, model))
-    loss, divergence = loss_and_divergence(model, other, windows)
+    loss, divergence = benchmarks.loss_and_divergence(model, other, windows)
     assert divergence == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     targets = windows[:, 1:, None]
     assert loss == pytest.approx(-q.gather(-1, targets).log().mean().item(), rel=1e-4)
