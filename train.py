@@ -243,7 +243,7 @@ def train(settings, run, forward, autocast):
             break
         train_step(settings, run, forward, autocast)
         to_log = progress.step % settings.log_interval == 0 or progress.step == last_step
-        if to_log or (run.signal and alone):                # several processes check only at log lines
+        if to_log or (run.signals.sent and alone):                # several processes check only at log lines
             run.meter.log(run, last_step)
             status = run.stop()
     return status

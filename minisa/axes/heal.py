@@ -12,7 +12,6 @@ Ctrl-C saves what --resume continues, with the same result as without a stop.
 """
 
 import math
-import signal
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from minisa.kit.cli import amount, at_least, count, whole
 from minisa.kit.data import data_of
 from minisa.kit.files import lock, refuse_taken
 from minisa.kit.machine import choose_dtype, number_format
-from minisa.kit.run import restore_optimizer
+from minisa.kit.run import Signals, restore_optimizer
 
 STATE = "heal.safetensors"
 PARTS = "all", "reuse", "attention"
@@ -100,23 +99,6 @@ def parameter_groups(model, args):
 
 # ---- the whole ----
 
-class Stop:
-    """Notes Ctrl-C or kill, so that a step is finished and saved first."""
-
-    def __enter__(self):
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)                   # a second one stops at once
-
-    def __exit__(self, *error):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 @torch.inference_mode()
 def held_out_divergence(model, teacher, data, args):
     """On windows of the held-out part of the text, in nats per token."""
@@ -125,7 +107,7 @@ def held_out_divergence(model, teacher, data, args):
     return statistics.fmean(divergence(model, teacher, idx).item() for idx in inputs)
 
 def heal(model, teacher, data, tokenizer, args, autocast):
-    """Train, saving every --save_interval steps. → the model, or None if it was stopped."""
+    """Train, saving every --save_interval steps. → the exit status: not 0 if it was stopped"""
     groups = parameter_groups(model, args)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
     state = Path(args.out, STATE)
@@ -142,23 +124,23 @@ def heal(model, teacher, data, tokenizer, args, autocast):
                                  progress=progress)
 
     first, started = step, time.perf_counter()
-    with Stop() as stop:
-        while step < args.max_iters:
-            with autocast:
-                loss = train_step(model, teacher, optimizer, data, args, step)
-            step += 1
-            if step % args.log_interval == 0 or step == args.max_iters:
-                each = (time.perf_counter() - started) / (step - first)
-                speed = args.batch_size * args.block_size / each
-                minutes = each * (args.max_iters - step) / 60
-                print(f"step {step}/{args.max_iters}  divergence {loss:.4f}  {speed:,.0f} tokens/s"
-                      f"  {minutes:.0f} minutes left", flush=True)
-            if stop.signal or step % args.save_interval == 0:
-                save()
-            if stop.signal:
-                print(f"stopped at step {step} and saved; continue with --resume", flush=True)
-                return None
-    return model
+    signals = Signals()
+    while step < args.max_iters:
+        with autocast:
+            loss = train_step(model, teacher, optimizer, data, args, step)
+        step += 1
+        if step % args.log_interval == 0 or step == args.max_iters:
+            each = (time.perf_counter() - started) / (step - first)
+            speed = args.batch_size * args.block_size / each
+            minutes = each * (args.max_iters - step) / 60
+            print(f"step {step}/{args.max_iters}  divergence {loss:.4f}  {speed:,.0f} tokens/s"
+                  f"  {minutes:.0f} minutes left", flush=True)
+        if signals.sent or step % args.save_interval == 0:
+            save()
+        if signals.sent:
+            print(f"stopped at step {step} and saved; continue with --resume", flush=True)
+            return 128 + signals.sent
+    return 0
 
 def continue_run(model, optimizer, file, settings, data):
     """Put what save_training() wrote into a model and an optimizer. → its PROGRESS. Raises
@@ -214,8 +196,9 @@ def heal_model(args):
     number_format(teacher, args.dtype)
     print(f"learning from {args.teacher} on {data.name}", file=sys.stderr, flush=True)
     before = held_out_divergence(parent, teacher, data, args)
-    if heal(model, teacher, data, tokenizer, args, autocast) is None:
-        return 130
+    status = heal(model, teacher, data, tokenizer, args, autocast)
+    if status:
+        return status
     after = held_out_divergence(model, teacher, data, args)
     print(f"divergence on held-out text: {before:.4f} before, {after:.4f} after", flush=True)
     checkpoint.derive(args.out, model, parent, info)

@@ -168,6 +168,18 @@ def set_aside(folder):
     os.rename(folder, old)
     print(f"{folder} is now {old}", flush=True)
 
+class Signals:
+    """From when it is made, Ctrl-C and kill are noted, and the program goes on."""
+
+    def __init__(self):
+        self.sent = None                                # the signal
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.sent = number
+        signal.signal(number, signal.SIG_DFL)           # a second one stops at once
+
 @dataclass
 class Run:
     """A run: what is trained, and the folder that process 0 writes."""
@@ -178,7 +190,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     settings: list                  # as flags of train.py
     progress: Progress
-    signal: int | None = None       # that the program was sent
 
     def begin(self, new):
         """Take over the folder: set aside what is in the way of a new run, and clean up after one that
@@ -194,13 +205,7 @@ class Run:
             if new:
                 set_aside(self.folder)
             clean(self.folder, [*checkpoint.FILES, STATE, LOG])
-
-        def stop(signum, _):
-            self.signal = signum
-            signal.signal(signum, signal.SIG_DFL)       # a second one stops at once
-
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        self.signals = Signals()
 
     def elapsed(self):
         """Seconds of training, including those before the run was continued."""
@@ -248,7 +253,7 @@ class Run:
 
     def stop(self):
         """If any process was sent a signal, save and say so. → the exit status in that case, else 0."""
-        sent = int(self.processes.maximum(self.signal or 0))
+        sent = int(self.processes.maximum(self.signals.sent or 0))
         if sent:
             self.save_state()
             self.processes.say(f"stopped at step {self.progress.step} and saved; continue with: "
