@@ -78,6 +78,7 @@ class Case:
     tokenizer: object
     way: squeeze.Whole          # what the cache keeps: all (Whole), some (Squeezing), fewer bits (Stored)
     val_bpb: float | None       # loss in bits per byte of validation text; None: not known
+    context: int                # tokens in the cache that is billed
     cache: object               # the cache to bill; None: an ordinary KVCache
 
     @property
@@ -110,7 +111,7 @@ def cases(args):
                     raise ValueError(f"{source}: its loss is {bpb}, so its weights are damaged; train or "
                                      "convert it again")
                 cache = way.for_bill(model, partial(data_of, info, tokenizer), context)
-                yield Case(source, model, tokenizer, way, bpb, cache)
+                yield Case(source, model, tokenizer, way, bpb, context, cache)
 
 def losses(source, model, tokenizer, info, args, ways):
     """→ the bits per byte of validation text with each way to keep the cache. If the text that the
@@ -147,7 +148,7 @@ def generate(case, args):
     seconds = 0.0
     for sample in range(args.num_samples):
         generator = torch.Generator(args.device).manual_seed(args.seed + sample)
-        # of squeeze.Whole, all of ids is unread and cache is None: stream() then makes a KVCache
+        # with squeeze.Whole, all of ids is unread, and cache is None: stream() makes a KVCache
         unread, cache = case.way.begin(model, ids)
         stream = model.stream(unread, args.max_new_tokens, args.temperature, args.top_k, generator, cache)
         times = []
@@ -198,14 +199,13 @@ COSTS = {       # column → the field of a minisa.cost.Cost
     "flops": "decode_flops",
 }
 
-def costs_of(case, args):
+def costs_of(case):
     """→ the columns of the bill that are predicted and counted; where the two differ, both."""
-    context = min(args.context, case.model.config.block_size)
+    context = case.context
     # the engine that generates after the prompt: decode.py in numpy, or model.py in torch
     engine = "numpy" if handles(case.model, case.cache or KVCache(case.model, 1, 1)) else "torch"
-    cache_of = case.cache and (lambda prompt: case.cache)
     predicted = predict(case, context)
-    counted = cost.measure(case.model, context, cache_of=cache_of, engine=engine)
+    counted = cost.measure(case.model, context, cache=case.cache, engine=engine)
     row = {"context": context, "engine": engine}
     for column, field in COSTS.items():
         ours, theirs = getattr(predicted, field), getattr(counted, field)
@@ -252,7 +252,7 @@ def main():
         row = facts(case)
         print(f"{case.name}, sharing {sharing(row)}\n" + "-" * 80)
         n_prompt, seconds = generate(case, args)
-        row |= speed_of(case, args, n_prompt, seconds) | costs_of(case, args)
+        row |= speed_of(case, args, n_prompt, seconds) | costs_of(case)
         names.append(case.name)
         rows.append(row)
     show(names, rows)

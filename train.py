@@ -44,7 +44,7 @@ class Settings:
     n_hidden: count = None                  # width of the MLP, in numbers per token; default: 8/3 n_embd
     block_size: count = 128                 # context, in tokens; with --init_from at most 512 unless given
     share: str = ""                         # spans that share attention, as 1-3 or 1-3,5-7; default: none
-    share_kind: checkpoint.kind = "weights" # weights (Shared Attention), kv (Cross-Layer) or top-64 (an axis)
+    share_kind: checkpoint.kind = "weights" # weights (Shared Attention), kv (Cross-Layer), top-64 or your own
     dropout: amount = 0.0                   # fraction of activations dropped in training
     rope_base: amount = 10000.0             # base of RoPE's wavelengths
     norm_eps: amount = 1e-5                 # epsilon added to the mean square in RMSNorm
@@ -177,7 +177,7 @@ def learning_rate(step, settings):
     """Warm-up in a straight line, then half a cosine down to min_lr."""
     if step < settings.warmup_iters:
         return settings.learning_rate * (step + 1) / settings.warmup_iters
-    done = (step - settings.warmup_iters) / max(1, settings.max_iters - settings.warmup_iters)
+    done = (step - settings.warmup_iters) / (settings.max_iters - settings.warmup_iters)    # 0 to 1
     falling = (1 + math.cos(math.pi * done)) / 2        # from 1 to 0
     return settings.min_lr + (settings.learning_rate - settings.min_lr) * falling
 
@@ -219,7 +219,7 @@ def train_step(settings, run, forward, autocast):
     if settings.grad_clip:
         nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip)
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     run.progress.step += 1
 
 def save_if_due(settings, run):
@@ -243,7 +243,7 @@ def train(settings, run, forward, autocast):
             break
         train_step(settings, run, forward, autocast)
         to_log = progress.step % settings.log_interval == 0 or progress.step == last_step
-        if to_log or (run.signals.sent and alone):                # several processes check only at log lines
+        if to_log or (run.signals.sent and alone):              # several processes check only at log lines
             run.meter.log(run, last_step)
             status = run.stop()
     return status

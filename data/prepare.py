@@ -1,6 +1,6 @@
 """Gets the plays of Shakespeare that train.py reads: python data/prepare.py writes them beside itself.
 
-minisa/kit/shakespeare.py says where it comes from.
+minisa/kit/shakespeare.py says where they come from.
 """
 
 import sys

@@ -3,7 +3,7 @@
 import sys
 
 def quiet(kind, *rest, others=sys.excepthook):
-    """Ctrl-C needs no traceback, also while torch is being imported."""
+    """Ctrl-C needs no traceback, even while torch is being imported."""
     if kind is not KeyboardInterrupt:
         others(kind, *rest)
 

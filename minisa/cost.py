@@ -130,12 +130,12 @@ class Reads(TorchFunctionMode):
         return result
 
 @torch.inference_mode()
-def measure(model: GPT, context: int, batch_size: int = 1, cache_of=None,
+def measure(model: GPT, context: int, batch_size: int = 1, cache=None,
             engine: str = "torch") -> Cost:
     """→ the same figures, measured: parameters, the cache's storage, the products of a real run.
 
-    cache_of: a function from a prompt (B, T) to another kind of cache, which is then measured; its
-    tensors are (B, heads, tokens, any).
+    cache: one of another kind to measure, which has read `context` - 1 tokens; its tensors are
+    (B, heads, tokens, any). None: a KVCache.
     engine: what decodes, "torch" (model.py) or "numpy" (decode.py).
     """
     explicit = copy(model)
@@ -149,11 +149,10 @@ def measure(model: GPT, context: int, batch_size: int = 1, cache_of=None,
         return counter.get_total_flops(), reads.bytes
 
     tokens = torch.zeros(batch_size, context, dtype=torch.long, device=model.embed.weight.device)
-    cache = KVCache(model, batch_size, context)
-    prefill, _ = run(cache, tokens)
-    if cache_of:
-        cache = cache_of(tokens[:, :-1])
-    else:
+    usual = KVCache(model, batch_size, context)
+    prefill, _ = run(usual, tokens)
+    if cache is None:
+        cache = usual
         cache.length = context - 1                  # drop the last token and decode it again
     per_token = sum(t[:, :, 0].nbytes for t in cache.tensors) // batch_size
     last = tokens[:, -1:]

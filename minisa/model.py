@@ -147,7 +147,7 @@ class Attention(nn.Module):
     and `makes`."""
     makes = "qkv"                   # what it computes itself: its widths, the shape of qkv, what
                                     # the cache stores and what the layer costs follow from this
-    in_numpy = decode.full_attention    # its function in decode.py; a subclass names its own
+    in_numpy = decode.full_attention    # its function in decode.py; reuse layers name another
 
     def __init__(self, config, layer):
         super().__init__()
@@ -199,7 +199,6 @@ class Attention(nn.Module):
 class Anchor(Attention):
     """The first layer of a span of Shared Attention: it forms P, so it cannot be fused, and hands
     it up."""
-    in_numpy = decode.full_attention
 
     def heads(self, x, step, below):
         q, k, v = self.project(x, step)
@@ -220,7 +219,6 @@ class SharedAttention(Attention):
 
 class KVAnchor(Attention):
     """The first layer of a span of Cross-Layer Attention: it hands up k and v."""
-    in_numpy = decode.full_attention
 
     def heads(self, x, step, below):
         q, k, v = self.project(x, step)
@@ -288,8 +286,8 @@ class KVCache:
             return like.new_empty(batch_size, G, size, width // G)
 
         widths = [block.attn.widths for block in model.blocks]
-        self.k = [slots(n_k) for _, n_k, _ in widths]           # (B, G, size, D) for each layer
-        self.v = [slots(n_v) for _, _, n_v in widths]
+        self.k = [slots(made.k) for made in widths]             # (B, G, size, D) for each layer
+        self.v = [slots(made.v) for made in widths]
         self.where = like.new_zeros(1, 1, size, 1, dtype=torch.long)    # slot → position
         self.size = size
         self.length = 0             # tokens seen so far

@@ -9,9 +9,9 @@ arXiv:2208.07339, does for activations):
 n_i is computed with the scale as it is stored, so rounding the scale costs next to nothing. A head
 of d numbers takes d + 2 bytes, where bfloat16 takes 2·d and float32 4·d.
 
-Attention needs floats, so a layer's numbers are converted when they are read, all that are visible,
-once per step; the layers of its span get the floats. In a prompt, attention sees the floats from
-before rounding: the cache is made of them when all of it is read.
+Attention needs floats, so each step converts all visible numbers of a layer, once; the other layers
+of its span get the floats. While a prompt is read, attention sees the floats from before rounding:
+they are rounded when the whole prompt has been read.
 """
 
 import torch

@@ -7,20 +7,17 @@ from dataclasses import replace
 import torch.nn as nn
 
 from minisa.kit import checkpoint
-from minisa.kit.cli import Parser, add_device, command, count
+from minisa.kit.cli import Parser, add_device, add_model, command, count
 from minisa.kit.data import data_of
 from minisa.kit.files import lock, refuse_taken
 from minisa.model import SharedAttention
 
 # ---- models ----
 
-def walk(model, idx, cache=None, watch=None):
+def walk(model, idx):
     """Run a model on idx (B, T); before each block, yield it and its inputs: (block, x (B, T, C),
-    step, below). Changes made to the block meanwhile take effect.
-
-    cache, watch: as of GPT.hidden().
-    """
-    x, step = model.start(idx, cache, watch)
+    step, below). Changes made to the block meanwhile take effect."""
+    x, step = model.start(idx)
     handed_up = None
     for block in model.blocks:
         yield block, x, step, handed_up
@@ -85,8 +82,7 @@ def parser(doc, name):
     """A Parser with the flags of a command that reads a model and writes a model."""
     usage = f"python -m minisa.axes.{name} MODEL --out=FOLDER [--FLAG=VALUE ...]"
     parser = Parser(doc, usage)
-    parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, "
-                        "or smollm2, which is downloaded once")
+    add_model(parser)
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write the model")
     add_device(parser)
     return parser
@@ -107,7 +103,7 @@ def rewrite(args, technique):
     windows: a function that reads the calibration text → --windows of tokens (n, T ≤ 512).
     """
     with lock(args.out):
-        refuse_taken(args.out, "out")
+        refuse_taken(args.out)
         parent, tokenizer, info = checkpoint.load(args.model, device=args.device)
 
         def windows():

@@ -269,7 +269,7 @@ def compress(model, windows, rank=None, error=None):
     shares_weights = model.config.share_kind == "weights"       # for CLA, see moments()
     anchor_of = anchors(model.config) if shares_weights else {}
     n_reuse = Counter(anchor_of.values())                       # of each anchor
-    lost = {}                                                   # in one layer, by the keys of each
+    lost = {}               # layer → the error of its dropped key numbers, in this layer alone
     for layer, (keys, values) in enumerate(moments(model, windows)):
         keys = keys and basis(*keys)
         values = basis(*values)

@@ -54,7 +54,7 @@ def in_numpy_by(recombine):
 
 class Recombined(SharedAttention):
     """A reuse layer that attends with recombine(P), where P (..., H, n) is the anchor's. The method
-    works in torch and in numpy. A new layer recombines nothing, also if it is built on the meta
+    works in torch and in numpy. A new layer recombines nothing, even if it is built on the meta
     device: hence device="cpu" below."""
 
     def heads(self, x, step, below):
@@ -125,14 +125,14 @@ def nearest_on_simplex(v):
     of_k = excess.gather(1, k - 1)
     return (v - of_k).clamp(min=0)
 
-def nearest_mixture(among, between, steps=1000):
+def nearest_mixture(among, between):
     """For each row b of `between` (R, H), the w with w ≥ 0, Σ w = 1 that minimizes w A wᵀ − 2 w·b,
     where A is `among` (H, H), by projected gradient descent with momentum (FISTA, Beck & Teboulle
     2009). → (R, H)"""
     rate = 1 / torch.linalg.matrix_norm(among, 2)
     w = ahead = torch.full_like(between, 1 / len(among))
     momentum = 1.0
-    for _ in range(steps):
+    for _ in range(1000):
         new = nearest_on_simplex(ahead - rate * (ahead @ among - between))
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = new + (momentum - 1) / following * (new - w)
@@ -176,7 +176,7 @@ def attention_outputs(model, windows, layers):
 
 @torch.no_grad()
 def refit(shared, model, windows, ridge=0.1, outputs=None):
-    """Refit the output projections of `shared`, which was made of `model`, on windows (N, T) of a
+    """Refit the output projections of `shared`, which was made from `model`, on windows (N, T) of a
     calibration text, in place: of its reuse layers, and of all whose keys or values are narrower.
 
     The layers are taken in turn, each on what it sees in `shared`, refitted below it. ridge: λ, in

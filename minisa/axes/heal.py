@@ -2,7 +2,7 @@
 
     python -m minisa.axes.heal out/eight --teacher=smollm2 --out=out/healed --text=passages.txt
 
-Sharing makes a model's predictions drift from those of the model it was made of. Distillation
+Sharing makes a model's predictions drift from those of the model it was made from. Distillation
 (arXiv:1503.02531) takes some of that back: the loss is the KL divergence of the model's prediction
 from its teacher's, at every token of a text. --train says what learns: all layers, the reuse
 layers, or their attention alone. A few hundred steps help, at rates so small that the model
@@ -53,7 +53,7 @@ def schedule(step, args):
     warmup = max(1, round(WARMUP * args.max_iters))
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, args.max_iters - warmup)
+    done = (step - warmup) / (args.max_iters - warmup)          # 0 to 1
     return (1 + math.cos(math.pi * done)) / 2
 
 def train_step(model, teacher, optimizer, data, args, step):
@@ -70,7 +70,7 @@ def train_step(model, teacher, optimizer, data, args, step):
         raise ValueError(f"the divergence is {total} at step {step}; take a lower --learning_rate")
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return total
 
 # ---- what learns ----
@@ -162,8 +162,8 @@ def main():
                choices=PARTS)
     flags.flag("max_iters", count, 160, "number of steps")
     flags.flag("learning_rate", amount, 3e-5, "peak learning rate; it falls to 0")
-    flags.flag("reuse_learning_rate", amount, 1e-4, "that of the reuse layers, which have more to "
-               "learn")
+    flags.flag("reuse_learning_rate", amount, 1e-4, "peak learning rate of the reuse layers, "
+               "which have more to learn")
     flags.flag("batch_size", count, 8, "sequences per step")
     flags.flag("block_size", at_least(int, 2), 256, "tokens per sequence")
     flags.flag("seed", whole, 1337, "random seed for the batches")
@@ -176,7 +176,7 @@ def main():
     args.dtype = args.dtype or choose_dtype(args.device)
     with lock(args.out):
         if not args.resume:
-            refuse_taken(args.out, "out")
+            refuse_taken(args.out)
         return heal_model(args)
 
 def heal_model(args):
@@ -185,7 +185,7 @@ def heal_model(args):
     teacher, its_tokenizer, _ = checkpoint.load(args.teacher, device=args.device)
     if its_tokenizer.identity != tokenizer.identity:
         raise ValueError(f"--teacher={args.teacher}: has other tokens than {args.model}; name the "
-                         "model that it was made of")
+                         "model that it was made from")
     longest = min(parent.config.block_size, teacher.config.block_size)
     if args.block_size > longest:
         raise ValueError(f"--block_size={args.block_size}: the context of these models is "

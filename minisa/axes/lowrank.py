@@ -26,11 +26,11 @@ from minisa.axes.common import (
     run_main,
 )
 from minisa.kit import checkpoint
-from minisa.kit.cli import at_least, count
+from minisa.kit.cli import count, whole
 from minisa.model import SharedAttention, rotate, split_heads
 
 class Corrected(SharedAttention):
-    """A reuse layer with a query and key of R numbers per head, and values like any other's."""
+    """A reuse layer with a query and a key of R numbers per head, and the usual values."""
     makes = "qkv"
 
     def heads(self, x, step, below):
@@ -91,7 +91,7 @@ def main():
                shown="the model's own spans")
     flags.flag("share_rank", count, 4, "numbers per head of the correction's query and key; even, "
                "and a divisor of the width of a head")
-    flags.flag("seed", at_least(int, 0), 1337, "for the keys of layers that had none")
+    flags.flag("seed", whole, 1337, "for the keys of layers that had none")
     args = flags.parse_args()
 
     def technique(model, windows):

@@ -23,7 +23,6 @@ import itertools
 import math
 import statistics
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -180,7 +179,7 @@ class Floats:
         self.tensors = [self.numbers]                   # all that it holds: (B, G, room, any)
 
     def put(self, sequences, places, new):
-        """Store new (B, G, d) at places (B,) of sequences (B,)."""
+        """Store new (B, T, G, d) at places (B, T) of sequences (B, 1)."""
         self.numbers[sequences, :, places] = new
 
     def first(self, count):
@@ -209,7 +208,7 @@ class Kept:
         places = 0, room - self.count
         self.where = F.pad(best, places)
         self.received = F.pad(self.received.gather(1, best), places)
-        self.sequences = torch.arange(B, device=device)
+        self.sequences = torch.arange(B, device=device)[:, None]
 
     def admit(self, positions):
         """Give the tokens at positions (T,) free places; or one alone that of a token which then
@@ -233,8 +232,8 @@ class Kept:
         so_far.copy_(received)
 
 class SqueezedCache:
-    """What a GPT takes in place of a KVCache: each unit has a budget of tokens of its own. See
-    there for what the methods do. Made by Squeezing."""
+    """What a GPT takes in place of a KVCache, which says what the methods do. Here each unit has a
+    budget of tokens of its own. Made by Squeezing."""
     size = 1                        # tokens at once, as another may have to go for each
 
     def __init__(self, length, storage):
@@ -289,8 +288,7 @@ class SqueezedCache:
     def remember(self, name, layer, new):
         """A layer's new k or v (B, G, T, d) → all that it keeps (B, G, S, d)."""
         storage, kept = getattr(self, name)[layer], self.kept[layer]
-        for places, token in zip(kept.places.unbind(1), new.unbind(2)):
-            storage.put(kept.sequences, places, token)
+        storage.put(kept.sequences, kept.places, new.transpose(1, 2))
         return storage.first(kept.count)
 
     def key_positions(self, layer):
@@ -333,9 +331,9 @@ class Reading:
         cosine = F.cosine_similarity(x.float(), (x + y).float(), dim=2)
         self.cosines[layer] += cosine.sum().item() / (len(x) * self.length)
 
-    def receive(self, of_layers, after, P):
-        """P (B, H, T, S) is of a layer of the next unit. after (T,): see Policy."""
-        unit = next(of_layers)
+    def receive(self, unit, positions, P):
+        """P (B, H, T, S): what the tokens at positions (T,) attend with in a layer of a unit."""
+        after = self.length - 1 - positions
         for policy, received in self.received.items():
             if policy.watches_prompt:
                 so_far = received[unit][:, :P.size(3)]
@@ -361,41 +359,36 @@ def start_reading(model, cache, B, T, ways):
                 for policy in policies}
     return Reading(T, cache, [0.0] * len(model.blocks), received)
 
-def tell(receivers, P):
-    """Give the attention weights P of a layer to all of them."""
-    for receive in receivers:
-        receive(P)
-
 @torch.no_grad()
 def read_on(model, idx, readings):
     """Let a model read idx (B, n), the next tokens of prompts that may end at different places, in
     one cache for all."""
-    cache, begun = readings[0].cache, readings[0].cache.length
-    of_layers = [unit for unit in units(model.config) for _ in unit]
+    cache = readings[0].cache
+    unit_of = [unit for unit in units(model.config) for _ in unit]      # of each layer
     watching = any(policy.watches_prompt for reading in readings for policy in reading.received)
+    seen = []                                                   # P of one layer at a time
     for start in range(0, idx.size(1), PREFILL_CHUNK):
         chunk = idx[:, start:start + PREFILL_CHUNK]
-        positions = begun + start + torch.arange(chunk.size(1), device=idx.device)
-        receivers = [partial(reading.receive, iter(of_layers), reading.length - 1 - positions)
-                     for reading in readings]
-        watch = partial(tell, receivers) if watching else None
-        x, step = model.start(chunk, cache, watch)
+        positions = cache.length + torch.arange(chunk.size(1), device=idx.device)
+        x, step = model.start(chunk, cache, seen.append if watching else None)
         handed_up = None
         for layer, block in enumerate(model.blocks):            # as Block.forward(), and look
             y, handed_up = block.attn(block.norm(x), step, handed_up)
             for reading in readings:
                 reading.turned(layer, x, y)
+                for P in seen:
+                    reading.receive(unit_of[layer], positions, P)
+            seen.clear()
             x = x + y
             x = x + block.mlp(block.norm(x))
     for reading in readings:
         if cache.length == reading.length > 0:                  # of no tokens, nothing was seen
             reading.finish()
 
-def read(model, idx, ways=(), room=0):
-    """Read a prompt idx (B, T) once for several ways to keep it. → a Reading, whose cache has room
-    for so many more tokens."""
+def read(model, idx, ways):
+    """Read a prompt idx (B, T) once for several ways to keep it. → a Reading"""
     B, T = idx.shape
-    cache = KVCache(model, B, max(T + room, 1))
+    cache = KVCache(model, B, max(T, 1))
     reading = start_reading(model, cache, B, T, ways)
     read_on(model, idx, [reading])
     return reading
@@ -407,9 +400,9 @@ class Whole:
     keeps = None                    # the Policy that says which tokens, if not all
     facts = {"policy": "", "budget": "", "cut": "", "bits": ""}     # columns of a table of results
 
-    def name(self, model):
-        """A name for a model with such a cache."""
-        return model
+    def name(self, source):
+        """The name of a model with such a cache. source: that of the model alone."""
+        return source
 
     def of(self, reading, free=0):
         """→ the cache that keeps of a Reading what it should. free: how many of its places in each
@@ -449,13 +442,13 @@ class Squeezing(Whole):
 
     @property
     def facts(self):
-        kept = {"policy": self.policy, "budget": self.budget, "cut": self.cut}
-        return kept | {"bits": self.storage.bits}
+        return {"policy": self.policy, "budget": self.budget, "cut": self.cut,
+                "bits": self.storage.bits}
 
-    def name(self, model):
+    def name(self, source):
         cut = "equal" if self.cut == 1 else f"{self.cut:g}"
         bits = f", {self.storage.bits} bits" if self.storage.bits else ""
-        return f"{model}, squeeze {self.budget} {self.policy} {cut}{bits}"
+        return f"{source}, squeeze {self.budget} {self.policy} {cut}{bits}"
 
     @torch.no_grad()
     def of(self, reading, free=0):
@@ -489,7 +482,6 @@ class Squeezing(Whole):
             yield x[:, 0], following[:, 0]
 
     def for_bill(self, model, data, context):
-        context = min(context, model.config.block_size)
         window = data().windows("val", 1, context)
         ids = window[:, :context].to(model.embed.weight.device)
         way = replace(self, budget=min(self.budget, context))
@@ -497,15 +489,15 @@ class Squeezing(Whole):
         return cache
 
 class Stored(Squeezing):
-    """The cache keeps all tokens, in another storage. To be made of a model's block_size, the
-    policy "window" and a cut of 1, so that only tokens beyond that go."""
+    """The cache keeps all tokens, in another storage. Its budget should be the model's block_size,
+    its policy "window" and its cut 1, so that only tokens beyond that go."""
 
     @property
     def facts(self):
         return Whole.facts | {"bits": self.storage.bits}
 
-    def name(self, model):
-        return f"{model}, {self.storage.bits} bits"
+    def name(self, source):
+        return f"{source}, {self.storage.bits} bits"
 
 @torch.inference_mode()
 def loss(model, way, windows, reading):

@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisa.kit.checkpoint import changes
+from minisa.kit import checkpoint
 from minisa.kit.files import open_file, refuse_unwritable, write_file
 from minisa.model import KVCache
 
@@ -77,19 +77,11 @@ def layers(cache, slots):
     pairs = zip(cache.k, cache.v)
     return [torch.cat((k[0, :, slots], v[0, :, slots]), dim=2).cpu() for k, v in pairs]
 
-def raw(t):
-    """A tensor → its bytes, as an array."""
-    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
 def root_name(model, size):
     """A hash of all that keys and values depend on but the tokens."""
-    dtype = str(model.embed.weight.dtype)
-    settings = [asdict(model.config), changes(model), dtype, size, BLOCK]
-    h = hashlib.sha256(json.dumps(settings).encode())
-    for name, t in sorted(model.state_dict().items()):
-        h.update(name.encode())
-        h.update(raw(t))
-    return h.digest()
+    settings = [asdict(model.config), checkpoint.changes(model), size, BLOCK]
+    weights = {name: t.cpu() for name, t in model.state_dict().items()}
+    return bytes.fromhex(checkpoint.digest(settings, weights))
 
 def digest(name, layer, numbers):
     return hashlib.sha256(name + layer.to_bytes(4, "little") + numbers).digest()
@@ -155,7 +147,7 @@ class Disk:
     def write(self, name, block):
         data = bytearray(name)
         for layer, numbers in enumerate(block):
-            numbers = raw(numbers).tobytes()
+            numbers = numbers.flatten().view(torch.uint8).numpy().tobytes()
             data += digest(name, layer, numbers) + numbers
         try:
             write_file(self.path(name), data, private=True)

@@ -106,16 +106,16 @@ def few_in_numpy(now, layer, x, rows):
 # ---- the kind ----
 
 def with_setting(text):
-    """"64" → the classes of --share_kind=top-64. Raises ValueError if it is no number from 1 up."""
+    """"64" → the classes of --share_kind=top-64. Raises ValueError unless it is an int above 0."""
     if not text.isdecimal() or not 0 < int(text) < 2**29:
         raise ValueError(f"--share_kind=top-{text}: give a number from 1 up, as in top-64")
-    k = int(text)
 
     class AnchorOfTop(TopAnchor):
+        k = int(text)
         in_numpy = anchor_in_numpy(k)
 
     class ReuseOfTop(TopAttention):
+        k = int(text)
         in_numpy = few_in_numpy
 
-    AnchorOfTop.k = ReuseOfTop.k = k
     return AnchorOfTop, ReuseOfTop

@@ -66,7 +66,7 @@ def spans_of(lengths):
     return ",".join(spans), roles
 
 def tensor(array):
-    return torch.from_numpy(np.array(array)).float()
+    return torch.tensor(array, dtype=torch.float32)
 
 def tensors(**arrays):
     return {name: tensor(array) for name, array in arrays.items()}

@@ -24,7 +24,7 @@ import traceback
 import types
 from pathlib import Path
 
-LARGEST = 100_000           # numbers of an answer, or letters of its JSON × 10
+LARGEST = 100_000           # numbers in an answer; its JSON may have ten times as many characters
 HIDDEN = "minisa", "tests", "train", "sample"       # modules
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn",
             "os.startfile", "os.kill", "os.killpg", "pty.spawn")
@@ -88,24 +88,21 @@ def describe(error, file):
 def call(answer, arguments, file=""):
     """→ what an answer does with its arguments: {"got", "after"}, where `after` is what it left of them, or
     {"error", "kinds"}, where `kinds` names the error's classes."""
-    given = [unpacked(argument) for argument in arguments]
     try:
-        got = answer(*given)
-        return {"got": packed(got), "after": [packed(argument) for argument in given]}
+        got = answer(*arguments)
+        return {"got": packed(got), "after": [packed(argument) for argument in arguments]}
     except (Exception, SystemExit) as error:
         kinds = [kind.__name__ for kind in type(error).__mro__]
         return {"error": describe(error, file), "kinds": kinds}
 
 # ---- values as JSON ----
 
-def unpacked(value):
-    """An argument as it came, with its tensors."""
+def unpacked(content):
+    """For json.loads(): an object → the tensor that it stands for, or the same if it is none."""
+    if "numbers" not in content:
+        return content
     import torch
-    if isinstance(value, dict):
-        return torch.tensor(value["numbers"], dtype=torch.float32).view(value["shape"])
-    if isinstance(value, list):
-        return [unpacked(part) for part in value]
-    return value
+    return torch.tensor(content["numbers"], dtype=torch.float32).view(content["shape"])
 
 def packed(value):
     """Whatever an answer returns, as JSON can hold it: numbers, texts and lists as they are, a tensor or an
@@ -134,6 +131,10 @@ def plain_part(value):
 
 # ---- the program ----
 
+def missing(*arguments):
+    """In place of a function that the file does not define."""
+    raise NotImplementedError
+
 def serve(file, folders, calls, send):
     import torch
     torch.set_num_threads(1)
@@ -147,12 +148,8 @@ def serve(file, folders, calls, send):
         return
     send({"loaded": True})
     for line in calls:
-        asked = json.loads(line)
-        try:
-            answer = getattr(module, asked["call"])
-        except AttributeError:
-            send({"error": f"there is no function {asked['call']}", "kinds": ["NotImplementedError"]})
-            continue
+        asked = json.loads(line, object_hook=unpacked)
+        answer = getattr(module, asked["call"], missing)
         send(call(answer, asked["arguments"], file))
 
 def main():

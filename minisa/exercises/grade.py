@@ -36,7 +36,7 @@ class Pupil:
     """A file of answers, in a process of its own while a `with` lasts."""
 
     def __init__(self, file, quiet=False):
-        self.file, self.quiet = str(Path(file).resolve()), quiet
+        self.file, self.quiet = os.path.abspath(file), quiet
         self.process = None
         self.broken = ""                # why no answer of this file can run
         if not Path(file).is_file():
@@ -51,8 +51,7 @@ class Pupil:
         self.stop()
 
     def start(self):
-        script = Path(child.__file__).resolve()
-        words = [sys.executable, "-P", str(script), self.file, *hidden_folders()]
+        words = [sys.executable, "-P", child.__file__, self.file, *hidden_folders()]
         errors = subprocess.DEVNULL if self.quiet else None
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
@@ -69,7 +68,7 @@ class Pupil:
                     pipe.close()
 
     def receive(self, deadline):
-        """→ the next result. Raises Ended, after which the process is no more."""
+        """→ the next result. Raises Ended, and then the process is gone."""
         alarm = threading.Timer(deadline - time.monotonic(), self.process.kill)
         alarm.start()
         line = self.process.stdout.readline(LONGEST)
@@ -109,22 +108,16 @@ class Pupil:
         deadline = time.monotonic() + SECONDS
 
         def ask(arguments):
-            line = json.dumps({"call": name, "arguments": [as_sent(value) for value in arguments]})
-            try:
+            line = as_sent({"call": name, "arguments": arguments})
+            with contextlib.suppress(OSError):              # the process is gone: receive() says so
                 self.process.stdin.write(line.encode() + b"\n")
                 self.process.stdin.flush()
-            except OSError:
-                pass                                        # it is gone: receive() says so
             return self.receive(deadline)
         return ask
 
-def as_sent(value):
-    """An argument, as child.unpacked() reads it."""
-    if hasattr(value, "tolist"):
-        return {"shape": list(value.shape), "numbers": value.tolist()}
-    if isinstance(value, list):
-        return [as_sent(part) for part in value]
-    return value
+def as_sent(content):
+    """→ JSON, with tensors as child.unpacked() reads them."""
+    return json.dumps(content, default=lambda t: {"shape": list(t.shape), "numbers": t.tolist()})
 
 def interrupt(thread):
     """Raise KeyboardInterrupt in a thread, also where a process ignores Ctrl-C, as in the background."""
@@ -140,12 +133,12 @@ def here(answer):
         alarm = threading.Timer(SECONDS, interrupt, [threading.get_ident()])
         alarm.start()
         try:
-            result = child.call(answer, [as_sent(value) for value in arguments], file)
+            given = json.loads(as_sent(arguments), object_hook=child.unpacked)      # copies, as in the child
+            return child.call(answer, given, file)
         except KeyboardInterrupt:
             raise Ended(f"was interrupted; a case may take {SECONDS} seconds") from None
         finally:
             alarm.cancel()
-        return json.loads(json.dumps(result))
     return ask
 
 # ---- points ----
@@ -154,9 +147,12 @@ def here(answer):
 class Group:
     """Cases of an exercise that earn points together."""
     name: str
-    points: int
-    of: int
-    wrong: str | None = None
+    of: int                         # points, if all of them are right
+    wrong: str | None = None        # the first thing that is
+
+    @property
+    def points(self):
+        return 0 if self.wrong else self.of
 
 @dataclass
 class Result:
@@ -181,12 +177,7 @@ def grade(exercise, ask):
     """Put all cases of an exercise to an answer → a Result. A group has its points if all its cases are
     right; after an answer that hangs or ends Python, the groups to come have none."""
     from minisa.exercises import check, judge
-    groups = {name: Group(name, of, of) for name, of in check.EXERCISES[exercise].items()}
-
-    def fail(group, why):
-        if not group.wrong:
-            group.points, group.wrong = 0, why
-
+    groups = {name: Group(name, of) for name, of in check.EXERCISES[exercise].items()}
     for number, case in enumerate(check.cases(exercise), start=1):
         group = groups[case.group]
         if group.wrong:
@@ -196,10 +187,10 @@ def grade(exercise, ask):
         except (Ended, NotImplementedError) as error:
             rest = list(groups.values())
             for later in rest[rest.index(group):]:
-                fail(later, str(error))
+                later.wrong = str(error)
             break
         if why:
-            fail(group, f"case {number} ({group.name}): {why}")
+            group.wrong = f"case {number} ({group.name}): {why}"
     return Result(exercise.__name__, list(groups.values()))
 
 def grade_file(file, only=None, quiet=False):
@@ -212,7 +203,7 @@ def grade_file(file, only=None, quiet=False):
             try:
                 yield grade(exercise, pupil.exercise(exercise.__name__))
             except Ended as why:
-                nothing = [Group(name, 0, of, str(why)) for name, of in groups.items()]
+                nothing = [Group(name, of, str(why)) for name, of in groups.items()]
                 yield Result(exercise.__name__, nothing)
 
 def exercise_named(name):
@@ -221,7 +212,3 @@ def exercise_named(name):
     if name not in check.NAMES:
         raise ValueError(f"--only={name}: is none of {', '.join(check.NAMES)}")
     return getattr(check, name)
-
-def pasted(exercise, number):
-    from minisa.exercises import judge
-    return judge.pasted(exercise, number)

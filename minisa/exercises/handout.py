@@ -4,7 +4,7 @@
     python -m minisa.exercises handout out/a out/b --out=models.zip
 
 In it: the models, their maps and bills (.png, .csv and .json in out/), the pictures of assets/, the sheet,
-the notebook, and the file for answers. Unpacked into a checkout of minisa, all is in its place.
+the notebook, and the file for answers. Unpacked into a checkout of minisa, everything is in its place.
 """
 
 import io
@@ -12,8 +12,8 @@ import zipfile
 from pathlib import Path
 
 from minisa.kit.checkpoint import load
-from minisa.kit.cli import Parser, command
-from minisa.kit.files import read_file, refuse_unwritable, write_file
+from minisa.kit.cli import Parser, command, output
+from minisa.kit.files import read_file, write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = "README.md", "lesson.ipynb", "answers.py"
@@ -63,12 +63,9 @@ def main():
     parser = Parser(__doc__, usage="python -m minisa.exercises handout [MODEL ...] [--out=FILE]")
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folders of runs or models (default "
                         "out/full and out/weights-1-3)")
-    parser.flag("out", default="handout.zip", help="zip file to write")
+    parser.flag("out", output(".zip"), "handout.zip", "zip file to write")
     args = parser.parse_intermixed_args()
     models = args.models or ["out/full", "out/weights-1-3"]
-    if not args.out.endswith(".zip"):
-        raise ValueError(f"--out={args.out}: must end in .zip")
-    refuse_unwritable(args.out)
     files = {}
     for source in models:
         files |= model_files(source)

@@ -24,7 +24,7 @@ def judge(case, reply):
         return f"{expected}, got {shown(got)}{difference(got, case.expected)}, for {given}"
     if case.after is not None and not cache_is(reply.get("after"), case.after):
         name, _ = next(iter(case.arguments.items()))
-        return f"afterwards, {name} does not hold what it held and this token's v, once, for {given}"
+        return f"afterward, {name} does not hold exactly its earlier entries and this token's v, for {given}"
     return None
 
 def is_right(got, expected):

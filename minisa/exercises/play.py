@@ -13,7 +13,6 @@ decoded; and the bill by cache_bytes() and decode_flops(), beside what minisa co
 """
 
 import sys
-from functools import partial
 from itertools import takewhile, tee
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from minisa.cost import measure
 from minisa.exercises.child import describe, read_answers
 from minisa.kit.checkpoint import changes, load, reconfigure
-from minisa.kit.cli import Parser, amount, at_least, command, count, prompt
+from minisa.kit.cli import Parser, amount, command, count, prompt, whole
 from minisa.kit.results import print_table
 from minisa.model import PREFILL_CHUNK, KVCache, SharedAttention
 
@@ -39,7 +38,7 @@ def read_flags():
     parser.flag("prompt", prompt, "ROMEO:", "text to continue; the end of it, if it is long")
     parser.flag("max_new_tokens", count, 200, "length of the text, in tokens")
     parser.flag("temperature", amount, 0.8, "0 takes the likeliest token, 1 the model's own distribution")
-    parser.flag("seed", at_least(int, 0), 1337, "of the sampling: same seed, same text")
+    parser.flag("seed", whole, 1337, "random seed for sampling: same seed, same text")
     return parser.parse_intermixed_args()
 
 # ---- your functions ----
@@ -51,7 +50,7 @@ class Yours:
         if not Path(file).is_file():
             raise ValueError(f"--answers={file}: no such file; copy minisa/exercises/answers.py")
         self.file = str(Path(file).resolve())
-        self.module = self.run("the file", partial(read_answers, self.file))
+        self.module = self.run("the file", read_answers, self.file)
 
     def run(self, name, function, *arguments):
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minisa.cost import measure
 from minisa.kit.checkpoint import UNKNOWN, load
-from minisa.kit.cli import Parser, command, table
+from minisa.kit.cli import Parser, command, printable, table
 from minisa.kit.data import data_of
 from minisa.kit.results import print_table, write_results
 from minisa.kit.run import read_state
@@ -64,8 +64,6 @@ def refuse(model, info, saved, settings, text):
 
 def examine(entry, folder, text):
     """Fill in an Entry from its folder. Raises an error if there is none, or it breaks a rule."""
-    if not folder.is_dir():
-        raise ValueError("is not a folder; an entry is the folder of a run")
     if not (folder / "train.safetensors").is_file():
         raise ValueError("holds no train.safetensors; an entry is the whole folder of a run of train.py")
     model, tokenizer, info = load(folder)
@@ -99,9 +97,6 @@ def bits_per_byte(model, tokenizer, text):
 def one_line(error):
     line = " ".join(str(error).split())[:160] or type(error).__name__
     return printable(line)
-
-def printable(text):
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 def ranked(folder, text):
     """→ an Entry for each thing in a folder: the best first, the disqualified last."""

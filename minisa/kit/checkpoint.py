@@ -44,7 +44,6 @@ UNKNOWN = dict.fromkeys(INFO)
 OURS = {"share": str, "share_kind": str, "dropout": float, "changes": list, "parent": dict | None}
 DEFAULTS = {"share": "", "share_kind": "weights", "dropout": 0.0, "changes": [], "parent": None}
 PARENT = {"source": str, "sha256": str}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONFIG, TOKENIZER, TENSORS = "config.json", "tokenizer.json", "model.safetensors"
 FILES = CONFIG, TOKENIZER, "tokenizer_config.json", TENSORS
 LONGEST_CHAIN = 64      # models derived from each other

@@ -17,9 +17,9 @@ NO_MEMORY = re.compile("(out of|not enough|allocate) memory")   # in a RuntimeEr
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag raises ValueError, which command() prints in one line."""
 
-    def __init__(self, doc, usage, **more):
+    def __init__(self, doc, usage):
         super().__init__(usage=usage, description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise ValueError(f"{message}; see --help")
@@ -31,9 +31,8 @@ class Parser(argparse.ArgumentParser):
                           metavar=None if choices else kind.__name__.upper(),
                           help=f"{help} (default: {shown})".replace("%", "%%"))
 
-    def switch(self, name, help):
+    def switch(self, name, help, default=False):
         """Add --name, which takes no value."""
-        default = argparse.SUPPRESS if self.argument_default is argparse.SUPPRESS else False
         self.add_argument(f"--{name}", action="store_true", default=default, help=f"{help} (default: off)")
 
 def at_least(kind, lowest, highest=None):
@@ -68,7 +67,7 @@ def read_settings(settings, words=None, doc="", usage="", on_gpu=()):
     comment in its line is the help; it may end in "; default: …", to say the default in words.
     on_gpu: the defaults that differ on a GPU.
     """
-    parser = Parser(doc, usage, argument_default=argparse.SUPPRESS)
+    parser = Parser(doc, usage)
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
     for field in dataclasses.fields(settings):
         name, choices = field.name, get_args(field.type)
@@ -77,11 +76,10 @@ def read_settings(settings, words=None, doc="", usage="", on_gpu=()):
         if name in on_gpu:
             shown += f", on a GPU {on_gpu[name]!r}"
         if field.type is bool:
-            parser.switch(name, help)
-        elif choices:                                       # of a Literal
-            parser.flag(name, str, argparse.SUPPRESS, help, shown, choices)
+            parser.switch(name, help, argparse.SUPPRESS)    # no value where the flag is not given
         else:
-            parser.flag(name, field.type, argparse.SUPPRESS, help, shown)
+            kind = str if choices else field.type           # choices: of a Literal
+            parser.flag(name, kind, argparse.SUPPRESS, help, shown, choices or None)
     return vars(parser.parse_args(words))
 
 def several(kind):
@@ -98,10 +96,18 @@ def device(name):
         x = torch.ones(2, device=name)
         (x + x).sum().item()                            # a card may be too old for this torch
         return x.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0][:80]
         why = f"{name} is not on this machine, or cannot compute ({why}); take another, such as cpu"
         raise argparse.ArgumentTypeError(why) from None
+
+def add_model(parser):
+    parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, or smollm2, "
+                        "which is downloaded once")
+
+def add_models(parser):
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
+                        "or smollm2, which is downloaded once; the first is the one to compare with")
 
 def add_device(parser):
     parser.flag("device", device, "cpu", "cpu, cuda, cuda:1 or mps")
@@ -150,6 +156,10 @@ def open_streams():
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace")       # where a terminal lacks a character
 
+def printable(text):
+    """A text → the same, with line ends and other characters that a terminal would obey spelled out."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
 def explain(error):
     """An error that the user can fix → one line. Raises any other."""
     if isinstance(error, ValueError):
@@ -161,8 +171,7 @@ def explain(error):
         message = f"out of memory: {first}; take a smaller --batch_size, --block_size or model"
     else:
         raise error
-    line = " ".join(message.split("\n"))
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    return printable(message.replace("\n", " "))
 
 def command(main):
     """Run a command's main(). What the user can fix becomes one line on stderr, and status 2; for those who

@@ -17,20 +17,16 @@ import torch
 from torch.nn import functional as F
 
 from minisa.kit import shakespeare
-from minisa.kit.files import data_folder, read_file, reading, write_folder
+from minisa.kit.files import MOST, data_folder, read_file, reading, write_folder
 from minisa.kit.tokenizer import Tokenizer, from_json, learn, to_json
 
 def read_text(file):
-    """A UTF-8 file → str. Raises OSError if it cannot be read, ValueError if it is not UTF-8 or is too
-    short."""
+    """A UTF-8 file → str. Raises OSError if it cannot be read, ValueError if it is not UTF-8."""
     try:
-        text = read_file(file).decode("utf-8")
+        return read_file(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--text={file}: not UTF-8 text (byte {error.start}); "
                          "convert it first, for instance with iconv") from None
-    if len(text) < 20:
-        raise ValueError(f"--text={file}: {len(text)} characters are too few; give at least 20")
-    return text
 
 def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None):
     """Make the token files of a UTF-8 text file, or of the plays, unless they already exist → their Data.
@@ -38,19 +34,18 @@ def tokenize(file=None, kind="bpe", vocab_size=1024, tokenizer=None, folder=None
     kind: "bpe" learns vocab_size tokens on the training part, "gpt2" is tiktoken's; or give a
     Tokenizer. Raises ValueError if the text cannot be used.
     """
-    home = data_folder()
     if file:
         text = read_text(file)
         cut = int(0.9 * len(text))
         train, val = text[:cut], text[cut:]
     else:
-        file, held_out = shakespeare.prepare(home)
+        file, held_out = shakespeare.prepare(data_folder())
         train, val = read_text(file), read_text(held_out)
     raw = (train + val).encode()
     name = f"bpe{vocab_size}" if kind == "bpe" else kind
     if tokenizer:
         name = f"tokens{tokenizer.identity[:8]}"
-    target = Path(folder or home) / f"{Path(file).stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
+    target = Path(folder or data_folder()) / f"{Path(file).stem}-{name}-{hashlib.sha256(raw).hexdigest()[:8]}"
     if target.exists():
         return Data(target)
     print(f"tokenizing {file} ({len(raw):,} bytes), into {name}", flush=True)
@@ -67,9 +62,8 @@ def write_tokens(target, tokenizer, train, val):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     ids = {"train": tokenizer.encode(train), "val": tokenizer.encode(val)}
     if min(map(len, ids.values())) < 2:
-        raise ValueError("--text: the text is too short to train on and to validate with; give more")
-    arrays = {part: np.array(ids[part], dtype) for part in ids}
-    files = {f"{part}.npy": npy(array) for part, array in arrays.items()}
+        raise ValueError("--text: the text is too short to train and validate on; give more")
+    files = {f"{part}.npy": npy(np.array(ids[part], dtype)) for part in ids}
     val_bytes = len(tokenizer.decode_bytes(ids["val"][1:]))         # of all tokens that are predicted
     meta = {"tokenizer": to_json(tokenizer), "val_bytes": val_bytes}
     meta["digest"] = digest(meta, files)
@@ -122,7 +116,8 @@ class Data:
         fix = "delete that folder, and its files are made again"
         with reading(folder, "not a folder of token files", fix):
             names = "train.npy", "val.npy", "meta.json"
-            files = {name: read_file(self.folder / name) for name in names}
+            most = 4 * MOST                             # a text of MOST bytes: as many tokens, of 4 bytes
+            files = {name: read_file(self.folder / name, most) for name in names}
             meta = json.loads(files["meta.json"])
             self.val_bytes, self.digest = meta["val_bytes"], meta["digest"]
             if self.digest != digest(meta, files):

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import get_args
 
 from filelock import FileLock, Timeout  # comes with torch
 
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)      # do not wait for a writer when opening a pipe
-RANDOM = "[0-9a-f]" * 8     # how the name of what is half written ends
+RANDOM = "[0-9a-f]" * 8     # how the names of half-written files and folders end
 MOST = 2**28            # bytes of a file that is read as a whole, 256 MB, unless said otherwise
 
 # ---- reading ----
@@ -35,10 +35,9 @@ def open_file(path):
 def read_file(path, most=MOST):
     """→ the bytes of a file. Raises OSError as open_file() does, or if there are more than `most`."""
     with open_file(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(0, f"is larger than the {most / 2**20:,.0f} MB that are read", str(path))
-    return data
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(0, f"is larger than the {most / 2**20:,.0f} MB allowed", str(path))
+        return file.read()
 
 @contextmanager
 def reading(path, what, fix, passes=()):
@@ -48,7 +47,7 @@ def reading(path, what, fix, passes=()):
         yield
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}; {fix}") from None
-    except (KeyboardInterrupt, MemoryError, NameError, ImportError, *passes):
+    except (MemoryError, NameError, ImportError, *passes):
         raise
     except Exception as error:                              # what is damaged can make anything fail
         reason = " ".join(str(error).split())[:200]
@@ -134,14 +133,14 @@ def write_folder(folder, files):
             shutil.rmtree(temporary, ignore_errors=True)
 
 def set_aside(path):
-    """Rename a file to the first of FILE.1.old, FILE.2.old, … that is free → its new path."""
-    names = (path.with_name(f"{path.name}.{n}.old") for n in count(1))
+    """Rename a file or folder to the first of NAME.old, NAME.old2, … that is free → its new path."""
+    names = (path.with_name(f"{path.name}.old{n}") for n in chain([""], count(2)))
     old = next(name for name in names if not os.path.lexists(name))
     return path.rename(old)
 
 def clean(folder, names):
-    """Delete what was left half written by a program that was killed: of files of these names in a folder,
-    and of folders in its subfolders. Only for a folder that is locked."""
+    """Delete what a program that was killed left half written: files of these names in a folder, and folders
+    in its subfolders. Only for a folder that is locked."""
     for name in names:
         for path in folder.glob(f"{name}.{RANDOM}"):
             if path.is_file():
@@ -162,7 +161,7 @@ def refuse_unwritable(path):
 @contextmanager
 def lock(folder):
     """Keep other programs from writing to a folder until the context ends. The lock is a file beside the
-    folder, which may be made, renamed or replaced meanwhile. Where no folder came of it, nothing is left.
+    folder, which may be made, renamed or replaced meanwhile. If no folder is made, nothing is left behind.
     Raises ValueError if another program holds the lock."""
     folder = Path(os.path.abspath(folder))
     refuse_unwritable(folder)
@@ -190,10 +189,10 @@ def lock(folder):
                 for parent in new_parents:
                     parent.rmdir()
 
-def refuse_taken(folder, flag):
-    """Raises ValueError unless a folder that a flag names is new, or empty."""
+def refuse_taken(folder):
+    """Raises ValueError unless the folder that --out names is new, or empty."""
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise ValueError(f"--{flag}={folder}: is there already; delete it, or name another")
+        raise ValueError(f"--out={folder}: is there already; delete it, or name another")
 
 # ---- downloads ----
 
@@ -218,7 +217,7 @@ def find_pip():
         import ensurepip
         for bundled in Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl"):
             return [sys.executable, str(bundled / "pip")]   # Python runs a package in a zip file
-    raise ValueError("pip is missing, which downloads; install it, for instance with: uv pip install pip")
+    raise ValueError("pip is missing, which downloads need; install it, for instance: uv pip install pip")
 
 @contextmanager
 def wheel(package, expected, what, instead):

@@ -47,13 +47,13 @@ def read_config(fields):
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     activation, model_type = fields.get("hidden_act", "silu"), fields.get("model_type")
     biased = fields.get("attention_bias") or fields.get("mlp_bias")
-    quantised = fields.get("quantization_config")
+    quantized = fields.get("quantization_config")
     for wrong, what in (
         (model_type not in ("llama", "minisa"), f"its model_type is {model_type}; supported is llama"),
         (kind != "default", f"its RoPE is scaled ({kind}); supported is RoPE without scaling"),
         (biased, "its matrices have biases; supported is none"),
         (activation != "silu", f"its activation is {activation}; supported is silu"),
-        (quantised, "it is quantized; supported is float32, float16, bfloat16"),
+        (quantized, "it is quantized; supported is float32, float16, bfloat16"),
     ):
         if wrong:
             raise ValueError(what)
@@ -92,10 +92,9 @@ def names(model):
         if part == "attn.qkv":
             made = zip("qkv", attn.widths, (attn.H, attn.G, 0))
             found[name] = [(f"{at}self_attn.{x}_proj.weight", n, heads) for x, n, heads in made if n]
-        elif part in PARTS:
-            found[name] = [(f"{at}{PARTS[part]}.{weight}", None, 0)]
-        else:                                               # what an axis added
-            found[name] = [(f"{at}self_attn.{weight}", None, 0)]
+        else:
+            theirs = PARTS.get(part, "self_attn")           # what an axis added has no name there
+            found[name] = [(f"{at}{theirs}.{weight}", None, 0)]
     return found
 
 def write_tensors(model, own=None):
@@ -129,8 +128,8 @@ def take(tensors, name, shape, dtype):
         raise ValueError(f"its tensor {name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
     supported = FLOATS if dtype.is_floating_point else [dtype]
     if t.dtype not in supported:
-        raise ValueError(f"its tensor {name} is of the type {t.dtype}; supported is float32, float16, "
-                         "bfloat16")
+        raise ValueError(f"its tensor {name} is of the type {t.dtype}; supported is "
+                         f"{' or '.join(map(str, supported))}")
     if not t.double().sum().isfinite():
         raise ValueError(f"its tensor {name} has numbers that are not finite")
     return t.to(dtype)

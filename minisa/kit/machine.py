@@ -26,7 +26,7 @@ def choose_device():
     return torch.device("cpu"), "; ".join(wrong)
 
 def choose_dtype(device, init_from=""):
-    """→ the number format that trains faster; on a CPU, float32 for a model to start from."""
+    """→ the number format that trains faster; on a CPU, float32 if training starts from another model."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float32"
@@ -73,7 +73,7 @@ def compiled(model, idx, targets, autocast):
         why = " ".join(str(error).split())[:80]
         raise ValueError("--compile: torch.compile needs a C++ compiler, such as g++, and Python's "
                          f"headers; install them, or drop the flag ({why})") from None
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     return forward, time.perf_counter() - begun
 
 # ---- what fits into its memory ----
@@ -98,8 +98,8 @@ def refuse_too_large(config, sequences, device, dtype):
     P = anchors * sequences * config.n_head * T**2
     needs = {           # bytes: a parameter's number, gradient and two means; a number and its gradient
         "training a model of this shape": 16 * params,
-        f"--batch_size: {sequences} sequences at once": 8 * sequences * T * V,
-        f"--block_size={T}: attention weights of this size": 8 * P,
+        f"--batch_size: reading {sequences} sequences at once": 8 * sequences * T * V,
+        f"--block_size={T}: forming attention weights of this size": 8 * P,
     }
     most = max(needs, key=needs.get)
     refuse_too_much(needs[most], most)

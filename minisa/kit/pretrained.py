@@ -79,7 +79,7 @@ def read_gguf(path):
         refuse_other_kinds(head, names)
         fields = read_fields(head, names)
         with ThreadPoolExecutor() as pool:
-            numbers = pool.map(lambda stored: dequantise(gguf, stored), reader.tensors)
+            numbers = pool.map(lambda stored: dequantize(gguf, stored), reader.tensors)
             tensors = {llama_name(name): t for name, t in zip(names, numbers)}
         for name, t in tensors.items():                 # in .gguf files RoPE rotates pairs of neighbors
             for kind, heads in HEADS.items():
@@ -147,16 +147,14 @@ def read_tokenizer(head):
         raise ValueError(f"its tokenizer is of the kind {kind}, {words}; supported is gpt2 "
                          f"(byte-level BPE) with {', '.join(PATTERNS)}")
     names, types = head["tokenizer.ggml.tokens"], head["tokenizer.ggml.token_type"]
-    if len(names) != len(types):
-        raise ValueError("its tokens are not as many as their types")
     added = [{"id": i, "content": name, "special": True}
-             for i, (name, kind) in enumerate(zip(names, types)) if kind != 1]
+             for i, (name, kind) in enumerate(zip(names, types, strict=True)) if kind != 1]
     vocab = {name: i for i, name in enumerate(names)}
     merges = [merge.split(" ", 1) for merge in head["tokenizer.ggml.merges"]]
     model = {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}
     return {"model": model, "added_tokens": added, "pre_tokenizer": {"pretokenizers": cutters(words)}}
 
-def dequantise(gguf, stored):
+def dequantize(gguf, stored):
     """A tensor of a .gguf file → its numbers, in float32."""
     rows = stored.data.shape[0]
     while rows % 2 == 0 and rows > 64:              # gguf goes 16 rows at a time: fewer are faster

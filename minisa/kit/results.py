@@ -53,6 +53,6 @@ def print_table(rows, words=1):
     left, the rest, numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [text.rjust(width) for text, width in zip(row, widths)]
-        cells[:words] = [text.ljust(width) for text, width in zip(row, widths[:words])]
+        cells = [text.ljust(width) if i < words else text.rjust(width)
+                 for i, (text, width) in enumerate(zip(row, widths))]
         print("  ".join(cells).rstrip())

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from minisa.kit import checkpoint, llama
 from minisa.kit.cli import silence
 from minisa.kit.data import Data
-from minisa.kit.files import clean, lock, reading, write_file
+from minisa.kit.files import clean, lock, reading, set_aside, write_file
 
 STATE, LOG = "train.safetensors", "log.jsonl"
 
@@ -145,7 +145,6 @@ def open_run(folder, processes, resume, overwrite):
     """Keep other programs from writing to a run's folder until the context ends; process 0 holds the lock
     for all. → what is Saved there, to resume it, else None. Raises ValueError if there is no run to
     resume, or something that a new one may not set aside."""
-    folder = Path(folder)
     with ExitStack() as held:
         with processes.first():
             if processes.rank == 0:
@@ -156,17 +155,6 @@ def open_run(folder, processes, resume, overwrite):
                                  "--overwrite sets it aside, --out_dir=FOLDER leaves it alone")
             saved = read_state(folder) if resume else None
         yield saved
-
-def set_aside(folder):
-    """Rename what is in the way of a new run, if anything is."""
-    if not folder.is_dir() or not os.listdir(folder):
-        return
-    old, n = folder.with_name(f"{folder.name}.old"), 1
-    while os.path.lexists(old):
-        n += 1
-        old = folder.with_name(f"{folder.name}.old{n}")
-    os.rename(folder, old)
-    print(f"{folder} is now {old}", flush=True)
 
 class Signals:
     """From when it is made, Ctrl-C and kill are noted, and the program goes on."""
@@ -202,8 +190,8 @@ class Run:
                                "last bit")
         self.progress.machine = now
         if self.processes.rank == 0:
-            if new:
-                set_aside(self.folder)
+            if new and self.folder.is_dir() and os.listdir(self.folder):
+                print(f"{self.folder} is now {set_aside(self.folder)}", flush=True)
             clean(self.folder, [*checkpoint.FILES, STATE, LOG])
         self.signals = Signals()
 
@@ -254,16 +242,18 @@ class Run:
     def stop(self):
         """If any process was sent a signal, save and say so. → the exit status in that case, else 0."""
         sent = int(self.processes.maximum(self.signals.sent or 0))
-        if sent:
-            self.save_state()
-            self.processes.say(f"stopped at step {self.progress.step} and saved; continue with: "
-                               f"python train.py --resume --out_dir={shlex.quote(self.folder.as_posix())}")
-        return 128 + sent if sent else 0
+        if not sent:
+            return 0
+        self.save_state()
+        self.processes.say(f"stopped at step {self.progress.step} and saved; continue with: "
+                           f"python train.py --resume --out_dir={shlex.quote(self.folder.as_posix())}")
+        return 128 + sent
 
     def refuse_nan(self, loss):
         if not math.isfinite(loss):
-            kept = f"{self.folder} keeps its last good checkpoint" if (self.folder / STATE).exists() else (
-                "nothing was saved yet")
+            kept = "nothing was saved yet"
+            if (self.folder / STATE).exists():
+                kept = f"{self.folder} keeps its last good checkpoint"
             raise ValueError(f"the loss is {loss} at step {self.progress.step}; {kept}. Try a lower "
                              "--learning_rate, or --grad_clip=1")
 

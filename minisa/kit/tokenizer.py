@@ -23,8 +23,8 @@ HIDDEN = sorted({*range(256)} - {*VISIBLE})
 LETTER = {b: chr(b) for b in VISIBLE}
 LETTER |= {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 BYTE = {letter: b for b, letter in LETTER.items()}
-LONGEST, LETTERS = 32, 2**19    # what learn() reads: letters of a word, and of all different words
-BLANKS = 10_000                 # as many blanks in a row are cut, as tiktoken fails at a million
+LONGEST, LETTERS = 32, 2**19    # what learn() reads at most: letters of a word, and of all distinct words
+BLANKS = 10_000                 # a longer run of blanks is cut, as tiktoken fails at a million
 # A word with the space before it; digits; punctuation with the line ends after it; white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+"
 # How pretrained models cut text. SmolLM cuts out every digit, then what lies between like GPT-2.
@@ -104,10 +104,10 @@ class Tokenizer:
     """
 
     def __init__(self, tokens, special=(), words="minisa"):
+        special = set(special)
         self.tokens, self.special, self.words = tokens, sorted(special), words
         self.vocab_size = len(tokens)
-        plain = {i: token for i, token in enumerate(tokens) if i not in set(special)}
-        ranks = {token: i for i, token in plain.items()}
+        ranks = {token: i for i, token in enumerate(tokens) if i not in special}
         for byte in BYTES:
             ranks.setdefault(byte, len(tokens) + byte[0])   # past the vocabulary: encode() drops it
         self.encoding = tiktoken.Encoding(
@@ -133,9 +133,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def encode(self, text):
-        """str or bytes → list of token ids. Bytes need not be UTF-8."""
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "surrogateescape")
+        """str → list of token ids. It may hold bytes that are not UTF-8, as surrogateescape decodes them."""
         ids = []
         for part in re.split(f"([\udc80-\udcff]|\\s{{{BLANKS}}})", text):
             if "\udc80" <= part <= "\udcff":            # a byte that is not UTF-8
@@ -178,11 +176,8 @@ def to_json(tokenizer):
     special = set(tokenizer.special)
     names = [token.decode() if i in special else visible(token)
              for i, token in enumerate(tokenizer.tokens)]
-    plain = {token for i, token in enumerate(tokenizer.tokens) if i not in special}
-    merges = []
-    for i, token in enumerate(tokenizer.tokens):
-        if i not in special:
-            merges += merges_of(token, plain)
+    plain = dict.fromkeys(token for i, token in enumerate(tokenizer.tokens) if i not in special)
+    merges = [pair for token in plain for pair in merges_of(token, plain)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,

@@ -28,22 +28,10 @@ import torch
 from minisa.cost import predict
 from minisa.decode import handles
 from minisa.kit.checkpoint import add_share_kind, kind, load, reconfigure
-from minisa.kit.cli import (
-    Parser,
-    add_device,
-    add_dtype,
-    command,
-    count,
-    one_of,
-    picture,
-    several,
-    table,
-)
+from minisa.kit.cli import Parser, add_device, add_dtype, add_models, command, count, one_of, several, table
 from minisa.kit.machine import choose_dtype, keep_memory, number_format
-from minisa.kit.picture import pyplot
 from minisa.kit.results import print_table, write_results
 from minisa.kit.timing import LARGE, in_cache, reader, timed
-from minisa.lab import plot
 from minisa.model import GPT, GPTConfig, KVCache
 
 SHAPES = {                  # the config; batch size and tokens of a training step (None: not trained)
@@ -60,7 +48,7 @@ SWEPT = {                                                   # (context, batch si
 SWEPT_FILES = SWEPT | {"context": [(128, 1), (512, 1), (2048, 1), (8192, 1)]}
 DECODED = 32            # tokens after a prompt that are timed
 LONG_ENOUGH = 0.25      # seconds of decoding in a round: at first, caches are cold and threads asleep
-PAUSE = 0.1             # seconds, in which waiting threads of torch and numpy go to sleep
+PAUSE = 0.1             # seconds in which the waiting threads of torch and numpy go to sleep
 
 # ---- results: a row says what was measured, and how fast it was ----
 
@@ -156,7 +144,7 @@ def train_work(name, model, training, dtype, where, library="minisa", optimizer=
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return row, partial(timed, step, where)
 
 def prompt(model, T, batch_size=1):
@@ -246,7 +234,7 @@ def shape_works(shape, args):
     reading, decoding = [], []
     for model in random_modes(where, args.share_kind, **fields):
         if training:
-            dtype = args.dtype or choose_dtype(where, None)
+            dtype = args.dtype or choose_dtype(where)
             trained = GPT(model.config).to(where)
             reading.append(train_work(shape, trained, training, dtype, where))
         row = row_of(shape, model, "prefill", T)
@@ -293,8 +281,7 @@ def open_models(source, sharing, torch_too, where):
     return [(source, model) for model in models]
 
 def model_flags(parser):
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="runs' or models' folders, .gguf files, "
-                        "or smollm2, which is downloaded once")
+    add_models(parser)
     parser.flag("share", help="spans that share, zero-shot, beside the first model", shown="none")
     add_share_kind(parser)
     torch_flag(parser)
@@ -341,19 +328,15 @@ def sweep_flags(parser):
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a run's or model's folder, a .gguf file, "
                         "or smollm2 (default: random weights, 6 layers, 256 wide, with and without GQA)")
     parser.flag("over", choices=["context", "batch_size", "shapes"], default="context", help="what grows; "
-                "shapes: decoding of those of `bench modes`, without MODEL")
+                "shapes: a decode step of each shape of `bench modes`, without MODEL")
     parser.flag("share", help="spans that share beside it in each kind, zero-shot",
                 shown="none with MODEL, else 1-5")
     kinds_flag(parser)
-    parser.flag("plot", picture, help="file to draw it in, as .png, .svg or .pdf; needs matplotlib",
-                shown="none")
 
 def sweep(args):
     """Time a decode step as the context or the batch grows: full attention and sharing."""
-    if args.over == "shapes" and (args.model or args.share or args.plot):
-        raise ValueError("--over=shapes: goes without MODEL, --share and --plot; drop them")
-    if args.plot:
-        pyplot("--plot")                                    # refused before the work if it is missing
+    if args.over == "shapes" and (args.model or args.share):
+        raise ValueError("--over=shapes: goes without MODEL and --share; drop them")
     for context, batch_size, models in points(args):
         title = f"context {context:,}, batch size {batch_size}"
         works = [decode_work(*named, context, batch_size, args.device) for named in models]
@@ -371,18 +354,16 @@ def run(doc, name, commands):
     add_flags, works_of = commands[word]
     parser = Parser(getdoc(works_of), f"{usage} {word} [--FLAG=VALUE ...]")
     add_flags(parser)
-    parser.flag("csv", table, help="file to write the results to as CSV", shown="none")
+    parser.flag("csv", table, help="file to write the results to as CSV; minisa.lab.plot draws a sweep",
+                shown="none")
     parser.flag("rounds", count, 7, "measurements of each figure")
     add_device(parser)
-    parser.set_defaults(plot=None)
     args, rows = parser.parse_intermixed_args(sys.argv[2:]), []
     keep_memory()
     for title, works in works_of(args):
         rows += measure(title, works, args.rounds, args.device)
     if args.csv:
         write_results(args.csv, rows)
-    if args.plot:
-        plot.token_times(rows, args.over, args.plot)
 
 def main():
     run(__doc__, "bench", {

@@ -3,7 +3,7 @@
     python -m minisa.lab.benchmarks smollm2 out/eight --questions=300       side by side
     python -m minisa.lab.benchmarks smollm2 out/eight --tasks=lambada       all of its 5,153 questions
 
-Right answers to seven standard benchmarks, zero-shot. Of the continuations of a context, the model gives the
+Right answers to seven standard benchmarks, zero-shot. Of the continuations of a context, the model picks the
 one with the highest log probability, divided by its characters where the benchmark says so; LAMBADA's answer
 is right if the model would write just that word. "Nats" is the mean of -log p of the right continuation.
 
@@ -15,19 +15,30 @@ intervals hold together: 95 % for all that are printed (Bonferroni). Answers are
 stopped run continues.
 """
 
-import hashlib
 import json
 import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from minisa.kit.checkpoint import described, load
-from minisa.kit.cli import Parser, add_device, add_dtype, command, count, one_of, several, table, whole
+from minisa.kit.cli import (
+    Parser,
+    add_device,
+    add_dtype,
+    add_models,
+    command,
+    count,
+    one_of,
+    several,
+    table,
+    whole,
+)
 from minisa.kit.data import tokenize
 from minisa.kit.files import lock, read_file, reading, write_file
 from minisa.kit.machine import choose_dtype, keep_memory
@@ -36,7 +47,7 @@ from minisa.lab.questions import TASKS, prepare, questions
 from minisa.model import KVCache
 
 TEXTS = {"plays": None, "passages": "passages.txt"}      # their held-out parts
-KEPT_EVERY = 50             # answers
+KEPT_EVERY = 50             # answers, or windows
 LEVEL = 0.95                # of all intervals together
 
 # ---- one question ----
@@ -100,62 +111,47 @@ def answer(model, encode, task, question):
         return found[right][1], nats
     scores = [total for total, _ in found]
     if task.per_character:
-        scores = [total / (len(text) - 1) for total, (_, text) in zip(scores, texts)]   # but its space
-    return max(range(len(scores)), key=scores.__getitem__) == right, nats
+        scores = [total / (len(text) - 1) for total, (_, text) in zip(scores, texts)]   # without its space
+    return scores.index(max(scores)) == right, nats
 
-# ---- all questions of a task, kept on disk ----
+# ---- all questions of a task, or all windows of a text, kept on disk ----
 
 def kept_pairs(file):
-    """What an earlier run kept, pairs of numbers: for each question, 1.0 if right, else 0.0, and the nats of
-    the right continuation; for each window of text, the loss and the divergence."""
+    """→ the pairs of numbers that an earlier run kept: for each question, whether the answer is right (1.0 or
+    0.0), and the nats of the right continuation; for each window of text, the loss and the divergence."""
     if not file.exists():
         return []
     with reading(file, "not answers that this command wrote", "delete it"):
         return [(float(a), float(b)) for a, b in json.loads(read_file(file))]
 
-def keep(file, pairs):
-    write_file(file, json.dumps(pairs).encode())
-
 class Progress:
-    """Says on stderr, at most once in five seconds, how far a long piece of work is."""
+    """Reports on stderr, at most every five seconds, how far a long piece of work has come. before: how much
+    of it an earlier run did."""
 
-    def __init__(self, what, total):
-        self.what, self.total = what, total
+    def __init__(self, what, total, before=0):
+        self.what, self.total, self.before = what, total, before
         self.begun = self.said = time.perf_counter()
-        self.done_before = None
 
-    def say(self, done, more=""):
+    def say(self, done):
         now = time.perf_counter()
-        if self.done_before is None:
-            self.done_before = done - 1                         # a continued run did not do these
         if now - self.said < 5:
             return
         self.said = now
-        each = (now - self.begun) / (done - self.done_before)
+        each = (now - self.begun) / (done - self.before)
         minutes = each * (self.total - done) / 60
-        print(f"{self.what}: {done} of {self.total}{more}, {minutes:.1f} minutes left", file=sys.stderr,
-              flush=True)
+        print(f"{self.what}: {done} of {self.total}, {minutes:.1f} minutes left", file=sys.stderr, flush=True)
 
-def examine(model, encode, name, asked, file, label):
-    """Ask a model the questions of a task; continue what the file keeps. → as kept_pairs()"""
-    answers = kept_pairs(file)
-    progress = Progress(f"{label}, {name}", len(asked))
-    for question in asked[len(answers):]:
-        right, nats = answer(model, encode, TASKS[name], question)
-        answers.append((float(right), nats))
-        if len(answers) % KEPT_EVERY == 0 or len(answers) == len(asked):
-            keep(file, answers)
-        score = statistics.fmean(right for right, _ in answers)
-        progress.say(len(answers), f", {score:.1%} right")
-    return answers
-
-def fingerprint(model):
-    """A hash of all numbers of a model, and of how it computes."""
-    known = hashlib.sha256(repr([type(block.attn).__name__ for block in model.blocks]).encode())
-    for name, tensor in model.state_dict().items():
-        known.update(name.encode())
-        known.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
-    return known.hexdigest()[:16]
+def measure_all(measure_one, items, file, label):
+    """→ the pair of numbers that measure_one() returns for each item; those that the file keeps are not
+    measured again."""
+    pairs = kept_pairs(file)
+    progress = Progress(label, len(items), len(pairs))
+    for item in items[len(pairs):]:
+        pairs.append(measure_one(item))
+        if len(pairs) % KEPT_EVERY == 0 or len(pairs) == len(items):
+            write_file(file, json.dumps(pairs).encode())
+        progress.say(len(pairs))
+    return pairs
 
 # ---- differences ----
 
@@ -163,40 +159,37 @@ def half_width(error, comparisons):
     """Of the interval around a difference with this standard error, so that all of them hold at LEVEL."""
     return statistics.NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / comparisons) * error
 
+def lost_and_won(before, after):
+    """Right answers (0 or 1) to the same questions → how many were lost, and how many won."""
+    pairs = list(zip(before, after))
+    return pairs.count((1, 0)), pairs.count((0, 1))
+
 def paired_proportions(before, after):
     """Right answers (0 or 1) to the same questions → the difference of their fractions and its standard
     error, by Agresti and Min (2005): half a question is added to each cell of the table."""
-    lost = sum(a > b for a, b in zip(before, after)) + 0.5
-    won = sum(a < b for a, b in zip(before, after)) + 0.5
+    lost, won = (cell + 0.5 for cell in lost_and_won(before, after))
     n = len(before) + 2
     error = math.sqrt(lost + won - (won - lost)**2 / n) / n
     return statistics.fmean(after) - statistics.fmean(before), error
 
+def mean_and_error(values):
+    """→ the mean of some numbers, and its standard error."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.inf
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
 def paired_means(before, after):
     """→ the mean difference of two lists of numbers, and its standard error."""
-    differences = [b - a for a, b in zip(before, after)]
-    if len(differences) < 2:
-        return statistics.fmean(differences), math.inf
-    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean_and_error([b - a for a, b in zip(before, after)])
 
-def mcnemar(before, after):
-    """Exact two-sided McNemar test: the probability of so unequal numbers of lost and won answers, if
-    both were equally likely."""
-    lost = sum(a > b for a, b in zip(before, after))
-    won = sum(a < b for a, b in zip(before, after))
+def mcnemar(lost, won):
+    """Exact two-sided McNemar test: the probability of a split at least as uneven, if each of the changed
+    answers is as likely to be lost as won."""
     n = lost + won
     tail = sum(math.comb(n, i) for i in range(min(lost, won) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 # ---- all measures of all models ----
-
-def windows_of(tokenizer, n, T):
-    """→ {text: n windows (n, T + 1) of its held-out part}."""
-    windows = {}
-    for name, file in TEXTS.items():
-        data = tokenize(file and prepare() / file, tokenizer=tokenizer)
-        windows[name] = data.windows("val", n, T)
-    return windows
 
 @torch.inference_mode()
 def loss_and_divergence(model, original, windows):
@@ -209,22 +202,6 @@ def loss_and_divergence(model, original, windows):
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     return loss.item(), divergence.item()
 
-def on_texts(model, first, windows, file, label):
-    """→ {(text, measure): a number for each window}: losses of a model, and its divergence from the first.
-    Those that the file keeps are not measured again."""
-    device, pairs = model.embed.weight.device, kept_pairs(file)
-    rows = torch.cat([*windows.values()])                       # (texts · n, T + 1)
-    progress = Progress(f"{label}, windows of text", len(rows))
-    for row in rows[len(pairs):]:
-        pairs.append(loss_and_divergence(model, first, row[None].to(device)))
-        progress.say(len(pairs))
-    keep(file, pairs)
-    measured, (losses, divergences) = {}, zip(*pairs)
-    for i, (text, of_text) in enumerate(windows.items()):
-        here = slice(i * len(of_text), (i + 1) * len(of_text))
-        measured[text, "loss"], measured[text, "divergence"] = losses[here], divergences[here]
-    return measured
-
 def measure(args, source, first=None):
     """→ the model with its tokenizer, and {(task or text, measure): a number for each question or window}.
     first: the model with its tokenizer that it diverges from; None: it is that. Raises ValueError if their
@@ -234,19 +211,24 @@ def measure(args, source, first=None):
     if args.windows and tokenizer.identity != its_tokenizer.identity:
         raise ValueError(f"{source}: its tokens are not those of {args.models[0]}, so there is no divergence "
                          "from it; take --windows=0")
-    folder, ending = Path(args.out_dir), f"{args.dtype}-{fingerprint(model)}"
+    (_, sha256), (_, its_sha256) = model.origin, original.origin
+    folder, ending = Path(args.out_dir), f"{args.dtype}-{sha256[:16]}"
     measured = {}
     for name in args.tasks:
         asked = questions(name, args.questions)
         kept = folder / f"{name}-{len(asked)}-{ending}.json"
-        answers = examine(model, tokenizer.encode, name, asked, kept, source)
-        right, nats = zip(*answers)
-        measured[name, "right"], measured[name, "nats"] = right, nats
-    if args.windows:
+        ask = partial(answer, model, tokenizer.encode, TASKS[name])
+        answers = measure_all(ask, asked, kept, f"{source}, {name}")
+        measured[name, "right"], measured[name, "nats"] = zip(*answers)
+    texts = TEXTS if args.windows else {}
+    for name, file in texts.items():
+        data = tokenize(file and prepare() / file, tokenizer=tokenizer)
         T = min(512, model.config.block_size)
-        windows = windows_of(tokenizer, args.windows, T)
-        kept = folder / f"texts-{args.windows}-{ending}-{fingerprint(original)}.json"
-        measured |= on_texts(model, original, windows, kept, source)
+        windows = data.windows("val", args.windows, T).to(args.device)
+        kept = folder / f"{name}-{args.windows}-{ending}-{its_sha256[:16]}.json"
+        measure_window = partial(loss_and_divergence, model, original)
+        pairs = measure_all(measure_window, windows.split(1), kept, f"{source}, windows of {name}")
+        measured[name, "loss"], measured[name, "divergence"] = zip(*pairs)
     return (model, tokenizer), measured
 
 def compare(known, measured, first, comparisons):
@@ -260,19 +242,14 @@ def compare(known, measured, first, comparisons):
             "questions": len(values),
             "value": statistics.fmean(values),
         }
-        if first is not None and name == "right":
+        if first is not None:
             before = first[task, name]
-            difference, error = paired_proportions(before, values)
-            row |= {
-                "difference": difference,
-                "half_width": half_width(error, comparisons),
-                "lost": sum(a > b for a, b in zip(before, values)),
-                "won": sum(a < b for a, b in zip(before, values)),
-                "p": mcnemar(before, values),
-            }
-        elif first is not None:
-            difference, error = paired_means(first[task, name], values)
+            paired = paired_proportions if name == "right" else paired_means
+            difference, error = paired(before, values)
             row |= {"difference": difference, "half_width": half_width(error, comparisons)}
+        if first is not None and name == "right":
+            lost, won = lost_and_won(before, values)
+            row |= {"lost": lost, "won": won, "p": mcnemar(lost, won)}
         yield row
 
 def over_all(known, measured, first, comparisons):
@@ -310,7 +287,7 @@ def as_text(row):
 
 def rows_of(args):
     """→ the rows of all models, printed as they come."""
-    measures = 2 * len(args.tasks) + 1                          # right answers, nats; the mean of all
+    measures = 2 * len(args.tasks) + bool(args.tasks)           # right answers, nats; the mean of all
     if args.windows:
         measures += 2 * len(TEXTS)                              # loss, divergence
     comparisons = measures * max(1, len(args.models) - 1)
@@ -333,15 +310,14 @@ def rows_of(args):
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.benchmarks MODEL [MODEL ...] [--FLAG=VALUE ...]")
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
-                        "or smollm2, which is downloaded once; the first is the one to compare with")
+    add_models(parser)
     parser.flag("tasks", several(one_of(*TASKS, "none")), ",".join(TASKS), "benchmarks, with commas between "
                 "them; or none")
-    parser.flag("questions", count, None, "how many of each, evenly spaced", "all")
-    parser.flag("windows", whole, 48, "of 512 tokens of each text, for loss and divergence; 0 for none")
+    parser.flag("questions", count, None, "how many questions of each benchmark, evenly spaced", "all")
+    parser.flag("windows", whole, 48, "windows of 512 tokens of each text, for loss and divergence; 0: none")
     parser.flag("out_dir", str, "out/benchmarks", "folder to keep the answers in")
     parser.flag("csv", table, None, "file to write the results to, as .csv", "none")
-    add_dtype(parser, "of the weights", None, "the faster one here")
+    add_dtype(parser, "number format of the weights", None, "the faster one here")
     add_device(parser)
     args = parser.parse_intermixed_args()
     keep_memory()

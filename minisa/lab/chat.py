@@ -27,7 +27,7 @@ import torch
 from minisa.axes.store import Damaged, Store
 from minisa.cost import predict
 from minisa.kit.checkpoint import add_share_kind, load
-from minisa.kit.cli import Parser, add_device, add_dtype, amount, at_least, command, count
+from minisa.kit.cli import Parser, add_device, add_dtype, add_model, amount, command, count, whole
 from minisa.kit.files import lock, read_file, set_aside, write_file
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -199,8 +199,7 @@ class Chat:
 
 def read_flags():
     parser = Parser(__doc__, usage="python -m minisa.lab.chat MODEL [--FLAG=VALUE ...]")
-    parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, or smollm2, "
-                        "which is downloaded once")
+    add_model(parser)
     flag = parser.flag
     flag("store", str, None, "folder in which the conversation and its KV cache are kept",
          "none, in memory only")
@@ -210,7 +209,7 @@ def read_flags():
     flag("max_new_tokens", count, 200, "tokens of an answer at most")
     flag("temperature", amount, 0.8, "0 takes the likeliest token, 1 the model's own distribution")
     flag("top_k", count, None, "draw only from this many likeliest tokens", "all")
-    flag("seed", at_least(int, 0), 1337, "of the sampling")
+    flag("seed", whole, 1337, "random seed for sampling")
     add_device(parser)
     add_dtype(parser)
     flag("share", str, "", "spans to share in a model trained without, zero-shot", "as trained")

@@ -39,7 +39,7 @@ from minisa.kit.data import data_of
 from minisa.kit.files import lock, read_file, set_aside
 from minisa.kit.machine import choose_dtype
 from minisa.kit.picture import pyplot
-from minisa.kit.results import print_table, provenance, write_results
+from minisa.kit.results import print_table, write_results
 from minisa.kit.shakespeare import two_and_two
 from minisa.lab import tables
 from minisa.lab.tables import SHAPE, best, best_unreported, named, read, result, time_ratios
@@ -230,8 +230,7 @@ def add_rows(name, new):
     file, rows = result(name), []
     if file.exists():
         rows = list(csv.DictReader(read_file(file).decode().splitlines()))
-    known = provenance()
-    write_results(file, rows + [{**row, **known} for row in new])
+    write_results(file, rows + new)
 
 def run_trainings(name, measure, jobs):
     """Run what is missing of a study, `jobs` at a time. measure: settings → as train()."""
@@ -254,13 +253,10 @@ def run_trainings(name, measure, jobs):
 # ---- commands ----
 
 def run(line, stdout=None):
-    """Print a command, and run it. Raises ValueError if it does not end with status 0."""
+    """Print a command, and run it in the checkout. Raises ValueError if it does not end with status 0."""
     print(f"$ {line}", flush=True)
-    code = Path(__file__).resolve().parents[2]
-    path = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     words = [sys.executable, *shlex.split(line)[1:]]
-    done = subprocess.run(words, cwd=tables.ROOT, env=env, stdout=stdout)
+    done = subprocess.run(words, cwd=tables.ROOT, stdout=stdout)
     if done.returncode:
         raise ValueError(f"a command ended with status {done.returncode}; run the study again to continue "
                          f"with it: {line}")
@@ -286,7 +282,7 @@ def begin_again(name):
     """Set aside what a study makes in assets and out, so that it is made again: of a model, its folder."""
     made = [Path(file) for step in STUDIES.get(name, []) for file in step["makes"]]
     files = [tables.ROOT / file for file in made if file.parts[0] == "assets"]
-    files += dict.fromkeys(tables.ROOT / file.parent for file in made if file.parts[0] == "out")
+    files += [tables.ROOT / file.parent for file in made if file.parts[0] == "out"]
     trained = [result(name), result("learning")] if name == "preset" else [result(name)]
     for file in files or trained:
         if file.exists():
@@ -308,7 +304,7 @@ def run_study(name, args):
         if name == "seeds":
             measure = partial(train_seed, flags=args.train_flags)
         else:
-            dtype = args.dtype or choose_dtype(torch.device("cpu"), None)
+            dtype = args.dtype or choose_dtype(torch.device("cpu"))
             measure = partial(train, name, flags=args.train_flags, dtype=dtype)
         run_trainings(name, measure, args.jobs)
 
@@ -345,7 +341,7 @@ def main():
     parser.flag("jobs", count, 1, "trainings at a time; more than 1 gives each one thread")
     add_dtype(parser, "number format to train in", None, "the faster one here")
     parser.flag("train_flags", words, "", "further flags of train.py, in quotes", "none")
-    parser.switch("again", "set what this study made aside, as NAME.1.old, and make it again")
+    parser.switch("again", "set what this study made aside, as NAME.old, and make it again")
     parser.switch("table", "only print the table, and draw the figure, of what was run")
     parser.switch("check", "compare the tables of all pages with assets/results; status 1 if any differs")
     parser.switch("update", "write the tables into the pages")

@@ -43,7 +43,7 @@ def nanogpt_works(shape, where):
     context, works = fields["block_size"], []
     if training:                                            # its train.py uses float32 on a CPU
         model = nanogpt_model(fields, where)
-        dtype = "float32" if where.type == "cpu" else choose_dtype(where, None)
+        dtype = "float32" if where.type == "cpu" else choose_dtype(where)
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.99), where.type)
         works.append(bench.train_work(shape, model, training, dtype, where, "nanoGPT", optimizer))
     model = nanogpt_model(fields, where).eval()

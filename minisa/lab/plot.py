@@ -10,7 +10,6 @@ minisa.lab.experiments (loss beside cache and FLOPs, or over steps).
 import itertools
 import math
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
@@ -24,8 +23,7 @@ BLUE = "#0072b2"
 def style(name):
     """A context in which a style sheet of this folder applies → matplotlib.pyplot."""
     plt = pyplot("the picture")
-    sheet = Path(__file__).with_name(f"{name}.mplstyle")
-    with plt.style.context(sheet):
+    with plt.style.context(f"minisa.lab.{name}"):
         yield plt
 
 # ---- maps of layers and of spans ----
@@ -113,8 +111,6 @@ LOSS = "loss over full attention, %"
 def dot_plot(names, panels, spread, file):
     """A row for each name, a panel for each of panels: {title: a value for each name}. The first one is LOSS,
     with the standard deviations `spread`, if known; the others are costs."""
-    if len(names) > 100:
-        raise ValueError("it has more rows than can be drawn")
     places = range(len(names))
     width = 5 + 4 * len(panels)                                                 # inches
     height = 1.6 + 0.45 * len(names)
@@ -237,26 +233,24 @@ def bill_name(row):
         parts.append(f"{row['bits']:g} bits")
     return ", ".join(parts)
 
-def token_times(rows, over, file):
-    """Rows of minisa.lab.bench, dicts → ms per token over what grows, "context" or "batch_size", and over
-    the cache; thin: the machine's limit."""
-    rows = pandas().DataFrame(rows)
+def token_times(rows, file):
+    """Rows of minisa.lab.bench → ms per token over what grows, the context or the batch, and over the cache;
+    thin: the machine's limit."""
+    over = "context" if rows["context"].nunique() > 1 else "batch_size"
     first = rows["model"][0]
     variants = [name.removeprefix(first) for name in rows["model"]]             # such as ", GQA"
     rows["name"] = rows["share_kind"].replace(ATTENTION) + variants
     rows["cache"] = rows["cache_bytes"] / 1e6
-    rows["limit"] = pandas().to_numeric(rows["limit_ms_per_token"])             # some have none
     titles = {over: over.replace("_", " "), "cache": "cache, MB"}
     y_title = "ms per token (thin: the limit)"
-    line_plot(rows, "ms_per_token", ["limit"], titles, y_title, file, "log")
+    line_plot(rows, "ms_per_token", ["limit_ms_per_token"], titles, y_title, file, "log")
 
 # ---- the command ----
 
 def draw(rows, file):
     """Draw rows of results, as their columns require."""
     if "ms_per_token" in rows:
-        over = "context" if rows["context"].nunique() > 1 else "batch_size"
-        token_times(rows, over, file)
+        token_times(rows, file)
     elif "right" in rows:
         answers_against_bytes(rows, file)
     elif "step" in rows:
@@ -270,13 +264,13 @@ def read_results(files):
     """CSV files of results → their rows. Raises ValueError if they cannot be drawn."""
     frames = [load(file).assign(file=file) for file in files]
     rows = pandas().concat(frames, ignore_index=True)
-    names = rows.filter(["mode", "model", "changes"]).sum(axis=1).astype(str)
-    if not 0 < len(rows) <= 10_000 or names.str.len().max() > 100:
-        raise ValueError("it has no rows, or more of them or longer names than can be drawn")
     numbers = rows.filter(["val_bpb", "ms_per_token", "cache_bytes", "context"]).astype(float)
     positive = (numbers > 0) & (numbers < math.inf)
     if numbers.empty or not positive.all(axis=None):
-        raise ValueError("it has no results, or one that is not above 0")
+        raise ValueError("it has no rows of results, or a number that is not above 0")
+    names = rows.filter(["mode", "model", "changes"]).sum(axis=1).astype(str)
+    if names.str.len().max() > 100:
+        raise ValueError("it has longer names than can be drawn")
     return rows
 
 def main():

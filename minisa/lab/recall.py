@@ -1,16 +1,16 @@
-"""Which method remembers, at how many bytes? A text gives numbers; at its end, one is asked for.
+"""Which method remembers, at how many bytes? A text states numbers; at its end, one of them is asked for.
 
     python -m minisa.lab.recall smollm2 out/eight --csv=recall.csv
     python -m minisa.lab.recall smollm2 --squeeze_policy=snap --ratios=50
 
 A prompt of 512 tokens is a text that says "The secret number is 4829." at one of three depths, or four such
 sentences of different things, as "The secret number of the tower is 4829."; then comes a question, and
-"Answer: The secret number is". It is right if the digits are the most likely next tokens. The cache is
-squeezed either when the question has been read, all but its last token, or before, when it is not yet known.
+"Answer: The secret number is". The answer is right if its digits are the most likely next tokens. The cache
+is squeezed either when the question has been read, all but its last token, or before, when it is unknown.
 
 A case is a model, a storage (--cache_bits) and a policy (--squeeze_policy). Cases are compared at equal
 bytes: --ratios are percentages of what prompt and answer take in a bfloat16 cache of the first model. If all
-tokens fit, all stay. Else as many stay as fit, with room left for what is still to be read.
+tokens fit, all stay. Otherwise as many stay as fit, with room left for what is still to be read.
 
 --text_csv: the loss of the 32 tokens that follow a squeezed text, and the divergence (KL, in nats per token)
 from the first model with its whole cache; with standard errors. A case that --csv or --text_csv holds already
@@ -34,6 +34,7 @@ from minisa.kit.cli import (
     Parser,
     add_device,
     add_dtype,
+    add_models,
     at_least,
     command,
     count,
@@ -46,7 +47,7 @@ from minisa.kit.data import data_of
 from minisa.kit.files import read_file, reading
 from minisa.kit.machine import choose_dtype, keep_memory
 from minisa.kit.results import print_table, provenance, write_results
-from minisa.lab.benchmarks import Progress, paired_means
+from minisa.lab.benchmarks import Progress, mean_and_error, paired_means
 from minisa.lab.tables import share_of
 from minisa.model import KVCache
 
@@ -54,11 +55,11 @@ FACT = "\n\nThe secret number{} is {}.\n\n"
 QUESTION = "\n\nQuestion: What is the secret number{0}?\nAnswer: The secret number{0} is"
 THINGS = ["abbey", "cabin", "field", "house", "lodge", "manor", "river", "tower", "villa", "woods"]
 DEPTHS = 10, 50, 85         # where a number that is asked for stands, in percent of the text
-NOT_ASKED = 30              # where one stands that is not
+NOT_ASKED = 30              # where one stands that is never asked for
 BEFORE = 8                  # tokens of text before the first fact, at least
 BATCH = 4                   # prompts read at once
 FOLLOWING = 32              # tokens of a text that follow the squeezed ones
-LEAST = 8                   # tokens that a cache keeps
+LEAST = 8                   # tokens of a text that a cache keeps, at least
 STORAGES = {"16": Floats, "8": Int8}
 WHEN = "known", "unknown"   # the question, when the cache is squeezed
 ANSWERED = "cache_bytes", "right"                               # columns that are measured
@@ -67,7 +68,7 @@ FOLLOWED = "cache_bytes", "loss", "difference", "error", "divergence", "divergen
 # ---- prompts ----
 
 def of_one_length(encode, words):
-    """→ {word: tokens of those `words` whose number of tokens is the most frequent}. words: {word: text}"""
+    """words: {word: text} → {word: tokens}, of those that have the most frequent number of tokens."""
     tokens = {word: encode(text) for word, text in words.items()}
     counts = Counter(map(len, tokens.values()))
     (length, _), = counts.most_common(1)
@@ -124,13 +125,6 @@ def make_prompts(data, n, length, needles, seed):
 
 # ---- right answers ----
 
-def likeliest(model, way, seen, said, n):
-    """Squeeze what a Reading has seen, let the model read said (B, T) → the n tokens (B, n) that it finds
-    most likely after each of the last n, and the bytes of the cache of one sequence."""
-    cache = way.of(seen, free=said.size(1))
-    x = squeeze.read_at_once(model, cache, said)
-    return model.head(x[:, -n:]).argmax(-1), cache.nbytes // len(said)
-
 @torch.inference_mode()
 def ask(model, context, asked, ways):
     """context (B, T), asked: {depth: (questions (B, q), answers (B, D))} → {(way, depth, one of WHEN): (how
@@ -149,9 +143,11 @@ def ask(model, context, asked, ways):
         rest = torch.cat((question, answer[:, :-1]), dim=1)     # if a token is wrong, so is the answer
         for when, seen, said in ("known", known, rest[:, q - 1:]), ("unknown", unknown, rest):
             for way in ways:
-                given, n_bytes = likeliest(model, way, seen, said, answer.size(1))
+                small = way.of(seen, free=said.size(1))
+                x = squeeze.read_at_once(model, small, said)
+                given = model.head(x[:, -answer.size(1):]).argmax(-1)
                 right = (given == answer).all(dim=1).sum().item()
-                found[way, depth, when] = right, n_bytes
+                found[way, depth, when] = right, small.nbytes // B
     return found
 
 def count_right(model, prompts, ways, label):
@@ -175,37 +171,34 @@ def count_right(model, prompts, ways, label):
 
 # ---- loss and divergence ----
 
-@torch.inference_mode()
-def follow(model, windows, log_p, ways):
-    """windows (B, T + 1): all tokens but the last FOLLOWING are read and squeezed. Yield for each way three
-    lists: of each window the loss and the divergence of those that follow, and the bytes of its cache.
-    log_p (B, FOLLOWING, V): the first model's."""
-    prompt = windows.size(1) - 1 - FOLLOWING
-    targets = windows[:, prompt + 1:]
-    seen = squeeze.read(model, windows[:, :prompt], ways)
-    for way in ways:
-        cache = way.of(seen, free=FOLLOWING)
-        x = squeeze.read_at_once(model, cache, windows[:, prompt:-1])
-        log_q = model.head(x).float().log_softmax(-1)           # (B, FOLLOWING, V)
-        losses = -log_q.gather(2, targets[..., None]).mean((1, 2))
-        divergences = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
-        yield losses.tolist(), divergences.tolist(), [cache.nbytes // len(windows)] * len(windows)
+def predicted(model, x, targets):
+    """Last hidden states x (B, n, C) → log probabilities (B, n, V) of the next tokens, and the loss of each
+    sequence (B,), given the true ones, targets (B, n)."""
+    log_p = model.head(x).float().log_softmax(-1)
+    return log_p, -log_p.gather(2, targets[..., None]).mean((1, 2))
 
-def follow_all(model, first, windows, ways, label):
-    """→ for each way three lists as follow(), of all windows, and the losses of the first model."""
+@torch.inference_mode()
+def follow(model, first, windows, ways, label):
+    """windows (N, T + 1): all tokens but the last FOLLOWING are read and squeezed. → for each way three
+    lists: of each window the loss and the divergence of those that follow, and the bytes of its cache; and
+    the losses of the first model, which keeps all."""
+    prompt = windows.size(1) - 1 - FOLLOWING
     progress = Progress(label, len(windows))
-    found = {way: ([], [], []) for way in ways}
-    original = []
-    for batch in windows.split(BATCH):
-        batch = batch.to(model.embed.weight.device)
-        with torch.inference_mode():
-            hidden = first.hidden(batch[:, :-1])[:, -FOLLOWING:]
-            log_p = first.head(hidden).float().log_softmax(-1)
-        losses = -log_p.gather(2, batch[:, -FOLLOWING:, None]).mean((1, 2))
-        original += losses.tolist()
-        for way, lists in zip(ways, follow(model, batch, log_p, ways)):
-            for kept, new in zip(found[way], lists):
-                kept += new
+    found, original = {way: ([], [], []) for way in ways}, []
+    for batch in windows.to(model.embed.weight.device).split(BATCH):
+        targets = batch[:, prompt + 1:]
+        x = first.hidden(batch[:, :-1])[:, prompt:]
+        log_p, loss = predicted(first, x, targets)
+        original += loss.tolist()
+        seen = squeeze.read(model, batch[:, :prompt], ways)
+        for way, (losses, divergences, sizes) in found.items():
+            cache = way.of(seen, free=FOLLOWING)
+            x = squeeze.read_at_once(model, cache, batch[:, prompt:-1])
+            log_q, loss = predicted(model, x, targets)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+            losses += loss.tolist()
+            divergences += divergence.tolist()
+            sizes.append(cache.nbytes // len(batch))
         progress.say(len(original))
     return found, original
 
@@ -217,34 +210,26 @@ def bytes_per_token(model, storage):
     tokens = torch.zeros(1, 8, dtype=torch.long, device=model.embed.weight.device)
     return way.of(squeeze.read(model, tokens, [way])).nbytes // 8
 
-def ways_at(args, model, ratio, n_bytes, length, rest):
-    """→ the ways to keep at most n_bytes of `length` tokens, the `rest` of which must stay. ratio: what these
-    bytes are called."""
-    ways = []
-    for bits in args.cache_bits:
+def cases(args, source, model, per_token, length, tokens, rest):
+    """→ {way: rows}: the ways to keep a model's cache, and what results say of each at each of its ratios.
+    tokens: how many there are to keep, the `rest` of which are read after the squeeze, and must stay.
+    per_token: bytes in the first model's cache."""
+    found = {}
+    for ratio, bits in itertools.product(args.ratios, args.cache_bits):
         storage = STORAGES[bits]
+        n_bytes = int(ratio / 100 * per_token * tokens)
         budget = n_bytes // bytes_per_token(model, storage)
-        if budget >= length:
-            ways.append(Stored(length, "window", 1, storage))
+        if budget >= tokens:
+            ways = [Stored(tokens, "window", 1, storage)]
         elif budget < rest + LEAST:
             raise ValueError(f"--ratios={ratio:g}: too few bytes for {rest + LEAST} tokens; take more")
         else:
-            ways += [Squeezing(budget, policy, 1, storage) for policy in args.squeeze_policy]
-    return ways
-
-def cases(args, model, per_token, length, rest):
-    """→ {way: its ratios}, for `length` tokens, the `rest` of which are read after the squeeze. per_token:
-    bytes in the first model's cache."""
-    found = {}
-    for ratio in args.ratios:
-        n_bytes = int(ratio / 100 * per_token * length)
-        for way in ways_at(args, model, ratio, n_bytes, length, rest):
-            found.setdefault(way, []).append(ratio)
+            ways = [Squeezing(budget, policy, 1, storage) for policy in args.squeeze_policy]
+        for way in ways:
+            about = {"model": source, **described(model), **way.facts, "length": length}
+            row = {**about, "ratio": ratio, "full_bytes": per_token * tokens}
+            found.setdefault(way, []).append(row)
     return found
-
-def facts(source, model, way, length):
-    """→ the columns that say what was measured."""
-    return {"model": source, **described(model), **way.facts, "length": length}
 
 # ---- results, which a stopped run continues ----
 
@@ -261,7 +246,7 @@ class Results:
                     raise ValueError("it has other columns, or half a row")
 
     def is_whole(self, row):
-        """csv gives the columns that a row lacks the value None, and what it has too much the name None."""
+        """For csv, columns that a row lacks have the value None, and surplus cells the name None."""
         return None not in row and None not in row.values() and self.measured <= row.keys()
 
     def key(self, row):
@@ -286,12 +271,10 @@ def answers(args, results, source, model, data, per_token):
         tokens = length + digits.size(1) - 1                    # the last digit is not read
         rest = tokens - contexts.size(1)
         rows = {}
-        for way, ratios in cases(args, model, per_token, tokens, rest).items():
-            about = facts(source, model, way, length)
-            of_way = itertools.product(ratios, DEPTHS, WHEN)
-            rows[way] = [{**about, "ratio": ratio, "full_bytes": per_token * tokens, "needles": needles,
-                          "depth": depth, "question": when, "prompts": args.prompts}
-                         for ratio, depth, when in of_way]
+        for way, known in cases(args, source, model, per_token, length, tokens, rest).items():
+            rows[way] = [
+                {**row, "needles": needles, "depth": depth, "question": when, "prompts": args.prompts}
+                for row, depth, when in itertools.product(known, DEPTHS, WHEN)]
         missing = [way for way in rows if results.missing(rows[way])]
         if not missing:
             continue
@@ -303,7 +286,7 @@ def answers(args, results, source, model, data, per_token):
             results.add(rows[way])
         print_answers(label, [row for way in missing for row in rows[way]])
 
-def name(row):
+def case_name(row):
     """What a row says of a cache, as it is printed."""
     size = 100 * row["cache_bytes"] / row["full_bytes"]
     kept = f"{row['policy']} {row['budget']}" if row["policy"] else "all tokens"
@@ -313,7 +296,7 @@ def name(row):
 def print_answers(label, rows):
     """The rows of a model, with all depths together."""
     lines = [[label, *WHEN]]
-    for case, group in itertools.groupby(rows, name):
+    for case, group in itertools.groupby(rows, case_name):
         group = list(group)
         cells = []
         for when in WHEN:
@@ -330,7 +313,7 @@ def print_losses(label, rows):
     for row in rows:
         difference = f"{row['difference']:+.3f} ± {row['error']:.3f}"
         divergence = f"{row['divergence']:.3f} ± {row['divergence_error']:.3f}"
-        lines.append([name(row), f"{row['loss']:.3f}", difference, divergence])
+        lines.append([case_name(row), f"{row['loss']:.3f}", difference, divergence])
     print_table(lines)
     print(flush=True)
 
@@ -339,25 +322,23 @@ def texts(args, results, source, model, first, data, per_token):
     for length in args.lengths:
         windows = data.windows("val", args.windows, length)
         rows = {}
-        for way, ratios in cases(args, model, per_token, length, FOLLOWING).items():
-            about = facts(source, model, way, length)
-            rows[way] = [{**about, "ratio": ratio, "full_bytes": per_token * length, "windows": args.windows}
-                         for ratio in ratios]
+        for way, known in cases(args, source, model, per_token, length, length, FOLLOWING).items():
+            rows[way] = [{**row, "windows": args.windows} for row in known]
         missing = [way for way in rows if results.missing(rows[way])]
         if not missing:
             continue
         label = f"{source}, {length} tokens, windows of text"
-        found, original = follow_all(model, first, windows, missing, label)
+        found, original = follow(model, first, windows, missing, label)
         for way in missing:
             losses, divergences, sizes = found[way]
             difference, error = paired_means(original, losses)
-            _, divergence_error = paired_means([0.0] * len(windows), divergences)
+            divergence, divergence_error = mean_and_error(divergences)
             measured = {
                 "cache_bytes": sizes[0],
                 "loss": statistics.fmean(losses),
                 "difference": difference,
                 "error": error,
-                "divergence": statistics.fmean(divergences),
+                "divergence": divergence,
                 "divergence_error": divergence_error,
             }
             for row in rows[way]:
@@ -394,24 +375,23 @@ def measure(args):
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.recall MODEL [MODEL ...] [--FLAG=VALUE ...]")
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
-                        "or smollm2, which is downloaded once; the first is the one to compare with")
+    add_models(parser)
     policies = ",".join(squeeze.POLICIES)
-    parser.flag("lengths", several(at_least(int, 64)), "512", "of the prompts, in tokens")
-    parser.flag("ratios", several(at_least(float, 1, 100)), "100,60,40,25", "of the bytes of a bfloat16 "
-                "cache of the first model, in percent")
+    parser.flag("lengths", several(at_least(int, 64)), "512", "lengths of the prompts, in tokens")
+    parser.flag("ratios", several(at_least(float, 1, 100)), "100,60,40,25", "sizes of caches, in percent of "
+                "a bfloat16 cache of the first model")
     parser.flag("squeeze_policy", several(one_of(*squeeze.POLICIES)), policies, "which tokens are kept where "
                 "not all fit")
     parser.flag("cache_bits", several(one_of(*STORAGES)), ",".join(STORAGES), "8: int8; 16: as --dtype")
     parser.flag("needles", several(one_of("1", "4")), "1,4", "numbers in a prompt")
-    parser.flag("prompts", count, 100, "for each length, depth and count of needles")
-    parser.flag("windows", whole, 64, "of text, for loss and divergence; 0 for none")
+    parser.flag("prompts", count, 100, "prompts for each length, depth and count of needles")
+    parser.flag("windows", whole, 64, "windows of text, for loss and divergence; 0: none")
     parser.flag("text", help="UTF-8 file to hide the numbers in",
                 shown="what the first model was trained on, or the plays")
-    parser.flag("seed", at_least(int, 0), 1337, "of the numbers")
+    parser.flag("seed", whole, 1337, "random seed for the numbers")
     parser.flag("csv", table, None, "file to write the answers to, as .csv", "none")
     parser.flag("text_csv", table, None, "file to write loss and divergence to, as .csv", "none")
-    add_dtype(parser, "of weights and cache", None, "the faster one here")
+    add_dtype(parser, "number format of weights and cache", None, "the faster one here")
     add_device(parser)
     args = parser.parse_intermixed_args()
     keep_memory()

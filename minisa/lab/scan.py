@@ -28,44 +28,51 @@ from minisa.axes.heads import head_products, refit, share
 from minisa.cost import predict
 from minisa.kit.checkpoint import add_share_kind
 from minisa.kit.cli import add_dtype, at_least, command, count
-from minisa.kit.files import read_file
+from minisa.kit.files import reading
 from minisa.kit.results import print_table, write_results
 from minisa.lab import plot
+from minisa.lab.benchmarks import mean_and_error, paired_means
 from minisa.lab.similarity import open_data, parser
 from minisa.lab.tables import load
 
 FULL = (-1, -1)             # the "span" of full attention in a .csv file
 
-@torch.inference_mode()
-def mean_loss(model, windows):
-    """windows (N, T + 1) → mean cross-entropy of their last T tokens, in nats."""
-    losses = []
-    for window in windows.split(1):
-        _, loss = model(window[:, :-1], window[:, 1:])
-        losses.append(loss.item())
-    return statistics.fmean(losses)
-
 def percent(loss, full):
     """By how much a loss exceeds that of full attention."""
     return 100 * (loss / full - 1)
 
+# ---- what models predict ----
+
+def prediction(logits, window):
+    """logits (T, V): after each of the first T tokens of a window (T + 1,). → the loss in nats, and log
+    probabilities (T, V) of the next token."""
+    log_p = logits.float().log_softmax(-1)
+    return F.nll_loss(log_p, window[1:]).item(), log_p
+
+@torch.inference_mode()
+def predictions(model, windows):
+    """Yield the prediction() of a model in each of windows (N, T + 1)."""
+    for window in windows:
+        logits, _ = model(window[None, :-1])
+        yield prediction(logits[0], window)
+
+def from_outputs(model, outputs, windows):
+    """The same, given the outputs (N, T, C) of the last block."""
+    for x, window in zip(outputs, windows):
+        logits = model.head(model.norm(x))
+        yield prediction(logits, window)
+
+def losses_and_divergences(shared, full):
+    """The predictions() of a model that shares, and of full attention, in the same windows → two lists, of
+    each window a mean over its tokens: the loss of the model that shares, and its divergence."""
+    losses, divergences = [], []
+    for (loss, log_q), (_, log_p) in zip(shared, full):
+        divergence = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        losses.append(loss)
+        divergences.append(divergence.item())
+    return losses, divergences
+
 # ---- the search ----
-
-def log_probabilities(model, x):
-    """x (T, C), the output of the last block → log probabilities of the next token (T, V)."""
-    logits = model.head(model.norm(x))
-    return logits.float().log_softmax(dim=-1)
-
-def from_outputs(model, outputs, log_p, windows):
-    """outputs (N, T, C): of the last block. log_p: N of (T, V), full attention's log probabilities. windows:
-    (N, T + 1). → loss and divergence, two means over all tokens, in nats."""
-    found = []
-    for x, expected, window in zip(outputs, log_p, windows):
-        log_q = log_probabilities(model, x)
-        loss = F.nll_loss(log_q, window[1:])
-        divergence = F.kl_div(log_q, expected, log_target=True, reduction="batchmean")
-        found.append(torch.stack((loss, divergence)))
-    return torch.stack(found).mean(0).tolist()
 
 @torch.inference_mode()
 def scan(model, sharing, windows, spans):
@@ -75,12 +82,13 @@ def scan(model, sharing, windows, spans):
     inputs = [x for _, x, _, _ in layers]                       # (N, T, C) for each layer
     step = layers[0][2]
     outputs, _ = model.blocks[-1](inputs[-1], step)
-    log_p = [log_probabilities(model, x) for x in outputs]
+    full = list(from_outputs(model, outputs, windows))
     for a, b in spans:
         x, handed_up = inputs[a], None                          # below the anchor, nothing changes
         for block in sharing(f"{a}-{b}").blocks[a:]:
             x, handed_up = block(x, step, handed_up)
-        yield a, b, *from_outputs(model, x, log_p, windows)
+        losses, divergences = losses_and_divergences(from_outputs(model, x, windows), full)
+        yield a, b, statistics.fmean(losses), statistics.fmean(divergences)
 
 def best_sets(divergences, n_layer, most):
     """divergences: {(a, b): that of a span alone} → {r: (sum, spans)}: for each number r ≤ most of reuse
@@ -104,27 +112,24 @@ def spans_text(spans):
     """[(1, 3), (5, 7)] → "1-3,5-7"."""
     return ",".join(f"{a}-{b}" for a, b in spans)
 
-# ---- a scan on disk: rows by span ----
+# ---- results on disk, which a stopped run continues ----
 
-def read_scan(file, origin, n_layer):
-    """→ {(a, b): row} of an earlier scan, or of none. Raises ValueError unless all rows are valid and begin
-    with `origin`, the columns that say what was scanned."""
-    if not os.path.lexists(file) or not read_file(file):
+def read_earlier(file, origin, key, numbers, known=None):
+    """→ {what the columns `key` hold: row} of an earlier run; {} if there was none. Raises ValueError unless
+    all rows begin with `origin`, the columns that say what was measured, and have finite `numbers` and keys
+    that are among those `known` (None: any)."""
+    if not os.path.lexists(file):
         return {}
-    known = {FULL, *itertools.combinations(range(n_layer), 2)}
-    try:
+    what = "of another model, text or flag: it cannot be continued"
+    with reading(file, what, "move it away, or take another --out_dir"):
         rows = load(file)
-        ends = rows[["anchor", "last"]].astype(int)
-        spans = [*ends.itertuples(index=False, name=None)]
+        keys = [*rows[key].itertuples(index=False, name=None)]
         same = rows[[*origin]] == [*origin.values()]
-        finite = rows[["loss", "divergence"]].abs() < math.inf
-        valid = same.all(axis=None) and finite.all(axis=None) and known.issuperset(spans)
-    except (KeyError, TypeError, ValueError):               # TypeError: words in place of numbers
-        valid = False
-    if not valid:
-        raise ValueError(f"{file}: cannot be continued: it is damaged, or of another model, text, --windows "
-                         "or --context; move it away, or take another --out_dir")
-    return dict(zip(spans, rows.to_dict("records")))
+        finite = rows[numbers].abs() < math.inf
+        is_known = known is None or known.issuperset(keys)
+        if not (same.all(axis=None) and finite.all(axis=None) and is_known):
+            raise ValueError("it has other rows")
+    return dict(zip(keys, rows.to_dict("records")))
 
 def continue_scan(rows, file, origin, model, sharing, windows, spans):
     """Measure the spans that are missing from rows, {(a, b): row}; print and write them one by one."""
@@ -132,18 +137,18 @@ def continue_scan(rows, file, origin, model, sharing, windows, spans):
         rows[a, b] = {**origin, "anchor": a, "last": b, "loss": loss, "divergence": divergence}
 
     if FULL not in rows:
-        add(*FULL, mean_loss(model, windows), 0.0)
-    left = [span for span in spans if span not in rows]
-    ahead, begun = len(left), time.perf_counter()
-    for a, b, loss, divergence in scan(model, sharing, windows, left):
+        loss = statistics.fmean(loss for loss, _ in predictions(model, windows))
+        add(*FULL, loss, 0.0)
+    missing = [span for span in spans if span not in rows]
+    begun, found = time.perf_counter(), scan(model, sharing, windows, missing)
+    for n, (a, b, loss, divergence) in enumerate(found, start=1):
         add(a, b, loss, divergence)
         write_results(file, [*rows.values()])
-        ahead -= 1
-        seconds = (time.perf_counter() - begun) / (len(left) - ahead)   # of each; later spans take less
-        minutes = seconds * ahead / 60
+        left = len(missing) - n
+        minutes = (time.perf_counter() - begun) / n * left / 60         # at most: later spans take less
         over = percent(loss, rows[FULL]["loss"])
         print(f"span {a}-{b}: loss {loss:.4f} ({over:+.2f} %), divergence {divergence:.4f}; "
-              f"{ahead} spans left, at most {minutes:.0f} minutes", flush=True)
+              f"{left} spans left, at most {minutes:.0f} minutes", flush=True)
 
 # ---- what it shows ----
 
@@ -174,38 +179,26 @@ def summarize(percents, divergences, model, sharing, context):
         })
     return rows
 
-@torch.inference_mode()
-def predictions(model, window):
-    """window (T + 1,) → what a model predicts after each of its first T tokens: the loss in nats, and log
-    probabilities (T, V)."""
-    logits, _ = model(window[None, :-1])
-    log_p = logits[0].float().log_softmax(-1)
-    return F.nll_loss(log_p, window[1:]).item(), log_p
-
 def measure(shared, full, held_out):
     """→ columns: by how many percent the loss of a model that shares exceeds that of full attention, and its
     divergence, on windows (N, T + 1), each with its standard error over the windows. full: the predictions()
-    of full attention."""
-    full_loss = statistics.fmean(loss for loss, _ in full)
-    percents, divergences = [], []
-    for window, (loss, log_p) in zip(held_out, full):
-        shared_loss, log_q = predictions(shared, window)
-        percents.append(100 * (shared_loss - loss) / full_loss)
-        divergences.append(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item())
+    of full attention, in a list."""
+    losses, divergences = losses_and_divergences(predictions(shared, held_out), full)
+    before = [loss for loss, _ in full]
+    difference, error = paired_means(before, losses)
+    divergence, divergence_error = mean_and_error(divergences)
+    of_loss = 100 / statistics.fmean(before)
     return {
-        "percent": statistics.fmean(percents),
-        "percent_error": standard_error(percents),
-        "divergence": statistics.fmean(divergences),
-        "divergence_error": standard_error(divergences),
+        "percent": of_loss * difference,
+        "percent_error": of_loss * error,
+        "divergence": divergence,
+        "divergence_error": divergence_error,
     }
-
-def standard_error(values):
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 def measure_sets(sets, model, sharing, held_out, refit_on=None):
     """sets: {reuse layers: spans}. → rows for each, as measured on held_out (N, T + 1), and again after a
     refit on refit_on (N, T)."""
-    full = [predictions(model, window) for window in held_out]
+    full = list(predictions(model, held_out))
     rows = []
     for r, spans in sets.items():
         print(f"measuring {spans}", file=sys.stderr, flush=True)
@@ -237,43 +230,45 @@ def read_args():
                "most similar, or a mixture of all")
     flags.switch("refit", "also measure the best sets with refitted output projections")
     flags.flag("longest", at_least(int, 2), 5, "length of the longest span, in layers")
-    flags.flag("most", count, 8, "largest number of reuse layers to look for a set of spans for")
+    flags.flag("most", count, 8, "largest number of reuse layers for which to look for the best set of spans")
     flags.flag("windows", count, 4, "windows of text for fitting heads, as many others for the spans, and "
                "twice as many for the sets")
     add_dtype(flags, "number format of the weights")
     return flags.parse_args()
 
 def open_full(args):
-    """As open_data(). Raises ValueError if the model shares already."""
-    model, *more = open_data(args)
+    """As open_data(), the model in --dtype; and the columns that say what is measured. Raises ValueError if
+    the model shares already."""
+    model, data, folder, T = open_data(args)
     if model.config.share:
         raise ValueError(f"{args.model}: already shares {model.config.share}; take a model that was trained "
                          "with full attention")
-    return model, *more
-
-def main():
-    args = read_args()
-    model, data, folder, T = open_full(args)
-    sharing = partial(share, model, heads=args.heads, share_kind=args.share_kind)
-    sharing("0-1")                                          # raises if its layers cannot
-    name = args.share_kind if args.heads == "same" else f"{args.share_kind}-{args.heads}"
-    file = folder / f"scan-{name}.csv"
-    _, sha256 = model.origin                                # trained anew, it is another model
+    model.to(getattr(torch, args.dtype))
+    _, sha256 = model.origin                                # a model trained anew is another one
     origin = {
         "model": f"{args.model} {sha256[:8]}",
         "windows": f"{args.windows} of {data.name}",
         "context": T,
         "dtype": args.dtype,
     }
-    model.to(getattr(torch, args.dtype))
+    return model, data, folder, T, origin
+
+def main():
+    args = read_args()
+    model, data, folder, T, origin = open_full(args)
     L = model.config.n_layer
-    rows = read_scan(file, origin, L)
+    sharing = partial(share, model, heads=args.heads, share_kind=args.share_kind)
+    sharing("0-1")                                          # raises if its layers cannot
+    name = args.share_kind if args.heads == "same" else f"{args.share_kind}-{args.heads}"
+    file = folder / f"scan-{name}.csv"
+    pairs = [*itertools.combinations(range(L), 2)]
+    numbers = ["loss", "divergence"]
+    rows = read_earlier(file, origin, ["anchor", "last"], numbers, known={FULL, *pairs})
 
     windows = data.windows("train", 2 * args.windows, T).to(args.device)
     if args.heads != "same":
         products = head_products(model, windows[::2, :-1])
         sharing = partial(sharing, products=products)
-    pairs = itertools.combinations(range(L), 2)
     spans = [(a, b) for a, b in pairs if b - a < args.longest]
     continue_scan(rows, file, origin, model, sharing, windows[1::2], spans)
     full = rows.pop(FULL)["loss"]

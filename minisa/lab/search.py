@@ -16,7 +16,6 @@ end, sets.csv has the best set of each size, measured on held-out text.
 """
 
 import math
-import os
 from functools import partial
 
 import torch
@@ -25,15 +24,14 @@ from minisa.axes.heads import attention_outputs, head_products, refit, share
 from minisa.kit.cli import add_dtype, command, count
 from minisa.kit.machine import choose_dtype, keep_memory
 from minisa.kit.results import write_results
-from minisa.lab.scan import measure, measure_sets, open_full, predictions, report, spans_text
+from minisa.lab.scan import measure, measure_sets, open_full, predictions, read_earlier, report, spans_text
 from minisa.lab.similarity import parser
-from minisa.lab.tables import load
 
 def spans_of(layers):
     """The spans in which just these layers reuse: {15, 21, 22} → [(14, 15), (20, 22)]."""
     spans = []
     for layer in sorted(layers):
-        a, b = spans.pop() if spans and spans[-1][1] == layer - 1 else (layer - 1, layer)
+        a, _ = spans.pop() if spans and spans[-1][1] == layer - 1 else (layer - 1, layer)
         spans.append((a, layer))
     return spans
 
@@ -51,66 +49,41 @@ def greedy(n_layer, most, divergence_of):
         chosen.add(layer)
         yield {*chosen}
 
-def read_trials(file, origin):
-    """→ {spans: divergence} of an earlier search, or of none. Raises ValueError unless all rows are valid
-    and begin with `origin`, the columns that say what was searched."""
-    if not os.path.lexists(file):
-        return {}
-    try:
-        rows = load(file)
-        same = rows[[*origin]] == [*origin.values()]
-        finite = rows["divergence"].abs() < math.inf
-        valid = same.all(axis=None) and finite.all()
-        trials = dict(zip(rows["spans"], rows["divergence"]))
-    except (KeyError, TypeError, ValueError):                   # TypeError: words in place of numbers
-        valid = False
-    if not valid:
-        raise ValueError(f"{file}: cannot be continued: it is damaged, or of another model, text or flag; "
-                         "move it away, or take another --out_dir")
-    return trials
-
 def searcher(model, sharing, fit_on, judge_on, file, origin):
     """→ the divergence of a set of reuse layers, as a function that keeps in a file what it measured.
     fit_on (N, T), judge_on (n, T + 1): windows of text."""
-    trials = read_trials(file, origin)
+    rows = read_earlier(file, origin, ["spans"], ["divergence"]).values()
+    trials = {row["spans"]: row for row in rows}
     outputs = attention_outputs(model, fit_on, range(model.config.n_layer))
-    full = [predictions(model, window) for window in judge_on]
+    full = list(predictions(model, judge_on))
 
     def divergence_of(layers):
         spans = spans_text(spans_of(layers))
         if spans not in trials:
             shared = refit(sharing(spans), model, fit_on, outputs=outputs)
-            trials[spans] = measure(shared, full, judge_on)["divergence"]
-            rows = [{**origin, "spans": key, "divergence": value} for key, value in trials.items()]
-            write_results(file, rows)
-            print(f"{len(layers)} reuse layers, {spans}: divergence {trials[spans]:.4f}", flush=True)
-        return trials[spans]
+            divergence = measure(shared, full, judge_on)["divergence"]
+            trials[spans] = {**origin, "spans": spans, "divergence": divergence}
+            write_results(file, [*trials.values()])
+            print(f"{len(layers)} reuse layers, {spans}: divergence {divergence:.4f}", flush=True)
+        return trials[spans]["divergence"]
     return divergence_of
 
 def main():
     flags = parser(__doc__, "search")
     flags.flag("heads", default="mix", choices=["same", "match", "mix"],
-               help="whose weights a head of a reuse layer reuses: as of minisa.lab.scan")
+               help="whose weights a head of a reuse layer reuses: as in minisa.lab.scan")
     flags.flag("most", count, 8, "largest number of reuse layers")
     flags.flag("windows", count, 4, "windows of text to judge a set on; three times as many to fit it, "
                "twice as many, of held-out text, to measure the best sets")
     add_dtype(flags, "number format of the weights", None, "the faster one here")
     args = flags.parse_args()
     keep_memory()
-    model, data, folder, T = open_full(args)
+    args.dtype = args.dtype or choose_dtype(args.device)
+    model, data, folder, T, origin = open_full(args)
+    origin["heads"] = args.heads
     L = model.config.n_layer
     if args.most >= L:
         raise ValueError(f"--most={args.most}: the model has {L} layers, of which at most {L - 1} can reuse")
-    dtype = args.dtype or choose_dtype(args.device)
-    _, sha256 = model.origin                                    # trained anew, it is another model
-    origin = {
-        "model": f"{args.model} {sha256[:8]}",
-        "windows": f"{args.windows} of {data.name}",
-        "context": T,
-        "heads": args.heads,
-        "dtype": dtype,
-    }
-    model.to(getattr(torch, dtype))
     windows = data.windows("train", 4 * args.windows, T).to(args.device)
     is_judge = torch.arange(len(windows)) % 4 == 2
     fit_on = windows[~is_judge, :-1]

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from minisa.kit import checkpoint
-from minisa.kit.cli import Parser, add_device, at_least, command, count, prompt
+from minisa.kit.cli import Parser, add_device, add_model, at_least, command, count, prompt
 from minisa.kit.data import data_of
 from minisa.kit.files import refuse_unwritable
 from minisa.kit.picture import pyplot, save, save_film
@@ -53,9 +53,9 @@ def mean_over(windows, measure, model):
 
 def pairs(similarity, **facts):
     """similarity (L, L) → a row for a CSV file for each pair of layers."""
-    L = range(len(similarity))
+    layers = range(len(similarity))
     return [{**facts, "layer": layer, "other_layer": other, "cosine": similarity[layer, other].item()}
-            for layer in L for other in L]
+            for layer in layers for other in layers]
 
 def show_layers(model, windows, folder):
     """Print, write and draw the similarity of all layers, and the variance of each."""
@@ -115,8 +115,7 @@ def show_attention(args, model, tokenizer, folder):
 def parser(doc, name):
     """A Parser with the flags of a command that inspects one model."""
     parser = Parser(doc, usage=f"python -m minisa.lab.{name} MODEL [--FLAG=VALUE ...]")
-    parser.add_argument("model", metavar="MODEL", help="a run's or model's folder, a .gguf file, or "
-                        "smollm2, which is downloaded once")
+    add_model(parser)
     parser.flag("context", at_least(int, 2), 512, "length of a window, in tokens",
                 "512, or block_size if less")
     parser.flag("text", help="UTF-8 text to read", shown="what the model was trained on, or the plays")

@@ -146,11 +146,11 @@ def time_ratios(runs):
 # ---- bills ----
 
 def over_whole(rows):
-    """Rows of a bill, with the loss of each over that of full attention with its whole cache."""
+    """Rows of a bill, with the loss of each over that of full attention with its whole cache, in brackets."""
     ratio = over(rows, "val_bpb", "share == '' and policy == ''", ["file"])
     differences = [percent(100 * value - 100) for value in ratio]
     shown = [f" ({difference})" if difference else "" for difference in differences]
-    return rows.assign(over=differences, in_brackets=shown)
+    return rows.assign(in_brackets=shown)
 
 # ---- speeds and answers ----
 

@@ -123,7 +123,7 @@ def test_the_bill_is_predicted(kind, policy):
     way = Squeezing(20, policy, 0.5, Int8) if policy else stored(model)
     cache = begun(model, torch.zeros(1, 49, dtype=torch.long), way)
     bill = cache.predict(model, 50)
-    assert bill == cost.measure(model, 50, cache_of=lambda _: cache)
+    assert bill == cost.measure(model, 50, cache=cache)
     held = 0
     for storage in cache.k + cache.v:
         _, G, room, d = storage.first(storage.numbers.size(2)).shape
@@ -147,7 +147,7 @@ def test_the_cache_for_the_bill_has_room_for_the_context(data):
     model = make(vocab_size=256)
     cache = stored(model).for_bill(model, lambda: data, 40)
     assert cache.length == 39 and cache.rooms == [40] * 5
-    assert cache.predict(model, 40) == cost.measure(model, 40, cache_of=lambda _: cache)
+    assert cache.predict(model, 40) == cost.measure(model, 40, cache=cache)
 
 @torch.no_grad()
 def test_the_loss_is_that_of_the_rounded_cache(data):

@@ -339,13 +339,13 @@ def test_memory_is_freed_and_the_same_for_equal_and_unequal_budgets():
 def test_the_bill_of_a_squeezed_cache_is_predicted(kind, policy):
     model = MODELS[kind]()
     cache = squeezed(model, torch.zeros(2, 49, dtype=torch.long), 20, policy)
-    measured = cost.measure(model, 50, batch_size=2, cache_of=lambda _: cache)
+    measured = cost.measure(model, 50, batch_size=2, cache=cache)
     assert cost.predict(model, 50, batch_size=2, kept=cache.rooms) == measured
 
 def test_the_bill_of_a_squeezed_cache_with_narrow_keys_is_predicted():
     model = eigen.compress(make(share="2-4"), IDX, rank=5)
     cache = squeezed(model, torch.zeros(1, 49, dtype=torch.long), 20)
-    measured = cost.measure(model, 50, cache_of=lambda _: cache)
+    measured = cost.measure(model, 50, cache=cache)
     assert cache.predict(model, 50) == measured
 
 # ---- what it looks at ----
@@ -483,9 +483,9 @@ def test_a_prompt_is_read_once_for_all_settings(data, monkeypatch):
 
 def test_the_cache_for_the_bill_holds_all_but_a_token_of_the_context(data):
     model = make(vocab_size=256)
-    cache = Squeezing(20, "sinks").for_bill(model, lambda: data, 1000)
+    cache = Squeezing(20, "sinks").for_bill(model, lambda: data, 64)
     assert cache.length == 63 and max(cache.rooms) < 63
-    assert Whole().for_bill(model, None, 1000) is None          # needs no text
+    assert Whole().for_bill(model, None, 64) is None            # needs no text
 
 @torch.no_grad()
 def test_any_way_begins_a_text_that_stream_continues():

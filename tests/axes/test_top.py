@@ -134,7 +134,7 @@ def test_a_squeezed_cache_reads_few_of_what_it_kept():
     model = top(block_size=64, share="1-3", n_kv_head=2)
     way = Squeezing(20, "heavy")
     cache = way.of(read(model, tokens(1, 49), [way]))
-    measured = measure(model, 50, cache_of=lambda _: cache)
+    measured = measure(model, 50, cache=cache)
     assert cache.predict(model, 50) == measured and cache.length == 50
 
 def test_it_is_saved_loaded_and_shared_zero_shot(tmp_path):

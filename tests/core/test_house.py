@@ -77,8 +77,8 @@ def test_no_modules_import_each_other_in_a_circle():
 
 # ---- lengths ----
 
-BUDGETS = {"train.py": 2480, "sample.py": 1900, "minisa/plain.py": 910, "minisa/decode.py": 1810,
-           "minisa/model.py": 3510, "minisa/cost.py": 1365}    # tokens of code
+BUDGETS = {"train.py": 2470, "sample.py": 1780, "minisa/plain.py": 910, "minisa/decode.py": 1810,
+           "minisa/model.py": 3500, "minisa/cost.py": 1355}    # tokens of code
 
 def docstrings(tree):
     """The numbers of the lines that docstrings fill."""

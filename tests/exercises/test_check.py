@@ -474,7 +474,7 @@ def test_a_failed_case_says_its_number_its_inputs_by_name_and_both_values():
     assert "got ZeroDivisionError: division by zero" in said("mixture", failing)
     newline = said("roles", lambda share, n_layer: roles(share.removesuffix("\n"), n_layer))
     assert "expected a ValueError, got ['full'" in newline and "\\n', n_layer=" in newline
-    assert "(its cache): afterwards, values does not hold" in said("decode", decode_forgets)
+    assert "(its cache): afterward, values does not hold" in said("decode", decode_forgets)
 
 @pytest.mark.parametrize("name, wrong, said", [
     ("roles", lambda share, n: roles(share, n)[:-1] + ["full"], r"\(first at \[\d\]: 'reuse', not 'full'\)"),

@@ -171,17 +171,17 @@ def test_entries_are_ranked_by_their_loss_and_each_that_is_not_says_why(entries,
         "damaged": "damaged",
         "fine-tuned": "--init_from",
         "swapped": "not the one",
-        "odd": "batch_size=many?[31m",
+        "odd": r"batch_size=many\x1b[31m",
         "less-than-nothing": "not a number above 0",
         "huge": "not a number above 0",
-        "loop": "not a folder",
+        "loop": "holds no train.safetensors",
         "other-text": "another text",
         "state-only": "model.safetensors",
-        "notes.txt": "not a folder",
+        "notes.txt": "holds no train.safetensors",
         "empty": "holds no train.safetensors",
     }.items():
         assert why in rows[name]["problem"] and f"disqualified: {name}: " in out
-    assert "disqualified: two?lines: " in out
+    assert r"disqualified: two\x0alines: " in out
 
 def test_what_keeps_or_trained_too_much_is_disqualified(entries, run, text, monkeypatch):
     monkeypatch.setattr(rank, "CACHE_BYTES", 150)

@@ -33,7 +33,7 @@ def test_token_files_are_made_once_and_anew_for_a_changed_text(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 UNUSABLE = [(None, "No such file"), (b"caf\xe9 " * 50, "not UTF-8"),
-            (b"too short", "too few"), (b"", "too few")]
+            (b"too short", "too short"), (b"", "too short")]
 
 @pytest.mark.parametrize("content, message", UNUSABLE)
 def test_a_text_that_cannot_be_used_is_refused(tmp_path, content, message):

@@ -105,12 +105,12 @@ def test_a_folder_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_taken_is_refused_and_an_empty_one_is_not(tmp_path):
     (tmp_path / "empty").mkdir()
-    files.refuse_taken(tmp_path / "empty", "out")
-    files.refuse_taken(tmp_path / "new", "out")
+    files.refuse_taken(tmp_path / "empty")
+    files.refuse_taken(tmp_path / "new")
     (tmp_path / "file").write_text("mine")
     for name in ("file", "."):
         with pytest.raises(ValueError, match="--out=.*: is there already"):
-            files.refuse_taken(tmp_path / name, "out")
+            files.refuse_taken(tmp_path / name)
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device without space")
 def test_a_device_that_takes_nothing_is_named():

@@ -68,7 +68,7 @@ def test_any_text_and_any_bytes_come_back(vocab_size):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     noise, latin = random.Random(0).randbytes(5000), "né".encode("latin-1")
     for raw in (bytes(range(256)), noise, b"\xff\xfe ok \xe2\x82", latin):
-        ids = tokenizer.encode(raw)
+        ids = tokenizer.encode(raw.decode("utf-8", "surrogateescape"))
         assert tokenizer.decode_bytes(ids) == raw and max(ids) < tokenizer.vocab_size == vocab_size
 
 def test_encoding_applies_the_merges_in_the_order_they_were_learned():
@@ -92,7 +92,7 @@ def test_a_stream_gives_whole_characters_and_the_same_text():
     tokenizer = Tokenizer(learn(TEXT, 256))
     pieces = list(tokenizer.decode_stream(tokenizer.encode(MIXED)))
     assert "".join(pieces) == MIXED and "\ufffd" not in "".join(pieces)
-    assert "".join(tokenizer.decode_stream(tokenizer.encode(b"ok \xe2\x82"))) == "ok \ufffd"
+    assert "".join(tokenizer.decode_stream(tokenizer.encode("ok \udce2\udc82"))) == "ok \ufffd"
 
 def test_it_is_stored_as_json():
     tokenizer = Tokenizer(learn(TEXT, 330))

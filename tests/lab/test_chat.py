@@ -164,7 +164,7 @@ def test_a_damaged_history_is_left_behind_in_one_line(talk, tmp_path, content):
     (tmp_path / "s" / "chat.json").write_bytes(content.encode("latin-1"))
     status, out, err = talk(["Hello"], "--store=s")
     assert status == 0 and "cannot be continued" in err and one_line(err) and len(answers(out)) == 1
-    assert (tmp_path / "s" / "chat.json.1.old").exists()
+    assert (tmp_path / "s" / "chat.json.old").exists()
 
 def test_a_store_that_cannot_save_says_so_and_the_chat_goes_on(talk, monkeypatch):
     def full(path, data, private):
@@ -211,7 +211,7 @@ def test_no_conversation_replaces_another_that_was_kept(talk, tmp_path):
         (tmp_path / "s" / "chat.json").write_text("damaged")
     talk(["Hello"], "--store=s")
     assert sorted(path.name for path in (tmp_path / "s").glob("chat.json.*")) == [
-        "chat.json.1.old", "chat.json.2.old", "chat.json.3.old"]
+        "chat.json.old", "chat.json.old2", "chat.json.old3"]
 
 @pytest.mark.skipif(os.name == "nt", reason="needs permissions as Unix has them")
 def test_a_conversation_is_the_users_alone(talk, tmp_path):

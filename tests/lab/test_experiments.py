@@ -318,9 +318,9 @@ def test_setting_aside_twice_keeps_both(run, checkout, steps):
     for first in ("first", "second"):
         (checkout / file).write_text(first)
         assert run(experiments.main, "x", "--again")[0] == 0
-    old = [(checkout / f"{file}.{n}.old").read_text() for n in (1, 2)]
+    old = [(checkout / f"{file}.{ending}").read_text() for ending in ("old", "old2")]
     assert old == ["first", "second"] and (checkout / file).read_text() == "ran"
-    assert (checkout / "assets" / "b.png.1.old").read_text() == "ran"
+    assert (checkout / "assets" / "b.png.old").read_text() == "ran"
     assert (checkout / "model").read_text() == "ran"        # outside assets: not made again
     assert (checkout / "assets" / "results" / "other.csv").exists()
 
@@ -332,7 +332,7 @@ def test_models_of_a_study_are_set_aside_with_it(run, checkout, steps):
     steps((make, "out/new/model.safetensors"))
     assert run(experiments.main, "x", "--again")[0] == 0
     assert (old / "model.safetensors").read_text() == "ran"
-    assert (checkout / "out" / "new.1.old" / "model.safetensors").read_text() == "old"
+    assert (checkout / "out" / "new.old" / "model.safetensors").read_text() == "old"
 
 def test_beside_a_running_study_none_starts_and_nothing_is_moved(run, checkout, steps, tmp_path, monkeypatch):
     file = "assets/results/a.csv"

@@ -14,7 +14,7 @@ from minisa.axes.heads import head_products, refit, share
 from minisa.kit import checkpoint
 from minisa.kit.data import Data, tokenize
 from minisa.lab import scan as scanning
-from minisa.lab.scan import best_sets, mean_loss, scan, spans_text
+from minisa.lab.scan import best_sets, predictions, scan, spans_text
 from minisa.model import GPTConfig
 
 def plain_loss(model, windows):
@@ -35,7 +35,8 @@ def test_a_scan_finds_the_loss_and_the_divergence_of_each_model_that_shares(kind
     for (a, b), (loss, divergence) in found.items():
         shared = sharing(f"{a}-{b}")
         assert loss == pytest.approx(plain_loss(shared, windows), rel=1e-5)
-        assert mean_loss(shared, windows) == pytest.approx(plain_loss(shared, windows), rel=1e-5)
+        losses = [loss for loss, _ in predictions(shared, windows)]
+        assert sum(losses) / 3 == pytest.approx(plain_loss(shared, windows), rel=1e-5)
         q = shared(windows[:, :-1])[0].double().softmax(-1)
         assert divergence == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
 
@@ -157,17 +158,17 @@ def test_wrong_use_gets_one_line_and_status_2(run, trained, flags, message):
 def test_spans_are_written_as_share_reads_them():
     assert GPTConfig(n_layer=8, share=spans_text([(1, 3), (5, 7)])).spans == [(1, 3), (5, 7)]
 
-def test_a_damaged_scan_is_refused_or_begun_anew(run, trained, tmp_path):
+def test_a_damaged_scan_is_refused(run, trained, tmp_path):
     flags = [trained, "--windows=1", "--context=20", "--longest=2", "--most=1", "--out_dir=maps"]
     assert run(scanning.main, *flags)[0] == 0
     file = tmp_path / "maps" / "scan-weights.csv"
     whole = file.read_text()
     for damaged in (whole.replace("0,1,", "0,9,"), whole.replace("0,1,", "x,1,"), whole + "nan" * 3,
                     whole.replace("0,1,", "0,1,nan,0,"), whole.replace("0,1,", "0,1,nan"), whole + "\0",
-                    '"' + "x" * 200_000, whole.replace("anchor", "other"), whole[:-30]):
+                    '"' + "x" * 200_000, whole.replace("anchor", "other"), whole[:-30], ""):
         file.write_text(damaged)
         status, _, err = run(scanning.main, *flags)
         assert status == 2 and "cannot be continued" in err and file.read_text() == damaged
-    file.write_text("")
+    file.unlink()
     assert run(scanning.main, *flags)[0] == 0
     assert rows_of(file) == list(csv.DictReader(whole.splitlines()))
