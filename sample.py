@@ -1,5 +1,5 @@
-"""Generate text with trained models, and report what each costs: parameters, loss, cache, FLOPs, speed.
-That table is the bill.
+"""Generate text with trained models, and print a table of what each costs, the bill: parameters, loss,
+cache, FLOPs, speed.
 
     python sample.py                          every run in out/
     python sample.py out/full out/weights-1-3 --prompt="ROMEO:" --temperature=0.8
@@ -94,12 +94,12 @@ def sources(args):
     return found
 
 def cases(args):
-    """Yield a Case for each model unchanged, as changed by --share, and for each way to keep its cache."""
+    """Yield a Case for each model, as it is and with --share, and each way to keep its cache."""
     for source in sources(args):
         dtype = getattr(torch, args.dtype)
         model, tokenizer, info = load(source, device=args.device, dtype=dtype)
         models = [(model, info)]
-        if args.share and (args.models or not model.config.share):
+        if args.share and (args.models or not model.config.share):      # of out/, only what shares nothing
             shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
             models.append((shared, {**info, "val_bpb": None}))
         for model, info in models:
@@ -234,11 +234,11 @@ def sharing(row):
 
 def show(names, rows):
     """Print the bill as a table."""
-    table = [["model", "sharing", *(title for title, _ in SHOWN.values())]]
+    lines = [["model", "sharing", *(title for title, _ in SHOWN.values())]]
     for name, row in zip(names, rows):
         cells = [form(row[column], layout) for column, (_, layout) in SHOWN.items()]
-        table.append([name, sharing(row), *cells])
-    print_table(table, words=2)
+        lines.append([name, sharing(row), *cells])
+    print_table(lines, words=2)
 
 def form(value, layout):
     if value is None:

@@ -3,10 +3,10 @@
     python train.py                         full attention, saved in out/full
     python train.py --share=1-3             Shared Attention, saved in out/weights-1-3
     python train.py --share=1-3 --resume    continue that run, if it was interrupted
-    torchrun --standalone --nproc_per_node=2 train.py
+    torchrun --standalone --nproc_per_node=2 train.py       two processes, half of each batch for each
 
-Without other flags it uses the preset for your hardware: one or two minutes on a laptop's CPU, or a larger
-model on a GPU. --preset=long trains three times as long.
+Without other flags it uses the preset for your hardware: a model that trains in one or two minutes on a
+laptop's CPU, or a larger one on a GPU. --preset=long trains the CPU's model three times as long.
 """
 
 import minisa  # isort: skip  # noqa: F401 (before torch, as it sees to Ctrl-C)
@@ -61,7 +61,7 @@ class Settings:
     gradient_accumulation_steps: count = 1  # micro-batches, the parts a batch is read in to save memory
     max_iters: whole = 2000                 # number of steps; 0 saves the untrained model
     learning_rate: amount = 2e-3            # peak learning rate
-    min_lr: amount = 0.0                    # learning rate of the last step
+    min_lr: amount = 0.0                    # learning rate that it falls to at the end
     warmup_iters: count = 500               # warm-up steps, in which the learning rate rises
     weight_decay: amount = 0.3              # AdamW weight decay, matrices only
     beta1: amount = 0.9                     # AdamW decay rate of the gradient average, per step
@@ -106,7 +106,7 @@ PRESETS = {
         "learning_rate": 2e-3, "warmup_iters": 300, "weight_decay": 0.1,
         "beta2": 0.95},             # forgets old gradients sooner
 }
-EVAL_TOKENS = 20_000        # per evaluation during training; the last one reads all
+EVAL_TOKENS = 20_000        # per evaluation during training; then Run.finish() reads all for the best model
 
 # the settings that are fields of a GPTConfig, and those that the model of --init_from has settled
 SHAPE = ["n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "share", "share_kind",
@@ -146,7 +146,7 @@ def make_model(settings, given, saved, processes):
                          "it with --text=FILE, or start a new run without --resume")
     torch.manual_seed(settings.seed)
     if model is None:
-        config.vocab_size = data.tokenizer.vocab_size
+        config.vocab_size = data.tokenizer.vocab_size   # gpt2 has 50,257; bpe may learn fewer on a short text
         machine.refuse_too_large(config, rows_of(settings, processes), processes.device, settings.dtype)
         model = GPT(config)
     if len(data.train) <= model.config.block_size:
@@ -165,10 +165,10 @@ def rows_of(settings, processes):
 # ---- optimizer ----
 
 def make_optimizer(settings, model):
-    parts = [part for part in model.modules() if isinstance(part, (nn.Linear, nn.Embedding))]
-    matrices = {part.weight for part in parts}
-    others = [p for p in model.parameters() if p not in matrices]
-    matrices = [p for p in model.parameters() if p in matrices]
+    """AdamW, with weight decay for the matrices of Linear and Embedding only."""
+    decayed = {part.weight for part in model.modules() if isinstance(part, (nn.Linear, nn.Embedding))}
+    matrices = [p for p in model.parameters() if p in decayed]
+    others = [p for p in model.parameters() if p not in decayed]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     betas = settings.beta1, settings.beta2
     return torch.optim.AdamW(groups, betas=betas, weight_decay=settings.weight_decay, fused=True)
@@ -184,7 +184,7 @@ def learning_rate(step, settings):
 # ---- loop ----
 
 def evaluate(settings, run):
-    """Measure the validation loss on a part, log it, and save the run; if it is the best, the model too."""
+    """Log the loss on --eval_tokens of validation text and save the run; if it is the best, the model too."""
     tokens = EVAL_TOKENS if settings.eval_tokens is None else settings.eval_tokens
     loss, bpb = run.data.evaluate(run.model, tokens)
     run.refuse_nan(loss)
@@ -204,13 +204,13 @@ def train_step(settings, run, forward, autocast):
     rows, n_micro = rows_of(settings, processes), settings.gradient_accumulation_steps
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
-    if settings.dropout:
-        seed = (settings.seed << 40) + (step << 12) + processes.rank
+    if settings.dropout:                                        # after --resume, the same is dropped
+        seed = (settings.seed << 40) + (step << 12) + processes.rank    # rank: the number of this process
         torch.manual_seed(seed % 2**63)
     for micro in range(n_micro):
-        first = rows * (processes.rank * n_micro + micro)       # rank: the number of this process
+        first = rows * (processes.rank * n_micro + micro)
         x, y = run.data.batch(step, settings.seed, settings.batch_size, run.model.config.block_size,
-                              slice(first, first + rows))
+                              slice(first, first + rows))       # (rows, block_size) each
         more = processes.world > 1 and micro + 1 < n_micro      # gradients are not complete yet
         with autocast, forward.no_sync() if more else nullcontext():
             _, loss = forward(x.to(processes.device), y.to(processes.device))
@@ -223,14 +223,14 @@ def train_step(settings, run, forward, autocast):
     run.progress.step += 1
 
 def save_if_due(settings, run):
-    """Evaluate and save a run every eval_interval steps, and at its end."""
-    step, at_end = run.progress.step, run.progress.step == settings.max_iters
+    """Evaluate and save every eval_interval steps and at the end; likewise keep a model every keep_every."""
+    step = run.progress.step
+    at_end = step == settings.max_iters
     due = at_end or (step > 0 and step % settings.eval_interval == 0)
-    if due and run.progress.evaluated != step:
-        with run.meter.paused():
+    with run.meter.paused():
+        if due and run.progress.evaluated != step:              # not once more after --resume
             evaluate(settings, run)
-    if settings.keep_every and (at_end or step % settings.keep_every == 0):
-        with run.meter.paused():
+        if settings.keep_every and (at_end or step % settings.keep_every == 0):
             run.save_model(name=f"steps/{step:08d}")
 
 def train(settings, run, forward, autocast):

@@ -55,8 +55,8 @@ def layer_flops(block, T, S):
     return T * (projections + products + 6 * C * M) + more
 
 def numbers_read(blocks, tokens_seen):
-    """Numbers that a decode step reads of a sequence's cache. tokens_seen: those in each layer's
-    cache. For each of them, with g = G·D,
+    """Numbers that a decode step reads of a sequence's cache. tokens_seen: how many each layer
+    sees. For each of these tokens, with g = G·D,
 
         a full layer or an anchor reads     its own k and v         g + g
         SharedAttention                     its own v               g       no q, so it needs no k
@@ -161,8 +161,8 @@ def measure(model: GPT, context: int, batch_size: int = 1, cache=None,
     return Cost(params, per_token, cache.nbytes, read, decode, prefill)
 
 def run_in_numpy(decoder):
-    """FLOPs and bytes read of a Decoder's step, whose arrays are replaced by ones that count."""
-
+    """FLOPs and bytes read of a Decoder's step. Its arrays are replaced by ones that count, but for
+    the embedding: a step only copies a row of it."""
     class Counted(np.ndarray):
         flops = read = 0
 

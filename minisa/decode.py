@@ -24,16 +24,16 @@ import numpy as np
 # ---- attention of the newest token ----
 
 def rotate(heads, turn):
-    """RoPE: heads (n, D) → (n, D). Each pair of neighbors is one complex number, and turn (D/2,)
-    holds the numbers of length 1 by which the pairs of this position are multiplied."""
+    """RoPE: heads (n, D) → (n, D). Each pair of neighbors is read as one complex number; a product
+    with one of length 1 turns it. turn (D/2,) holds those for the newest token's position."""
     return (heads.view(np.complex64) * turn).view(np.float32)
 
 def attention_weights(q, keys):
     """q (H, D), keys (G, S, D) → P (G, H/G, S): heads that share keys are grouped."""
     G, S, D = keys.shape
-    q = q.reshape(G, -1, D) / math.sqrt(D)
+    q = q.reshape(G, -1, D) / math.sqrt(D)                  # (G, H/G, D)
     scores = keys @ q.swapaxes(1, 2)                        # (G, S, H/G): faster in this order
-    P = np.ascontiguousarray(scores.swapaxes(1, 2))
+    P = np.ascontiguousarray(scores.swapaxes(1, 2))         # (G, H/G, S); then softmax, in place
     P -= np.maximum.reduce(P, axis=-1, keepdims=True)       # so that exp() cannot overflow
     np.exp(P, out=P)
     P /= np.add.reduce(P, axis=-1, keepdims=True)
@@ -43,7 +43,7 @@ def weighted_sum(P, values):
     """P (G, H/G, S), values (G, S, D) → y (C,)."""
     return (P @ values).reshape(-1)
 
-# After project(), a function for each kind of layer: x (C,) → y (C,), and the (P, keys, values)
+# After project(), a function for each kind of layer: h (C,) → y (C,), and the (P, keys, values)
 # that it hands up for reuse. below: those handed up by the layer below. `now` is the Decoder,
 # further down: it knows S, the turn for rotate(), and the newest token's slot, its place in the
 # cache of `size` slots.
@@ -51,9 +51,9 @@ def weighted_sum(P, values):
 # its cache (a reuse layer has no k, and in CLA no v). The newest k and v are stored before they are
 # used, as a token attends to itself too.
 
-def project(now, layer, x):
-    """x (C,) → q (H, D), and all keys and values (G, S, D); stores the newest."""
-    heads = (layer.qkv @ x).reshape(-1, now.D)              # (H + G + G, D)
+def project(now, layer, h):
+    """h (C,) → q (H, D), and all keys and values (G, S, D); stores the newest."""
+    heads = (layer.qkv @ h).reshape(-1, now.D)              # (H + G + G, D)
     G = len(layer.k)
     qk, v = heads[:-G], heads[-G:]
     qk = rotate(qk, now.turn)
@@ -62,25 +62,25 @@ def project(now, layer, x):
     layer.v[:, now.slot] = v
     return q, layer.k[:, :now.S], layer.v[:, :now.S]
 
-def full_attention(now, layer, x, below):
+def full_attention(now, layer, h, below):
     """A full layer, or an anchor: computes q, k and v, and stores k and v."""
-    q, keys, values = project(now, layer, x)
+    q, keys, values = project(now, layer, h)
     P = attention_weights(q, keys)
     return weighted_sum(P, values), (P, keys, values)
 
-def shared_attention(now, layer, x, below):
+def shared_attention(now, layer, h, below):
     """A reuse layer of Shared Attention: computes and stores v. P is the anchor's."""
     P, _, _ = below
-    v = layer.qkv @ x                                       # qkv is W_v alone: (G·D, C)
+    v = layer.qkv @ h                                       # qkv is W_v alone: (G·D, C)
     layer.v[:, now.slot] = v.reshape(-1, now.D)
     values = layer.v[:, :now.S]
     return weighted_sum(P, values), below
 
-def cross_layer_attention(now, layer, x, below):
+def cross_layer_attention(now, layer, h, below):
     """A reuse layer of Cross-Layer Attention: computes q, stores nothing. Keys and values are the
     anchor's."""
     _, keys, values = below
-    q = layer.qkv @ x                                       # qkv is W_q alone: (C, C)
+    q = layer.qkv @ h                                       # qkv is W_q alone: (C, C)
     q = rotate(q.reshape(-1, now.D), now.turn)              # (H, D)
     P = attention_weights(q, keys)                          # not handed up: nobody reuses it
     return weighted_sum(P, values), below
@@ -92,10 +92,10 @@ def rms_norm(x, eps):
     mean_square = x.dot(x) / len(x)
     return x / math.sqrt(mean_square + eps)
 
-def mlp(layer, x):
-    """SwiGLU: x (C,) → (C,)."""
-    gate, up = (layer.gate_up @ x).reshape(2, -1)           # (M,) each
-    gate /= 1 + np.exp(-gate)           # if exp overflows to inf, gate correctly becomes 0
+def mlp(layer, h):
+    """SwiGLU: h (C,) → (C,)."""
+    gate, up = (layer.gate_up @ h).reshape(2, -1)           # (M,) each
+    gate /= 1 + np.exp(-gate)           # silu; if exp overflows to inf, it correctly becomes 0
     return layer.down @ (gate * up)
 
 class Decoder:
@@ -115,9 +115,9 @@ class Decoder:
         self.weights = prepare(model)
         self.eps = model.norm.eps
         self.D = model.config.head_dim
-        falling = -np.arange(0, self.D, 2) / self.D
-        self.frequencies = model.config.rope_base ** falling            # (D/2,)
-        self.positions = cache.where.view(-1).numpy()       # (size,): slot → position
+        exponents = -np.arange(0, self.D, 2) / self.D
+        self.frequencies = model.config.rope_base ** exponents          # (D/2,)
+        self.where = cache.where.view(-1).numpy()           # (size,): slot → position
         self.layers = []
         for prepared, k, v in zip(self.weights.layers, cache.k, cache.v):
             layer = SimpleNamespace(**vars(prepared))       # a copy, to which the cache is added
@@ -140,7 +140,7 @@ class Decoder:
         self.S = min(position + 1, size)
         angles = position * self.frequencies
         self.turn = np.exp(1j * angles).astype(np.complex64)
-        self.positions[self.slot] = position                # used only by model.py
+        self.where[self.slot] = position                    # used only by model.py
 
         x = self.weights.embed[token].copy()                # (C,), to which the layers add
         handed_up = None
@@ -165,20 +165,20 @@ def draw(logits, temperature, top_k, u):
         least = np.partition(logits, -top_k)[-top_k]
         logits = np.where(logits < least, -np.inf, logits)
     p = np.exp((logits - logits.max()) / temperature)
-    total = p.cumsum(dtype=np.float64)
-    return np.count_nonzero(total <= u * total[-1])
+    sums = p.cumsum(dtype=np.float64)   # p is not divided by its sum: u is multiplied by it
+    return np.count_nonzero(sums <= u * sums[-1])
 
 # ---- skip on a first reading: which models are handled here, and their weights as arrays ----
 
 TORCH = "Linear", "Embedding", "Dropout", "RMSNorm", "ModuleList"
-MLP = ["mlp.gate.weight", "mlp.up.weight", "mlp.down.weight"]
+MLP_WEIGHTS = ["mlp.gate.weight", "mlp.up.weight", "mlp.down.weight"]
 
 def known(part):
     """Whether this file has a numpy counterpart for a part of a model, or a cache. Its class must
     be one of model.py or in TORCH, or name the counterpart in an in_numpy of its own: an inherited
     one does not count, as a subclass may compute something else."""
     kind = type(part)
-    if vars(part).keys() & dir(kind):                       # such as a forward() of its own
+    if vars(part).keys() & dir(kind):                       # a forward() or watch of its own
         return False
     if kind.__module__ == "minisa.model" or "in_numpy" in vars(kind):
         return True
@@ -189,7 +189,7 @@ def watched(part):
     return part.training or part._forward_hooks or part._forward_pre_hooks
 
 def in_float32(tensor):
-    """Whether numpy can use a tensor without copying."""
+    """Whether a tensor is on the CPU and in float32, or in int64, as the indices of an axis are."""
     return tensor.is_cpu and str(tensor.dtype) in ("torch.float32", "torch.int64")
 
 def fits(index, block, cache):
@@ -198,8 +198,8 @@ def fits(index, block, cache):
     k_shape = (1, G, cache.size, made.k // G)
     v_shape = (1, G, cache.size, made.v // G)
     rest = [name for name in block.state_dict() if not name.startswith("attn.")]
-    here = block.attn.layer == index and rest == MLP
-    return here and cache.k[index].shape == k_shape and cache.v[index].shape == v_shape
+    expected = block.attn.layer == index and rest == MLP_WEIGHTS
+    return expected and cache.k[index].shape == k_shape and cache.v[index].shape == v_shape
 
 def handles(model, cache):
     """Whether Decoder can continue this cache with this model."""
@@ -214,8 +214,8 @@ def handles(model, cache):
             and all(fits(index, block, cache) for index, block in enumerate(model.blocks)))
 
 def by_columns(matrix):
-    """A matrix with more rows than columns is multiplied fastest column by column, each added to
-    all of y, so a copy is stored that way. Any other array is returned unchanged."""
+    """A matrix with more rows than columns is multiplied by a vector fastest if it is stored column
+    by column, so a copy is. Any other array is returned unchanged."""
     return np.asfortranarray(matrix) if len(matrix) > matrix.shape[-1] else matrix
 
 def fingerprint(array):

@@ -4,7 +4,7 @@ Shared Attention (Liao & Vargas 2024, arXiv:2407.12866): the first layer of a sp
 forms attention weights P; the others apply them to their own values, and cache only values.
 Cross-Layer Attention (CLA, arXiv:2405.12981), the rival: the others compute their own q and P, over
 the k and v of the anchor. They cache nothing. Each of these is a kind of sharing. minisa/axes holds
-axes, ideas that change a trained model or its cache; a few lines here are for them, and say so.
+axes: they change a trained model or its cache, or add a kind. Lines here that are for them say so.
 
 Shapes: B batch, T new tokens, S visible tokens (cached and new), H query heads, G key/value heads,
 D head dim, C = H·D width of the model, M width of the MLP, V vocabulary.
@@ -24,8 +24,8 @@ from minisa import decode
 
 PREFILL_CHUNK = 256     # tokens of a prompt read at once, so that P is (B, H, 256, S) at most
 
-SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden",
-         "rope_base", "norm_eps")       # of a GPTConfig
+POSITIVE = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden",
+            "rope_base", "norm_eps")    # fields of a GPTConfig
 
 @dataclass
 class GPTConfig:
@@ -41,7 +41,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     tied: bool = True               # the token embedding also serves as the output matrix
     share: str = ""                 # spans of layers, as "1-3,5-7"; the first of each is its anchor
-    share_kind: str = "weights"     # what they share: a key of SHARE_KINDS
+    share_kind: str = "weights"     # what they share, see sharing_kind()
 
     def __post_init__(self):
         if self.n_kv_head is None:
@@ -59,7 +59,7 @@ def check(config):
         if not holds:
             raise ValueError(f"--{name}={getattr(config, name)}: {rule}")
 
-    for name in SIZES:
+    for name in POSITIVE:
         must(0 < getattr(config, name) < 2**29, name, "must be above 0, and below 2^29")
     must(config.n_layer <= 1000, "n_layer", "must be at most 1000")
     H = config.n_head
@@ -76,15 +76,15 @@ def check(config):
 
 def rope_angles(config, positions):
     """positions (...) → RoPE's rotations (..., D/2): complex numbers of length 1, for rotate()."""
-    dtype = torch.float32 if positions.device.type == "mps" else torch.float64      # MPS has no 64
-    i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
-    frequencies = config.rope_base**-(i / config.head_dim)          # (D/2,)
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64  # MPS has no float64
+    even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)  # 0, 2, 4, …
+    frequencies = config.rope_base**-(even / config.head_dim)       # (D/2,)
     angle = positions.to(dtype)[..., None] * frequencies
     return torch.complex(angle.cos().float(), angle.sin().float())
 
 def rotate(x, rope):
-    """RoPE (arXiv:2104.09864): turn each pair (x[2i], x[2i+1]) of x (B, heads, T, D) by an angle
-    that grows with the position. q · k then depends on positions only through their distance."""
+    """RoPE (arXiv:2104.09864): turn each pair (x[2i], x[2i+1]) of x (B, heads, T, D) by its number
+    in rope (T, D/2). q · k then depends on positions only through their distance."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, heads, T, D/2)
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
@@ -97,15 +97,15 @@ def merge_heads(x):
 @dataclass
 class Step:
     """What every layer needs to know about the T tokens being processed, and how they attend."""
-    rope: torch.Tensor              # (T, D/2), the rotations of their positions
-    mask: torch.Tensor | None       # (T, S): 0 where a token may look, else -inf; None: everywhere
+    rope: Tensor                    # (T, D/2), the rotations of their positions
+    mask: Tensor | None             # (T, S): 0 where a token may look, else -inf; None: everywhere
     causal: bool                    # the mask is the standard causal mask, built into fused kernels
     cache: "KVCache | None" = None
     watch: object = None            # a function called with each P, layer after layer; also a
                                     # switch: with any function here, nothing is fused
 
     def remember(self, name, layer, new):
-        """Cache a layer's new k or v ("k", "v") (B, G, T, D) → all visible ones (B, G, S, D)."""
+        """Cache new (B, G, T, D), a layer's k or v (see name) → all visible ones (B, G, S, D)."""
         return self.cache.remember(name, layer, new) if self.cache else new
 
     def attention_weights(self, q, k):
@@ -128,8 +128,8 @@ class Step:
         return (P @ v).view(B, H, T, -1)
 
     def fused(self, q, k, v):
-        """weighted_sum(attention_weights(q, k), v), by a kernel that never forms P: a "fused" one,
-        which computes both steps for a few rows of P at a time."""
+        """weighted_sum(attention_weights(q, k), v), by a "fused" kernel, which computes both for
+        a few rows of P at a time and never forms it whole. If watched, P is formed after all."""
         if self.watch:
             return self.weighted_sum(self.attention_weights(q, k), v)
         mask = None if self.causal else self.mask
@@ -143,8 +143,8 @@ class Widths(NamedTuple):
     v: int
 
 class Attention(nn.Module):
-    """A full layer, not part of a span; also the base class of the others, which override heads()
-    and `makes`."""
+    """A full layer, not part of a span; also the base class of the others: all override heads(),
+    and reuse layers also `makes` and in_numpy."""
     makes = "qkv"                   # what it computes itself: its widths, the shape of qkv, what
                                     # the cache stores and what the layer costs follow from this
     in_numpy = decode.full_attention    # its function in decode.py; reuse layers name another
@@ -161,12 +161,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(C, C, bias=False)
 
     def forward(self, x, step, below=None):
-        """x (B, T, C), what the layer below hands up → y (B, T, C), what this one hands up."""
-        z, handed_up = self.heads(x, step, below)
-        return self.out(merge_heads(z)), handed_up
+        """x (B, T, C), what the layer below hands up → (B, T, C) to add, what this one hands up."""
+        y, handed_up = self.heads(x, step, below)
+        return self.out(merge_heads(y)), handed_up
 
     def heads(self, x, step, below):
-        """→ z (B, H, T, D), each head's weighted sum of values, and what this layer hands up."""
+        """→ y (B, H, T, D), each head's weighted sum of values, and what this layer hands up."""
         q, k, v = self.project(x, step)
         return step.fused(q, k, v), None
 
@@ -249,9 +249,9 @@ def sharing_kind(name):
     classes. Raises ValueError if there is no such kind."""
     axis, _, setting = name.partition("-")
     if name not in SHARE_KINDS:
-        module = f"minisa.axes.{axis}"
-        if axis.isidentifier() and util.find_spec(module):
-            module = import_module(module)
+        path = f"minisa.axes.{axis}"
+        if axis.isidentifier() and util.find_spec(path):
+            module = import_module(path)
             if name not in SHARE_KINDS and hasattr(module, "with_setting"):
                 SHARE_KINDS[name] = module.with_setting(setting)
     if name not in SHARE_KINDS:
@@ -316,19 +316,19 @@ class KVCache:
         return self.positions
 
     def remember(self, name, layer, new):
-        """Store a layer's new k or v ("k", "v") (B, G, T, D) → all visible ones (B, G, S, D)."""
+        """Store new (B, G, T, D), a layer's k or v (see name) → all visible ones (B, G, S, D)."""
         return self.replace(getattr(self, name)[layer], new)
 
     def replace(self, stored, new):
-        """Write what is new of the last T tokens into their slots → all that is visible to any of
-        them. advance() has already counted the T in self.length."""
+        """Write new (B, G, T, any), of the T new tokens, into its slots of stored (B, G, size, any)
+        → all that is visible to any of them (B, G, S, any). self.length counts them already."""
         T = new.size(2)
-        if T == 1 or self.length <= self.size:                  # no new token needs what goes
+        if T == 1 or self.length <= self.size:                  # nothing visible is overwritten
             stored.index_copy_(2, self.slots, new)
             return stored[:, :, :min(self.length, self.size)]
         # the last of them overwrite what the first ones still see (5 6 in the table): copy first
-        seen = self.length - T              # before them; if above size, the slice takes all
-        visible = torch.cat((stored[:, :, :seen], new), dim=2)
+        before = self.length - T        # tokens before these; if above size, the slice takes all
+        visible = torch.cat((stored[:, :, :before], new), dim=2)
         stored.index_copy_(2, self.slots, new)
         return visible
 
@@ -355,16 +355,17 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=False)
 
     def forward(self, x, step, below=None):
-        y, handed_up = self.attn(self.norm(x), step, below)
-        x = x + self.drop(y)
-        y = self.mlp(self.norm(x))
-        return x + self.drop(y), handed_up
+        added, handed_up = self.attn(self.norm(x), step, below)
+        x = x + self.drop(added)
+        added = self.mlp(self.norm(x))
+        return x + self.drop(added), handed_up
 
 class GPT(nn.Module):
+    watch = None                    # see Step; with its own, a GPT generates without decode.py
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.watch = None                                       # see Step
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.tied:
             self.unembed = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -392,8 +393,7 @@ class GPT(nn.Module):
         positions = torch.arange(length, length + T, device=idx.device)
         key_positions = cache.advance(positions) if cache else positions        # (S,)
         x = self.drop(self.embed(idx))
-        mask = None
-        causal = False
+        mask, causal = None, False
         if T > 1:                                               # a single token sees everything
             distance = positions[:, None] - key_positions       # (T, S)
             visible = (distance >= 0) & (distance < size)
@@ -440,10 +440,10 @@ class GPT(nn.Module):
         return self.head(x[:, -1]).float()
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, cache=None):
-        """Continue idx (B, T ≥ 1), dropping the oldest tokens beyond block_size: yield each next
-        token (B, 1), drawn from softmax(logits / temperature) among the top_k; temperature 0 picks
-        the most likely. The prompt is read here; the rest is generated by decode.py where it can,
-        with the weights as they are when the second token is generated."""
+        """Continue idx (B, T ≥ 1), forgetting the oldest tokens beyond the cache's size (default:
+        block_size): yield each next token (B, 1), drawn from softmax(logits / temperature) among
+        the top_k; temperature 0 picks the most likely. The prompt is read here; the rest is
+        generated by decode.py where it can, with the weights as they are at the second token."""
         B, device = len(idx), idx.device
         if cache is None:
             cache = KVCache(self, B, self.config.block_size)
@@ -480,5 +480,5 @@ def draw(logits, temperature, top_k, u):
     if top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    total = (logits / temperature).softmax(-1).cumsum(-1)       # (B, V)
-    return (total <= u * total[:, -1:]).sum(-1, keepdim=True)
+    sums = (logits / temperature).softmax(-1).cumsum(-1)        # (B, V)
+    return (sums <= u * sums[:, -1:]).sum(-1, keepdim=True)

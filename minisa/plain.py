@@ -1,11 +1,11 @@
 """Shared Attention in plain code: a whole GPT, for one sequence, one head at a time, with no cache.
 
 Slow but simple, so read it first. decode.py and model.py compute the same thing faster; tests check
-that they agree. The weights and their sizes are those of a model.py GPT:
+that they agree. The weights and their sizes are those of a model.py GPT. After `import torch`:
 
-    from minisa.model import GPT, GPTConfig
-    model = GPT(GPTConfig(n_layer=4, share="1-3"))
-    logits, every_P = gpt(model.state_dict(), model.config, torch.tensor([5, 3, 8]))
+    from minisa import model, plain
+    small = model.GPT(model.GPTConfig(n_layer=4, share="1-3"))
+    logits, every_P = plain.gpt(small.state_dict(), small.config, torch.tensor([5, 3, 8]))
 
 Shapes: T tokens, C width of the model, H query heads, G key/value heads, D = C / H, M width of the
 MLP, V vocabulary. With fewer key/value heads than query heads (grouped-query attention), each
@@ -36,8 +36,8 @@ def rope(x, base):
     return pairs.flatten(1).to(x.dtype)
 
 def project(h, W, D):
-    """h (T, C), W (n·D, C) → n heads (T, D). W holds the matrices W_q, W_k and W_v that a layer
-    has, stacked head by head."""
+    """h (T, C), W (n·D, C) → n heads (T, D). W stacks those of W_q, W_k and W_v that the layer has,
+    in this order; each D rows of it make one head."""
     return (h @ W.T).split(D, dim=-1)
 
 def attention_weights(q, k, mask):
@@ -62,7 +62,7 @@ def weighted_sum(P, v):
 
 # ---- the kinds of layers ----
 
-# A span a-b of layers shares: layer a, its anchor, is a full layer; the others are reuse layers.
+# In a span a-b, layer a, its anchor, computes what a full layer does; the others are reuse layers.
 # Each kind is a function: h (T, C) → y (T, C), and the P, k and v that it hands up for reuse.
 # below: the P, k and v handed up by the layer below; a full layer ignores them.
 # W: the layer's matrix, see project(). config: see gpt(). mask (T, T): 0 where a token may look,
@@ -93,19 +93,19 @@ def cross_layer_attention(h, W, config, mask, below):
     P = attention_weights(q, k, mask)                       # for gpt() only: nobody reuses it
     return weighted_sum(P, v), (P, k, v)
 
-REUSE = {"weights": shared_attention, "kv": cross_layer_attention}
+REUSE = {"weights": shared_attention, "kv": cross_layer_attention}      # share_kind → a reuse layer
 
 # ---- the whole model ----
 
 def rms_norm(x, eps):
     """x (T, C) → (T, C): each row divided by its root mean square (arXiv:1910.07467). There is no
     gain to multiply by, as the next matrix can absorb it. Only the last norm, in gpt(), has one:
-    its next matrix may be the embedding, which has another use."""
+    the matrix after it may be the embedding, which also serves at the input."""
     mean_square = x.pow(2).mean(-1, keepdim=True)
     return x / (mean_square + eps).sqrt()
 
 def mlp(h, w, name):
-    """SwiGLU (arXiv:2002.05202): h (T, C) → (T, C)."""
+    """SwiGLU (arXiv:2002.05202): h (T, C) → (T, C). w: see gpt(). name: of this MLP, in w."""
     gate = h @ w[f"{name}.gate.weight"].T                   # (T, M)
     up = h @ w[f"{name}.up.weight"].T
     silu = gate * gate.sigmoid()

@@ -123,7 +123,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 '''
-CONSTANTS = {"SIZES": model.SIZES, "SHARE_KINDS": SHARE_KINDS}
+CONSTANTS = {"POSITIVE": model.POSITIVE, "SHARE_KINDS": SHARE_KINDS}
 OF_MINISA = (project, attention_weights, weighted_sum, shared_attention, GPTConfig, check,
              sharing_kind, Widths, layer_flops, layer_similarity, head_products, recombine, ridge_regression,
              score)

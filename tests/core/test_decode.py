@@ -298,9 +298,9 @@ def with_norm(model, norm):
     model.blocks[1].norm = norm.eval()
     return model
 
-def watching(cache):
-    cache.watch = lambda P: None
-    return cache
+def watching(part):
+    part.watch = lambda P: None
+    return part
 
 REFUSED = {
     "another class": lambda model: (on_torch(model), KVCache(model, 1, 12)),
@@ -322,6 +322,7 @@ REFUSED = {
     "float64 in one place": lambda model: (with_another(model, torch.nn.Linear(32, 32, False).double()),
                                            KVCache(model, 1, 12)),
     "a cache that watches": lambda model: (model, watching(KVCache(model, 1, 12))),
+    "a model that watches": lambda model: (watching(model), KVCache(model, 1, 12)),
     "a head of its own": lambda model: (with_its_own(model, "head"), KVCache(model, 1, 12)),
     "a norm of its own": lambda model: (with_its_own(model.blocks[1].norm, "forward") and model,
                                         KVCache(model, 1, 12)),
