@@ -80,7 +80,7 @@ def best_source(P, anchor):
     """For each head of a layer, the head of the anchor that is most similar.
 
     P, anchor (H, T, T). Similarity is the cosine of two whole (T, T) matrices, each taken as one long vector.
-    Returns a list of H numbers of heads.
+    Returns a list of H ints: for each head, the number of the anchor's head, 0 to H - 1.
     """
     raise NotImplementedError
 
