@@ -214,6 +214,13 @@ def cases(args, source, model, per_token, length, tokens, rest):
     """→ {way: rows}: the ways to keep a model's cache, and what results say of each at each of its ratios.
     tokens: how many there are to keep, the `rest` of which are read after the squeeze, and must stay.
     per_token: bytes in the first model's cache."""
+    _, sha256 = model.origin                                # a model trained anew is another one
+    origin = {
+        "origin": f"sha256 {sha256[:8]}",
+        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        "text": args.text or "",
+        "seed": args.seed,
+    }
     found = {}
     for ratio, bits in itertools.product(args.ratios, args.cache_bits):
         storage = STORAGES[bits]
@@ -226,7 +233,7 @@ def cases(args, source, model, per_token, length, tokens, rest):
         else:
             ways = [Squeezing(budget, policy, 1, storage) for policy in args.squeeze_policy]
         for way in ways:
-            about = {"model": source, **described(model), **way.facts, "length": length}
+            about = {"model": source, **described(model), **way.facts, **origin, "length": length}
             row = {**about, "ratio": ratio, "full_bytes": per_token * tokens}
             found.setdefault(way, []).append(row)
     return found

@@ -93,8 +93,10 @@ def test_a_stopped_run_continues_to_the_same_numbers(folder, run, stopped):
     status, out, _ = run(heal.main, *flags, "--out=parts")
     assert status == 130 and "stopped at step 3" in out
     stopped(0)
-    status, _, err = run(heal.main, *flags, "--out=parts", "--resume")
+    status, out, err = run(heal.main, *flags, "--out=parts", "--resume")
     assert status == 0, err
+    steps = [line.split()[1] for line in out.splitlines() if line.startswith("step ")]
+    assert steps == ["4/6", "5/6", "6/6"]
     (one, _, _), (other, _, _) = checkpoint.load("whole"), checkpoint.load("parts")
     assert not (folder / "parts" / heal.STATE).exists()         # nobody needs it now
     for name, tensor in one.state_dict().items():
@@ -119,6 +121,29 @@ def test_other_flags_cannot_continue_it(folder, run, stopped):
 def test_wrong_flags_are_refused(folder, run, flags, message):
     status, _, err = run(heal.main, "shared", "--out=parts", *FLAGS, *flags)
     assert status == 2 and message in err.splitlines()[-1]
+
+def test_it_learns_on_the_text_and_in_the_format_that_are_named(folder, run, text, monkeypatch):
+    monkeypatch.setattr("minisa.kit.data.data_folder", lambda: folder / "tokens")
+    (folder / "other.txt").write_text(text.read_text()[::-1])
+    formats, step = [], heal.train_step
+    def noted(*args):
+        formats.append(torch.is_autocast_enabled("cpu"))
+        return step(*args)
+    monkeypatch.setattr(heal, "train_step", noted)
+    flags = "shared", "--teacher=full", "--max_iters=1", *FLAGS
+    for out, more in ("a", []), ("b", ["--text=other.txt"]), ("c", ["--dtype=bfloat16"]):
+        status, _, err = run(heal.main, *flags, f"--out={out}", *more)
+        assert status == 0 and ("on other-" in err) == (out == "b"), err
+    assert formats == [False, False, True]
+    one, other = (checkpoint.load(name)[0].state_dict()["embed.weight"] for name in "ab")
+    assert not one.equal(other)
+
+def test_the_rate_rises_for_a_tenth_of_the_steps_then_falls_to_nothing():
+    from types import SimpleNamespace
+    args = SimpleNamespace(max_iters=100)
+    rates = [heal.schedule(step, args) for step in range(101)]
+    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
+    assert [rates[10], rates[55], rates[100]] == pytest.approx([1, 0.5, 0], abs=1e-9)
 
 def test_a_teacher_has_the_same_tokens(folder, run, text):
     other = tokenize(text, vocab_size=300, folder=folder / "others").tokenizer

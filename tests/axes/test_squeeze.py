@@ -316,6 +316,28 @@ def test_layers_that_change_the_stream_least_are_cut_and_the_bytes_stay():
     total = sum(n * s for n, s in zip(found, size))
     assert 100 * sum(size) - sum(size) < total <= 100 * sum(size)
 
+def test_the_layers_that_are_cut_are_the_highest_of_the_best_three_groups():
+    import itertools
+    import statistics
+    generator = torch.Generator().manual_seed(0)
+    uneven = [0.0, 5.0, 5.1, 5.2, 5.3, 5.4, 9.0]
+    for values in (uneven, *torch.rand(4, 7, generator=generator, dtype=torch.float64).tolist()):
+        def squares(labels, values=values):
+            groups = [[v for v, label in zip(values, labels) if label == g] for g in range(3)]
+            if not all(groups):
+                return math.inf
+            return sum((v - statistics.fmean(group))**2 for group in groups for v in group)
+        labels = min(itertools.product(range(3), repeat=7), key=squares)        # of all ways to group them
+        highest = labels[values.index(max(values))]
+        least = min(v for v, label in zip(values, labels) if label == highest)
+        assert squeeze.third_group(torch.tensor(values, dtype=torch.float64)) == least
+
+def test_a_squeezed_cache_holds_no_memory_but_what_it_says():
+    model, way = make(block_size=256), Squeezing(60, "window", 1)
+    cache = way.of(read(model, torch.randint(50, (2, 200)), [way]))
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache.tensors}
+    assert sum(held.values()) == cache.nbytes
+
 @pytest.mark.parametrize("cosines, cut", [([0.1, 0.5, 0.9], 1), ([0.5] * 3, 0.4)])
 def test_without_a_cut_or_a_difference_all_budgets_are_the_same(cosines, cut):
     assert budgets([(0,), (1,), (2,)], cosines, [2, 2, 2], 100, cut) == [100] * 3

@@ -191,24 +191,51 @@ def test_both_tiers_keep_their_limits_and_let_the_least_recently_used_go(tmp_pat
     assert found == [2 * BLOCK, 0, 0, 3 * BLOCK]            # the later blocks of 1 went first
 
 def test_layers_arrive_while_earlier_ones_compute(tmp_path, monkeypatch):
+    from threading import Event
     model, history = make(), tokens(200)
     remember(model, tmp_path, history)
-    events, from_disk, remember_new = [], Disk.read, StoredCache.remember
+    computed, from_disk, remember_new = Event(), Disk.read, StoredCache.remember
 
-    def slow(self, name, layer):
-        time.sleep(0.01)
-        events.append(("arrived", layer))
+    def patient(self, name, layer):
+        assert layer < 2 or computed.wait(20)               # layer 2 comes after layer 0 has computed
         return from_disk(self, name, layer)
 
     def attend(self, name, layer, new):
         out = remember_new(self, name, layer, new)
-        events.append(("computed", layer))
+        computed.set()
         return out
-    monkeypatch.setattr(Disk, "read", slow)
+    monkeypatch.setattr(Disk, "read", patient)
     monkeypatch.setattr(StoredCache, "remember", attend)
     logits, reused, _ = read(model, Store(model, tmp_path), history)
     assert reused == 192 and same(logits, fresh(model, history))
-    assert events.index(("computed", 0)) < events.index(("arrived", 2))
+
+def test_a_block_is_written_once_and_while_the_chat_goes_on(tmp_path, monkeypatch):
+    from threading import Event
+    model, history, go, written, write = make(), tokens(300), Event(), [], Disk.write
+
+    def patient(self, name, block):
+        assert go.wait(20)
+        written.append(name)
+        write(self, name, block)
+    monkeypatch.setattr(Disk, "write", patient)
+    store = Store(model, tmp_path)
+    store.save(history[:200], read(model, store, history[:200])[2])
+    assert not written and read(model, store, history[:200])[1] == 192          # from memory, meanwhile
+    go.set()
+    settle(store)
+    store.save(history, read(model, store, history)[2])
+    store.close()
+    assert written == store.names(history)
+
+def test_what_came_from_disk_comes_from_memory_the_next_time(tmp_path, monkeypatch):
+    model, history = make(), tokens(200)
+    remember(model, tmp_path, history)
+    store = Store(model, tmp_path)
+    read(model, store, history)
+    settle(store)
+    monkeypatch.setattr(Disk, "read", None)                 # no file is opened
+    logits, reused, _ = read(model, store, history)
+    assert reused == 192 and same(logits, fresh(model, history))
 
 # ---- damage ----
 

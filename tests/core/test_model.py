@@ -208,6 +208,37 @@ def test_a_decoded_token_costs_no_more_operations_per_layer_than_it_must():
     cla = operations_of_a_token(n_layer=6, share="1-5", **borrows)
     assert cla - operations_of_a_token(n_layer=5, share="1-4", **borrows) == full - 2       # writes nothing
 
+def test_the_kernel_makes_the_causal_mask_itself_while_nothing_is_cached(monkeypatch):
+    asked, kernel = [], F.scaled_dot_product_attention
+    def noted(q, k, v, mask=None, is_causal=False, **more):
+        asked.append((mask is None, is_causal))
+        return kernel(q, k, v, mask, is_causal=is_causal, **more)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    model, idx = make(n_layer=1), tokens(2, 12)
+    cache = KVCache(model, 2, 12)
+    with torch.inference_mode():
+        model(idx)
+        for part in idx.split([5, 4, 1, 2], dim=1):
+            model(part, cache=cache)
+    assert asked == [(True, True), (True, True), (False, False), (True, False), (False, False)]
+
+def test_dropout_is_at_work_in_training_and_only_there():
+    model, idx = make(dropout=0.5), tokens(2, 12)
+    with torch.no_grad():
+        assert close(model(idx)[0], plainly(model, idx)[0])
+        model.train()
+        one, other = model(idx)[0], model(idx)[0]
+    assert not close(one, other, 1e-2)
+
+def test_matrices_start_small_and_those_that_add_to_the_stream_smaller():
+    torch.manual_seed(0)
+    for name, p in GPT(GPTConfig(n_layer=8)).named_parameters():
+        if p.dim() == 2:
+            adds = name.endswith(("attn.out.weight", "mlp.down.weight"))        # 2 L = 16 times
+            assert p.std().item() == pytest.approx(0.02 / 4 if adds else 0.02, rel=0.05), name
+        else:
+            assert (p == 1).all()
+
 WRONG = [
     dict(share="3-1"), dict(share="2-2"), dict(share="1-5"), dict(share="1"), dict(share="1-2,2-4"),
     dict(share="3-4,0-1"), dict(share="a-b"), dict(share="1-2,"), dict(share="-1-2"),

@@ -149,6 +149,51 @@ def test_the_share_of_the_limit_is_that_of_the_bytes_read(monkeypatch):
     seconds = iter([0.1] * 3 + [4.0] * 3)
     assert timing.share_of_limit(read, 0.25, torch.device("cpu")) is None
 
+@pytest.mark.parametrize("flags, engines", [
+    ([], ["numpy"]), (["--dtype=bfloat16"], ["torch"]),
+    (["--squeeze=8", "--eval_tokens=64"], ["numpy", "torch"])], ids=str)
+def test_the_engine_of_the_bill_is_the_one_that_wrote_the_text(run, runs, monkeypatch, flags, engines):
+    from minisa.decode import Decoder
+    steps, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, token: steps.append(token) or step(self, token))
+    status, _, err = run(sample.main, "out/full", *flags, "--max_new_tokens=5", "--csv=bill.csv")
+    assert status == 0, err
+    assert [row["engine"] for row in table("bill.csv")] == engines
+    assert len(steps) == 5 * engines.count("numpy")         # four tokens, and one that is counted
+
+def test_a_text_is_written_with_the_cache_that_its_row_bills(run, runs, monkeypatch):
+    caches, stream = [], sample.GPT.stream
+    def noted(self, *args):
+        caches.append(args[-1])
+        return stream(self, *args)
+    monkeypatch.setattr(sample.GPT, "stream", noted)
+    flags = ["--squeeze=8", "--squeeze_cut=1", "--cache_bits=8", "--max_new_tokens=5", "--eval_tokens=64"]
+    status, _, err = run(sample.main, "out/full", *flags)
+    assert status == 0, err
+    whole, eight, squeezed = caches
+    assert whole is None                                    # a KVCache, which stream() makes
+    assert (eight.storage.bits, eight.rooms) == (8, [16] * 3)
+    assert (squeezed.storage.bits, squeezed.rooms) == (8, [8] * 3)
+
+def test_the_speed_is_that_of_the_tokens_after_the_second_of_each_text(run, runs, monkeypatch):
+    import itertools
+    took = [50.0, 50.0, *[0.5] * 10]                        # seconds for each of twelve tokens
+    clock = itertools.chain(itertools.accumulate(took * 2), itertools.repeat(0.0))
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
+    run(sample.main, "out/full", "--num_samples=2", "--max_new_tokens=12", "--csv=bill.csv")
+    assert float(table("bill.csv")[0]["tokens_per_s"]) == 2.0
+
+def test_of_the_most_likely_token_alone_nothing_else_is_sampled(run, runs):
+    hows = ["--temperature=0"], ["--temperature=9", "--top_k=1"], ["--temperature=9"]
+    greedy, one, any_of_them = (
+        run(sample.main, "out/full", *how, "--max_new_tokens=40")[1].split("-" * 80)[1] for how in hows)
+    assert greedy == one != any_of_them
+
+def test_the_bill_is_for_the_context_that_is_asked_for(run, runs):
+    run(sample.main, "out/full", "--context=5", "--max_new_tokens=3", "--csv=bill.csv")
+    row, = table("bill.csv")
+    assert (row["context"], row["cache_bytes"]) == ("5", str(5 * 3 * 2 * 16 * 4))
+
 def test_two_tokens_are_too_few_to_tell_a_speed(run, runs):
     for n in (1, 2):
         assert run(sample.main, "out/full", f"--max_new_tokens={n}", "--csv=bill.csv")[0] == 0

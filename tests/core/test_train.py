@@ -96,6 +96,14 @@ def test_the_loss_of_a_finished_run_is_of_all_validation_text_unless_told(run, t
     assert log("out/full", "val_loss")[info["step"]] == pytest.approx(part[0], rel=1e-6)
     assert ("On all validation text" in out) == (not flags)
 
+def test_the_model_with_the_least_validation_loss_is_kept(run, text, monkeypatch):
+    losses = iter([3.0, 2.0, 4.0, 2.0])                     # at steps 5, 10 and 12; of the best, in the end
+    monkeypatch.setattr(Data, "evaluate", lambda *_: (next(losses), 1.0))
+    status, out, err = run(train.main, *TINY, f"--text={text}", "--keep_every=5")
+    assert status == 0 and "the best model, of step 10," in out, err
+    assert same(best("out/full"), best("out/full/steps/00000010"))
+    assert not same(best("out/full"), weights("out/full"))
+
 STOPS = [([], 7, "stopped"), (["--dropout=0.3", "--share=0-2"], 7, "stopped"),
          ([], 4, "stopped"), ([], 7, "killed")]
 
@@ -120,8 +128,14 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(run, text, monkeypatch, 
     if how == "stopped":
         assert f"stopped at step {at + 1} " in out and "--resume --out_dir=out/stopped" in out
 
-    status, out, err = run(train.main, "--resume", "--out_dir=out/stopped")
-    assert (status, err) == (0, "")
+    steps = []
+    def noted(self, step, *args):
+        steps.append(step)
+        return batch(self, step, *args)
+    monkeypatch.setattr(Data, "batch", noted)
+    again = flags if at == 4 else []                        # the whole command, or what the message says
+    status, out, err = run(train.main, *again, "--resume", "--out_dir=out/stopped")
+    assert (status, err) == (0, "") and steps == [*range(5 if how == "killed" else at + 1, 12)]
     for those in (weights, best):
         assert same(those("out/whole"), those("out/stopped"))
     assert log("out/whole", "val_loss") == log("out/stopped", "val_loss")
@@ -200,6 +214,28 @@ def test_micro_batches_and_processes_do_not_change_the_result(run, text, monkeyp
         assert log(other, "loss") == pytest.approx(log("out/one", "loss"), abs=1e-4)
         assert log(other, "val_loss") == pytest.approx(log("out/one", "val_loss"), abs=1e-4)
 
+def test_micro_batches_add_up_to_the_gradient_of_the_batch_and_a_long_one_is_clipped(run, text, monkeypatch):
+    rows, batch, norms, step = [], Data.batch, [], torch.optim.AdamW.step
+
+    def read(self, *args):
+        x, y = batch(self, *args)
+        rows.append(len(x))
+        return x, y
+
+    def noted(self, *args, **kwargs):
+        grads = [p.grad.norm() for group in self.param_groups for p in group["params"]]
+        norms.append(torch.stack(grads).norm().item())
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(Data, "batch", read)
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    flags = [*TINY, f"--text={text}", "--max_iters=2", "--overwrite", "--grad_clip=0"]
+    for flag in "--gradient_accumulation_steps=1", "--gradient_accumulation_steps=4", "--grad_clip=0.01":
+        status, _, err = run(train.main, *flags, flag)
+        assert status == 0, err
+    assert rows == [4, 4, *[1] * 8, 4, 4]                   # of a batch of 4, in two steps each
+    assert norms[2:4] == pytest.approx(norms[:2], rel=1e-3) and min(norms[:2]) > 0.02
+    assert norms[4:] == pytest.approx([0.01, 0.01], rel=1e-3)
+
 def test_fine_tuning_starts_from_the_weights_of_a_run(run, text):
     run(train.main, *TINY, f"--text={text}", "--max_iters=40", "--learning_rate=1e-2")
     flags = [f"--text={text}", "--data_dir=data", "--device=cpu", "--batch_size=4", "--eval_interval=5"]
@@ -211,11 +247,61 @@ def test_fine_tuning_starts_from_the_weights_of_a_run(run, text):
     assert tuned["blocks.2.attn.qkv.weight"].shape == (16, 16)
     assert log("out/weights-0-2-from-full", "val_loss")[10] < 5.2           # random weights have ln 300 = 5.7
 
+AT_WORK = ["--dropout=0.3", "--learning_rate=1e-3", "--min_lr=1e-3", "--warmup_iters=5", "--weight_decay=0",
+           "--beta1=0.5", "--beta2=0.5", "--grad_clip=0.01", "--seed=2", "--batch_size=2", "--rope_base=100",
+           "--norm_eps=0.1", "--dtype=bfloat16"]
+
+@pytest.mark.parametrize("flag", AT_WORK)
+def test_a_flag_changes_what_is_learned(run, text, trained, flag):
+    status, _, err = run(train.main, *TINY, f"--text={text}", flag, "--out_dir=out/other")
+    assert status == 0, err
+    assert not same(weights("out/full"), weights("out/other"))
+
+def test_matrices_decay_and_neither_gains_nor_mixtures_do():
+    config = train.GPTConfig(n_layer=3, n_head=2, n_embd=16, tied=False, share="1-2")
+    model = checkpoint.change(train.GPT(config), "heads", heads="mix")
+    optimizer = train.make_optimizer(train.Settings(weight_decay=0.2), model)
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decays[p] == (0.0 if name == "norm.weight" or name.endswith(".mix") else 0.2), name
+
+def test_a_gpu_has_a_preset_of_its_own_and_flags_change_it():
+    for device, width in (("cpu", 128), ("cuda", 384), ("mps", 384)):
+        settings = train.settle({"n_layer": 2}, torch.device(device))
+        assert (settings.n_layer, settings.n_embd) == (2, width)
+    assert train.settle({"preset": "cpu"}, torch.device("cuda")).n_embd == 128
+
 def test_the_learning_rate_rises_then_falls_along_a_cosine():
     args = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
     rates = [train.learning_rate(step, args) for step in range(111)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+
+@pytest.mark.parametrize("dtype, other", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_format_that_was_chosen_is_trained_in_told_and_kept(run, text, monkeypatch, dtype, other):
+    head, seen = train.GPT.head, set()
+    def noted(self, x):
+        logits = head(self, x)
+        if self.training:
+            seen.add(logits.dtype)
+        return logits
+    monkeypatch.setattr(train.GPT, "head", noted)
+    monkeypatch.setattr(train.machine, "choose_dtype", lambda *_: dtype)
+    flags = [flag for flag in TINY if not flag.startswith("--dtype")]
+    _, out, _ = run(train.main, *flags, f"--text={text}", "--max_iters=2")
+    assert seen == {getattr(torch, dtype)}
+    monkeypatch.setattr(train.machine, "choose_dtype", lambda *_: other)        # a busier machine, say
+    _, again, _ = run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
+    assert f"cpu, {dtype}\n" in out and f"cpu, {dtype}\n" in again
+
+def test_steps_run_the_compiled_model_and_evaluations_the_other(run, text, monkeypatch):
+    calls = []
+    def compiled(model, idx, targets, autocast):
+        return lambda *args: calls.append(model.training) or model(*args), 1.0
+    monkeypatch.setattr(train.machine, "compiled", compiled)
+    status, out, err = run(train.main, *TINY, f"--text={text}", "--compile")
+    assert status == 0 and "compiled in 0m01s" in out, err
+    assert calls == [True] * 12                             # one for each step
 
 WRONG = {
     "--n_layer=abc": "--n_layer: invalid int value: 'abc'",
@@ -532,7 +618,17 @@ def test_what_a_killed_run_left_half_written_goes(run, text):
     run(train.main, "--resume", "--out_dir=out/full", "--data_dir=data")
     assert not any(path.exists() for path in left + half) and all(path.exists() for path in mine)
 
-def test_a_full_disk_under_what_is_printed_saves_the_run(text, tmp_path):
+def test_a_full_disk_under_what_is_printed_saves_the_run(run, text, monkeypatch):
+    printed = []
+    def full(*words, **more):
+        printed.append(words)
+        if len(printed) == 4:                               # of the run, step 3, an evaluation, step 6
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr("minisa.kit.run.print", full, raising=False)
+    monkeypatch.setattr("minisa.kit.run.silence", lambda: None)
+    assert run(train.main, *TINY, f"--text={text}")[0] == 130 and stored_step() == 6
+
+def test_a_disk_that_is_full_from_the_start_is_no_traceback(text, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     command = [sys.executable, ROOT / "train.py", *TINY, f"--text={text}", "--max_iters=100000"]

@@ -110,6 +110,13 @@ def test_the_data_of_a_model_are_those_it_was_trained_on_or_another_text(text, d
     with pytest.raises(ValueError, match="the text that the model was trained on, is missing"):
         data_of({"data": str(tmp_path / "gone")}, data.tokenizer)
 
+def test_tokens_of_another_text_are_not_taken_for_those_of_the_model(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("minisa.kit.data.data_folder", lambda: tmp_path / "elsewhere")
+    info = {"data": str(data.folder), "data_digest": data.digest}
+    assert data_of(info, data.tokenizer).folder == data.folder
+    with pytest.raises(ValueError, match="is missing, or of another text; bring it back"):
+        data_of({**info, "data_digest": "0" * 64}, data.tokenizer)
+
 @pytest.mark.skipif(os.name == "nt", reason="needs pipes, and files with holes")
 def test_a_text_that_is_no_file_or_too_large_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")

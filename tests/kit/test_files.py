@@ -119,6 +119,19 @@ def test_a_device_that_takes_nothing_is_named():
 
 # ---- downloads ----
 
+def test_a_download_with_another_hash_is_refused_before_it_is_opened(monkeypatch):
+    import hashlib
+    import sys
+    pip = "import sys; open(sys.argv[-2] + '/x.whl', 'w').write('a wheel')"         # into --dest
+    monkeypatch.setattr(files, "find_pip", lambda: [sys.executable, "-c", pip])
+    with pytest.raises(ValueError, match="its sha256 is [0-9a-f]{64}, expected 000"):
+        with files.wheel("x==1", "0" * 64, "a package", "do without"):
+            pytest.fail("it was opened")
+    right = hashlib.sha256(b"a wheel").hexdigest()
+    with files.wheel("x==1", right, "a package", "do without") as file:
+        assert file.read_bytes() == b"a wheel"
+    assert not file.exists()
+
 def test_without_pip_the_copy_that_python_carries_is_run(monkeypatch):
     ensurepip = pytest.importorskip("ensurepip", reason="needs a Python with ensurepip")
     find_spec = files.importlib.util.find_spec

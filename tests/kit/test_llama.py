@@ -108,11 +108,20 @@ def test_numbers_of_half_the_width_are_read(tmp_path, text, dtype):
     expected = plain_llama(w, ids, 1e-6, 5000.0)
     torch.testing.assert_close(model(ids[None])[0][0].double(), expected, atol=1e-4, rtol=1e-4)
 
-def test_a_folder_is_sampled_shared_and_changed_by_an_axis(tmp_path, text, run):
+def test_a_folder_is_sampled_shared_and_changed_by_an_axis(tmp_path, text, run, monkeypatch):
+    import csv
+
+    from minisa.kit import data
+    monkeypatch.setattr(data, "data_folder", lambda: tmp_path / "data")
+    monkeypatch.setattr(data.shakespeare, "prepare", lambda folder: (text, text))       # and no download
     write(tmp_path / "x", tensors(), text)
     status, out, err = run(sample.main, "x", "--prompt=To be", "--max_new_tokens=5", "--share=1-2",
                            "--eval_tokens=64", "--csv=bill.csv")
     assert status == 0 and "weights 1-2" in out and "they agree" in out, err
+    rows, plays = (tmp_path / "bill.csv").read_text().splitlines(), data.tokenize(tokenizer=tokenizer(text))
+    for row, share in zip(csv.DictReader(rows), ("", "1-2"), strict=True):
+        model, _, _ = minisa.load(tmp_path / "x", share)
+        assert float(row["val_bpb"]) == pytest.approx(plays.evaluate(model, 64)[1])
     status, _, err = run(heads.main, "x", "--share=1-2", "--heads=mix", f"--text={text}", "--out=mixed")
     config = json.loads((tmp_path / "mixed/config.json").read_text())
     assert status == 0 and config["model_type"] == "minisa" and config["minisa"]["parent"]["source"] == "../x"

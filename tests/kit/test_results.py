@@ -22,6 +22,28 @@ def test_what_a_row_says_itself_of_its_origin_counts(tmp_path):
     row, = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
     assert row["commit"] == "1234567" and row["date"] == ""
 
+def test_the_commit_is_that_of_the_checkout_with_a_plus_if_a_file_differs(monkeypatch, tmp_path):
+    import shutil
+
+    import pytest
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    file = tmp_path / "minisa" / "kit" / "results.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("as it was")
+
+    def git(*words):
+        who = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    for words in ["init"], ["add", "."], ["commit", "-m", "x"]:
+        git(*words)
+    monkeypatch.setattr(results, "__file__", str(file))
+    short = git("rev-parse", "--short", "HEAD")
+    assert results.commit() == short
+    file.write_text("changed since then")
+    assert results.commit() == f"{short}+"
+
 def test_without_git_there_is_no_commit(monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError("git")

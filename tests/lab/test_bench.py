@@ -85,6 +85,23 @@ def test_a_training_step_trains(monkeypatch):
     assert clock() == 1 and (row["context"], row["batch_size"]) == (32, 2)
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
+def test_a_row_names_the_engine_that_is_timed(half_a_second, monkeypatch):
+    from minisa.decode import Decoder
+    steps, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, token: steps.append(token) or step(self, token))
+    full = GPT(GPTConfig(**TINY)).eval()
+    models = full, bench.OnTorch(full), checkpoint.reconfigure(full, share="1-2")
+    works = [bench.decode_work("x", model, 32, n, CPU) for model in models for n in (1, 2)]
+    for model in models:
+        works += [work for work in bench.text_works([("x", model)], 32) if work[0]["work"] == "decode"]
+    engines = []
+    for row, clock in works:
+        steps.clear()
+        clock()
+        engines.append(row["engine"])
+        assert (row["engine"] == "numpy") == bool(steps)
+    assert engines == ["numpy", "torch", "torch", "torch", "numpy", "torch", "numpy", "torch", "numpy"]
+
 # ---- modes ----
 
 def test_each_mode_and_work_is_a_row(rows_of, monkeypatch):

@@ -338,6 +338,29 @@ def test_damaged_answers_are_refused(run, models):
     status, _, err = run(benchmarks.main, *flags)
     assert status == 2 and "delete it" in err
 
+def test_kept_answers_of_other_weights_or_another_format_are_not_taken(run, models, monkeypatch):
+    asked, answer = [], benchmarks.answer
+    monkeypatch.setattr(benchmarks, "answer", lambda *args: asked.append(1) or answer(*args))
+
+    def questions_asked(*more):
+        asked.clear()
+        flags = "a", "--windows=0", "--tasks=sciq", "--dtype=float32"
+        assert run(benchmarks.main, *flags, *more)[0] == 0
+        return len(asked)
+    assert [questions_asked(), questions_asked(), questions_asked("--dtype=bfloat16")] == [2, 0, 2]
+    model, tokenizer, info = checkpoint.load(models / "a")
+    model.norm.weight.data *= 2
+    checkpoint.save(models / "a", model, tokenizer, info)
+    assert questions_asked() == 2
+
+def test_what_all_continuations_begin_with_is_read_once(monkeypatch):
+    model, seen, hidden = small(), [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *more: seen.append(tuple(idx.shape)) or
+                        hidden(self, idx, *more))
+    context = [*range(20)]
+    benchmarks.log_probabilities(model, [(context + [21, 22], 20), (context + [23, 24], 20)])
+    assert seen == [(1, 19), (2, 2)]
+
 def test_divergence_needs_the_same_tokens(run, models, monkeypatch, text):
     monkeypatch.setattr(benchmarks, "TEXTS", {"plays": str(text)})
     other = tokenize(text, vocab_size=280, folder=models / "others")

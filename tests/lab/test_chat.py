@@ -185,6 +185,22 @@ def test_the_bill_is_that_of_the_cache_with_sharing_and_in_half_the_bytes(talk, 
     assert (status, err) == (0, "") and reused(out)[1][0] > 0
     assert f"cache of {n:,} tokens: {n * per_token:,} bytes, {per_token:,} per token" in bill
 
+@pytest.mark.parametrize("flags, in_numpy", [([], True), (["--store=s"], True), (["--share=1-2"], True),
+                                             (["--dtype=bfloat16"], False)], ids=str)
+def test_torch_reads_each_turn_and_numpy_answers_where_it_can(talk, monkeypatch, flags, in_numpy):
+    reads, read = [], GPT.read
+    monkeypatch.setattr(GPT, "read", lambda *args: reads.append(1) or read(*args))
+    status, out, err = talk(["Hello", "Why?"], *flags)
+    assert (status, err) == (0, "") and len(answers(out)) == 2
+    assert (len(reads) == 2) == in_numpy                    # in torch, each token is read
+
+def test_limits_and_window_of_the_store_are_those_of_the_flags(talk, monkeypatch):
+    made, init = [], chat.Store.__init__
+    monkeypatch.setattr(chat.Store, "__init__", lambda self, *args: made.append(self) or init(self, *args))
+    assert talk([], "--store=s", "--store_memory=3", "--store_disk=5", "--context=200")[0] == 0
+    store, = made
+    assert (store.limit, store.disk.limit, store.size) == (3 * 2**20, 5 * 2**20, 200)
+
 def test_a_small_window_lets_old_turns_go(talk):
     status, out, err = talk(["Hello"] * 8 + ["/bill"], "--context=100", "--store=s")
     assert (status, err) == (0, "") and len(answers(out)) == 8 and "cache of 100 tokens" in out

@@ -132,6 +132,31 @@ def test_equal_parameters_train_the_wider_model():
     assert "--n_kv_head=1 --n_hidden=416 " in line and f"--out_dir={out}" in line
     assert "n_hidden" not in experiments.commands_of("fair", settings | {"equal": "time"}, "")[1][0]
 
+@pytest.mark.parametrize("mode", TRAININGS["sharing"])
+def test_a_run_is_trained_with_the_settings_that_its_row_says(mode):
+    from minisa.kit import cli
+    settings = {"mode": mode, "steps": 9, "learning_rate": 0.003, "warmup_iters": 5, "seed": 7}
+    out, lines = experiments.commands_of("sharing", settings, "--dtype=float32 --batch_size=3")
+    read = [cli.read_settings(train.Settings, shlex.split(line)[2:]) for line in lines if "train.py" in line]
+    shape = cli.read_settings(train.Settings, shlex.split(TRAININGS["sharing"][mode]))
+    assert shape.items() <= read[0].items()
+    always = {"preset": "cpu", "seed": 7, "dtype": "float32", "batch_size": 3}
+    assert all(always.items() <= each.items() for each in read)
+    trained = {"max_iters": 9, "learning_rate": 0.003, "warmup_iters": 5, "out_dir": f"{out}/trained"}
+    assert trained.items() <= read[-1].items()
+    if mode in experiments.AXES:                            # what is changed before was not trained
+        assert read[0]["max_iters"] == 0 and read[-1]["init_from"] == f"{out}/changed"
+
+def test_two_jobs_train_at_the_same_time(checkout):
+    import threading
+    both = threading.Barrier(2)
+
+    def waits(settings):
+        both.wait(20)                                       # for the other one
+        return measure(settings)
+    experiments.run_trainings("x", waits, 2)
+    assert len(rows_of(checkout, "x")) == 14
+
 # ---- ten seeds ----
 
 def seed_of(settings):
@@ -212,6 +237,9 @@ def test_two_plays_choose_and_two_others_report(text, checkout, monkeypatch):
         n_bytes = len(part.encode()) - len(tokenizer.decode_bytes([ids[0].item()]))
         assert float(row[column]) == pytest.approx(nats / n_bytes / 0.6931472, abs=1e-4)
     assert info["step"] == 4
+    from minisa.kit.run import read_state
+    given = {f"--{name}={value}" for name, value in settings.items() if name != "equal"}
+    assert given | {"--eval_interval=4"} <= {*read_state(folder).settings}      # evaluated once, at the end
 
 def test_another_text_than_the_plays_has_no_halves():
     assert shakespeare.two_and_two("a\n\nMaster:\nBoatswain!\nb") == ("a\n\n", "Master:\nBoatswain!\nb")

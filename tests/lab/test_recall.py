@@ -169,6 +169,25 @@ def test_wrong_flags_get_one_line_and_status_2(run, model, flags, message):
     errors = [line for line in err.splitlines() if "error" in line]
     assert status == 2 and len(errors) == 1 and message in errors[0]
 
+def test_a_case_of_another_seed_format_or_model_is_not_taken_for_this_one(run, model, tmp_path, monkeypatch):
+    asked, ask = [], recall.ask
+    monkeypatch.setattr(recall, "ask", lambda *args: asked.append(1) or ask(*args))
+    net, data = model
+    info = {**checkpoint.UNKNOWN, "data": str(data.folder)}
+
+    def measured(*more):
+        asked.clear()
+        flags = ["--needles=1", f"--lengths={LENGTH}", "--prompts=1", "--ratios=100", "--cache_bits=16",
+                 "--squeeze_policy=sinks", "--windows=0", "--dtype=bfloat16", f"--csv={tmp_path}/a.csv"]
+        assert run(recall.main, tmp_path / "m", *flags, *more)[0] == 0
+        return bool(asked)
+    checkpoint.save(tmp_path / "m", net, data.tokenizer, info)
+    tries = [], [], ["--seed=2"], ["--dtype=float32"], []
+    assert [measured(*more) for more in tries] == [True, False, True, True, False]
+    net.norm.weight.data *= 2
+    checkpoint.save(tmp_path / "m", net, data.tokenizer, info)
+    assert measured()
+
 def test_too_many_windows_are_refused_before_any_question_is_asked(run, model, tmp_path):
     status, out, _ = run(recall.main, "run", f"--lengths={LENGTH}", "--prompts=1", "--windows=999999",
                          f"--csv={tmp_path}/a.csv")
