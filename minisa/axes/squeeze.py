@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from minisa import cost
 from minisa.axes.bits import Int8
 from minisa.kit.cli import at_least, one_of, several
-from minisa.model import PREFILL_CHUNK, KVCache
+from minisa.model import PREFILL_CHUNK, KVCache, Step, rope_angles
 
 # ---- policies: which tokens stay ----
 
@@ -48,8 +48,9 @@ class Policy:
         chunk of the prompt; S is what was read so far."""
         return received + P.sum((1, 2), dtype=torch.float32)
 
-    def finish(self, received):
-        """What each token received from the whole prompt (B, T ≥ 1) → what score() should see."""
+    def finish(self, received, values):
+        """received: {unit: what each token received from the whole prompt (B, T)}; values: those
+        (B, G, T, d) of each layer that has some → the same dict, of what score() should see."""
         return received
 
     def score(self, tokens):
@@ -87,15 +88,31 @@ class Snap(Policy):
         by_observers = P[:, :, after < self.OBSERVERS]
         return super().receive(received, by_observers, after)
 
-    def finish(self, received):
-        before = received.clone()
-        before[:, -self.OBSERVERS:] = 0.0           # they stay anyway
-        return F.max_pool1d(before, self.POOLED, stride=1, padding=self.POOLED // 2)
+    def finish(self, received, values):
+        pooled = {}
+        for unit, before in received.items():
+            before[:, -self.OBSERVERS:] = 0.0       # they stay anyway
+            pooled[unit] = F.max_pool1d(before, self.POOLED, stride=1, padding=self.POOLED // 2)
+        return pooled
 
     def score(self, tokens):
         last = tokens.where >= tokens.prompt - self.OBSERVERS
         above_all = 1e6 + tokens.where              # of the last ones, the oldest goes first
         return torch.where(last, above_all, tokens.received)
+
+class Distinct(Snap):
+    """all new tokens, the last 8 of the prompt, and passages that are least like the rest of it"""
+    watches_prompt = False                  # after KeyDiff, arXiv:2504.15364, which compares keys,
+    OBSERVERS = 8                           # in each layer. Here, all layers keep the same tokens
+
+    def finish(self, received, values):
+        unlike = 0.0
+        for v in values:
+            direction = F.normalize(v.float(), dim=3)               # (B, G, T, d)
+            mean = direction.mean(2, keepdim=True)
+            unlike -= F.cosine_similarity(direction, mean, dim=3).mean(1)
+        smooth = F.avg_pool1d(unlike, self.POOLED, 1, self.POOLED // 2, count_include_pad=False)
+        return dict.fromkeys(received, smooth)
 
 def subclasses(kind):
     """→ the classes below a class, those of its subclasses too."""
@@ -180,31 +197,34 @@ class Kept:
         room                how many tokens may stay
     """
 
-    def __init__(self, policy, received, room):
+    def __init__(self, policy, received, room, free=0):
         (B, T), device = received.shape, received.device
         self.policy, self.room = policy, room
         self.prompt = self.length = T
         self.where = torch.arange(T, device=device).expand(B, T)
-        self.received = policy.finish(received) if T else received
-        self.count = min(room, T)
+        self.received = received
+        self.count = min(room - free, T)
         rising = policy.score(self).argsort(stable=True)        # of two alike, the older goes first
         best = rising[:, T - self.count:].sort().values         # (B, count)
-        free = 0, room - self.count
-        self.where = F.pad(best, free)
-        self.received = F.pad(self.received.gather(1, best), free)
+        places = 0, room - self.count
+        self.where = F.pad(best, places)
+        self.received = F.pad(self.received.gather(1, best), places)
         self.sequences = torch.arange(B, device=device)
 
     def admit(self, positions):
-        """Give the token at positions (1,) a free place, or that of a token which then goes."""
-        if self.count < self.room:
-            self.places = torch.full_like(self.sequences, self.count)       # (B,)
-            self.count += 1
+        """Give the tokens at positions (T,) free places; or one alone that of a token which then
+        goes."""
+        T = len(positions)
+        if self.count + T <= self.room:
+            free = torch.arange(self.count, self.count + T, device=positions.device)
+            self.places = free.expand(len(self.sequences), T)               # (B, T)
+            self.count += T
         else:
-            self.places = self.policy.score(self).argmin(1)
-        self.where[self.sequences, self.places] = positions
-        self.received[self.sequences, self.places] = 0.0
+            self.places = self.policy.score(self).argmin(1, keepdim=True)
+        self.where.scatter_(1, self.places, positions.expand_as(self.places))
+        self.received.scatter_(1, self.places, 0.0)
         self.after = self.prompt - 1 - positions
-        self.length += 1
+        self.length += T
 
     def receive(self, P):
         """P (B, H, 1, S): what the token just admitted attends with in one of the layers."""
@@ -263,13 +283,14 @@ class SqueezedCache:
     def advance(self, positions):
         for kept in self.units:
             kept.admit(positions)
-        self.length += 1
+        self.length += len(positions)
         self.receiving = iter(self.kept)                        # the layers whose P is yet to come
 
     def remember(self, name, layer, new):
-        """A layer's new k or v (B, G, 1, d) → all that it keeps (B, G, S, d)."""
+        """A layer's new k or v (B, G, T, d) → all that it keeps (B, G, S, d)."""
         storage, kept = getattr(self, name)[layer], self.kept[layer]
-        storage.put(kept.sequences, kept.places, new[:, :, 0])
+        for places, token in zip(kept.places.unbind(1), new.unbind(2)):
+            storage.put(kept.sequences, places, token)
         return storage.first(kept.count)
 
     def key_positions(self, layer):
@@ -281,14 +302,36 @@ class SqueezedCache:
         """P (B, H, 1, S), of one layer after the other."""
         next(self.receiving).receive(P)
 
+@torch.no_grad()
+def read_at_once(model, cache, idx):
+    """Read idx (B, T) into a SqueezedCache with as many free places in each layer, where no token
+    has to go → the last hidden states (B, T, C)."""
+    T, dtype = idx.size(1), model.embed.weight.dtype
+    positions = torch.arange(cache.length, cache.length + T, device=idx.device)
+    cache.advance(positions)
+    rope = rope_angles(model.config, positions)
+    later = torch.full((T, T), -torch.inf, dtype=dtype, device=idx.device).triu(1)
+    x, handed_up = model.embed(idx), None
+    for block, kept in zip(model.blocks, cache.kept):
+        mask = F.pad(later, (kept.count - T, 0))                # (T, S): all before is visible
+        step = Step(rope, mask, causal=False, cache=cache)
+        x, handed_up = block(x, step, handed_up)
+    return model.norm(x)
+
 # ---- to read a prompt ----
 
 @dataclass
 class Reading:
-    """What read() saw of a prompt (B, T)."""
-    cache: KVCache                  # which has read it
+    """What was seen of a prompt (B, T) while a model read it."""
+    length: int                     # T: later tokens are not looked at
+    cache: KVCache                  # which reads it
     cosines: list                   # cosine_l of each layer
     received: dict                  # Policy → unit → what each token received (B, T)
+
+    def turned(self, layer, x, y):
+        """A layer adds y to the stream x (B, T, C)."""
+        cosine = F.cosine_similarity(x.float(), (x + y).float(), dim=2)
+        self.cosines[layer] += cosine.sum().item() / (len(x) * self.length)
 
     def receive(self, of_layers, after, P):
         """P (B, H, T, S) is of a layer of the next unit. after (T,): see Policy."""
@@ -298,32 +341,62 @@ class Reading:
                 so_far = received[unit][:, :P.size(3)]
                 so_far.copy_(policy.receive(so_far, P, after))
 
-@torch.no_grad()
-def read(model, idx, ways=(), room=0):
-    """Read a prompt idx (B, T) once for several ways to keep it. → a Reading, whose cache has room
-    for so many more tokens."""
-    (B, T), device = idx.shape, idx.device
-    groups = units(model.config)
-    of_layers = [unit for unit in groups for _ in unit]
+    def finish(self):
+        """All T tokens were read."""
+        values = [v[:, :, :self.length] for v in self.cache.v if v.size(3)]
+        self.received = {policy: policy.finish(received, values)
+                         for policy, received in self.received.items()}
+
+    def again(self):
+        """→ a copy that may see other tokens next, in the same cache."""
+        received = {policy: {unit: t.clone() for unit, t in of_units.items()}
+                    for policy, of_units in self.received.items()}
+        return replace(self, cosines=[*self.cosines], received=received)
+
+def start_reading(model, cache, B, T, ways):
+    """→ the Reading of a prompt (B, T), for several ways to keep it."""
+    groups, device = units(model.config), model.embed.weight.device
     policies = {way.keeps for way in ways} - {None}
-    watching = any(policy.watches_prompt for policy in policies)
-    reading = Reading(
-        cache=KVCache(model, B, max(T + room, 1)),
-        cosines=[0.0] * len(model.blocks),
-        received={policy: {unit: torch.zeros(B, T, device=device) for unit in groups}
-                  for policy in policies})
-    after = torch.arange(T, device=device).flip(0)
-    for start in range(0, T, PREFILL_CHUNK):
-        here = slice(start, start + PREFILL_CHUNK)
-        watch = partial(reading.receive, iter(of_layers), after[here]) if watching else None
-        x, step = model.start(idx[:, here], reading.cache, watch)
+    received = {policy: {unit: torch.zeros(B, T, device=device) for unit in groups}
+                for policy in policies}
+    return Reading(T, cache, [0.0] * len(model.blocks), received)
+
+def tell(receivers, P):
+    for receive in receivers:
+        receive(P)
+
+@torch.no_grad()
+def read_on(model, idx, readings):
+    """Let a model read idx (B, n), the next tokens of prompts that may end at different places, in
+    one cache for all."""
+    cache, begun = readings[0].cache, readings[0].cache.length
+    of_layers = [unit for unit in units(model.config) for _ in unit]
+    watching = any(policy.watches_prompt for reading in readings for policy in reading.received)
+    for start in range(0, idx.size(1), PREFILL_CHUNK):
+        chunk = idx[:, start:start + PREFILL_CHUNK]
+        positions = begun + start + torch.arange(chunk.size(1), device=idx.device)
+        receivers = [partial(reading.receive, iter(of_layers), reading.length - 1 - positions)
+                     for reading in readings]
+        watch = partial(tell, receivers) if watching else None
+        x, step = model.start(chunk, cache, watch)
         handed_up = None
         for layer, block in enumerate(model.blocks):            # as Block.forward(), and look
             y, handed_up = block.attn(block.norm(x), step, handed_up)
-            turned = x + y
-            cosine = F.cosine_similarity(x.float(), turned.float(), dim=2)      # (B, chunk)
-            reading.cosines[layer] += cosine.sum().item() / idx.numel()
-            x = turned + block.mlp(block.norm(turned))
+            for reading in readings:
+                reading.turned(layer, x, y)
+            x = x + y
+            x = x + block.mlp(block.norm(x))
+    for reading in readings:
+        if cache.length == reading.length > 0:
+            reading.finish()
+
+def read(model, idx, ways=(), room=0):
+    """Read a prompt idx (B, T) once for several ways to keep it. → a Reading, whose cache has room
+    for so many more tokens."""
+    B, T = idx.shape
+    cache = KVCache(model, B, max(T + room, 1))
+    reading = start_reading(model, cache, B, T, ways)
+    read_on(model, idx, [reading])
     return reading
 
 # ---- ways to keep a cache: what programs ask of each ----
@@ -337,8 +410,9 @@ class Whole:
         """A name for a model with such a cache."""
         return model
 
-    def of(self, reading):
-        """→ the cache that keeps of a Reading what it should."""
+    def of(self, reading, free=0):
+        """→ the cache that keeps of a Reading what it should. free: how many of its places in each
+        layer are for later tokens."""
         return reading.cache
 
     def begin(self, model, ids):
@@ -383,14 +457,14 @@ class Squeezing(Whole):
         return f"{model}, squeeze {self.budget} {self.policy} {cut}{bits}"
 
     @torch.no_grad()
-    def of(self, reading):
+    def of(self, reading, free=0):
         whole, received = reading.cache, reading.received[self.keeps]
-        small = SqueezedCache(whole.length, self.storage)
+        small = SqueezedCache(reading.length, self.storage)
         pairs = zip(whole.k, whole.v)
         sizes = [k.size(3) + v.size(3) for k, v in pairs]
         rooms = budgets([*received], reading.cosines, sizes, self.budget, self.cut)
         for unit, room in zip(received, rooms):
-            kept = Kept(self.keeps, received[unit], room)
+            kept = Kept(self.keeps, received[unit], room, free)
             best = kept.where[:, None, :kept.count, None]       # (B, 1, n, 1)
             small.units.append(kept)
             for layer in unit:

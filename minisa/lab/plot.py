@@ -3,7 +3,8 @@
     python -m minisa.lab.plot assets/results/sharing.csv --file=frontier.png
 
 draws what the files hold: bills of sample.py --csv (loss beside cache), sweeps of minisa.lab.bench --csv
-(milliseconds per token), or runs of minisa.lab.experiments (loss beside cache and FLOPs, or over steps).
+(milliseconds per token), right answers of minisa.lab.recall --csv (over cache), or runs of
+minisa.lab.experiments (loss beside cache and FLOPs, or over steps).
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 
 from minisa.kit.cli import Parser, command, picture
 from minisa.kit.picture import pyplot, save
-from minisa.lab.tables import ATTENTION, at_best, load, pandas
+from minisa.lab.tables import ATTENTION, TABLES, answers, at_best, load, pandas
 
 BLUE = "#0072b2"
 
@@ -191,6 +192,26 @@ def loss_against_cache(rows, file):
     panels = {LOSS: over, "cache, bytes per token": cache}
     dot_plot(rows["name"], panels, None, file)
 
+def answers_against_bytes(rows, file):
+    """Rows of recall.py → a curve of right answers over the bytes of the cache for each method of the table
+    "recall", with its 95 % intervals: known questions on the left, unknown ones on the right."""
+    rows = answers(rows)
+    methods = {name: rows.query(condition) for condition, name in TABLES["recall"]["rows"].items()}
+    with style("projector") as plt:
+        figure, axes = plt.subplots(1, 2, figsize=(16, 8), sharey=True)
+        for axis, question in zip(axes, ("known", "unknown")):
+            for name, points in methods.items():
+                points = points.query("question == @question").sort_values("percent")
+                points = points.drop_duplicates("percent")              # all tokens, at several ratios
+                share = 100 * points["right"] / points["prompts"]
+                ends = [share - 100 * points["low"], 100 * points["high"] - share]
+                line = "--" if "int8" in name else "-"
+                axis.errorbar(points["percent"], share, ends, linestyle=line, elinewidth=1, label=name)
+            axis.set(title=f"question {question}", xlabel="cache, % of the bytes in bfloat16", ylim=(-2, 102))
+        axes[0].set_ylabel("right answers, %")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        save(figure, file)
+
 def bill_name(row):
     """A row of a bill → its model, what changed that or what it shares zero-shot, and what its cache
     keeps."""
@@ -225,6 +246,8 @@ def draw(rows, file):
     if "ms_per_token" in rows:
         over = "context" if rows["context"].nunique() > 1 else "batch_size"
         token_times(rows, over, file)
+    elif "right" in rows:
+        answers_against_bytes(rows, file)
     elif "step" in rows:
         learning(rows, file)
     elif "seed" in rows:
@@ -237,7 +260,7 @@ def read_results(files):
     frames = [load(file).assign(file=file) for file in files]
     rows = pandas().concat(frames, ignore_index=True)
     names = rows.filter(["mode", "model", "changes"]).sum(axis=1).astype(str)
-    if not 0 < len(rows) <= 1000 or names.str.len().max() > 100:
+    if not 0 < len(rows) <= 10_000 or names.str.len().max() > 100:
         raise ValueError("it has no rows, or more of them or longer names than can be drawn")
     numbers = rows.filter(["val_bpb", "ms_per_token", "cache_bytes", "context"]).astype(float)
     positive = (numbers > 0) & (numbers < math.inf)

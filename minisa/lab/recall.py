@@ -1,140 +1,412 @@
-"""Does a model still know what it read long ago? A prompt gives a number early and asks for it at the end.
+"""Which method remembers, at how many bytes? A text gives numbers; at its end, one is asked for.
 
-    python -m minisa.lab.recall smollm2 out/mixed               side by side
-    python -m minisa.lab.recall smollm2 --share=26-28           and made to share, zero-shot
-    python -m minisa.lab.recall smollm2 --squeeze=128           and with caches that keep 128 tokens a layer
-    python -m minisa.lab.recall smollm2 --cache_bits=8          and with caches in int8
+    python -m minisa.lab.recall smollm2 out/eight --csv=recall.csv
+    python -m minisa.lab.recall smollm2 --squeeze_policy=snap --ratios=50
 
-A prompt of N tokens is: a line of validation text, "The secret number is 4829.", more of the text, and "The
-secret number is". The answer is right if the most likely next tokens are the digits. The loss hardly shows
-what a cache forgot; this does. The fraction of right answers is followed by its standard error, as given by
-Agresti and Coull: with two right and two wrong answers added. For --squeeze, --context is the smallest of
---lengths.
+A prompt of 512 tokens is a text that says "The secret number is 4829." at one of three depths, or four such
+sentences of different things, as "The secret number of the tower is 4829."; then comes a question, and
+"Answer: The secret number is". It is right if the digits are the most likely next tokens. The cache is
+squeezed either when the question has been read, all but its last token, or before, when it is not yet known.
+
+A case is a model, a storage (--cache_bits) and a policy (--squeeze_policy). Cases are compared at equal
+bytes: --ratios are percentages of what prompt and answer take in a bfloat16 cache of the first model. If all
+tokens fit, all stay. Else as many stay as fit, with room left for what is still to be read.
+
+--text_csv: the loss of the 32 tokens that follow a squeezed text, and the divergence (KL, in nats per token)
+from the first model with its whole cache; with standard errors. A case that --csv or --text_csv holds already
+is not measured again.
 """
 
-from statistics import mode
+import csv
+import itertools
+import random
+import statistics
+from collections import Counter
+from pathlib import Path
 
 import torch
 
 from minisa.axes import squeeze
-from minisa.kit.checkpoint import add_share_kind, load, reconfigure
-from minisa.kit.cli import Parser, add_device, add_dtype, at_least, command, count, several, table
+from minisa.axes.bits import Int8
+from minisa.axes.squeeze import Floats, Squeezing, Stored
+from minisa.kit.checkpoint import described, load
+from minisa.kit.cli import (
+    Parser,
+    add_device,
+    add_dtype,
+    at_least,
+    command,
+    count,
+    one_of,
+    several,
+    table,
+    whole,
+)
 from minisa.kit.data import data_of
-from minisa.kit.machine import keep_memory
-from minisa.kit.results import write_results
+from minisa.kit.files import read_file, reading
+from minisa.kit.machine import choose_dtype, keep_memory
+from minisa.kit.results import print_table, provenance, write_results
+from minisa.lab.benchmarks import Progress, paired_means
 from minisa.lab.tables import share_of
+from minisa.model import KVCache
 
-FACT = "\n\nThe secret number is {}.\n\n"
-QUESTION = "\n\nThe secret number is"
-BEFORE = 16                 # tokens of text before the fact
+FACT = "\n\nThe secret number{} is {}.\n\n"
+QUESTION = "\n\nQuestion: What is the secret number{0}?\nAnswer: The secret number{0} is"
+THINGS = ["abbey", "cabin", "field", "house", "lodge", "manor", "river", "tower", "villa", "woods"]
+DEPTHS = 10, 50, 85         # where a number that is asked for stands, in percent of the text
+NOT_ASKED = 30              # where one stands that is not
+BEFORE = 8                  # tokens of text before the first fact, at least
 BATCH = 4                   # prompts read at once
+FOLLOWING = 32              # tokens of a text that follow the squeezed ones
+LEAST = 8                   # tokens that a cache keeps
+STORAGES = {"16": Floats, "8": Int8}
+WHEN = "known", "unknown"   # the question, when the cache is squeezed
+ANSWERED = "cache_bytes", "right"                               # columns that are measured
+FOLLOWED = "cache_bytes", "loss", "difference", "error", "divergence", "divergence_error"
 
-def draw_numbers(encode, n, seed):
-    """→ n numbers of four digits, and the tokens of each (n, D). A tokenizer may have tokens of several
-    digits; only numbers of the most frequent count of tokens are taken."""
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(1000, 10000, (20 * n,), generator=generator).tolist()
-    answers = {number: encode(f" {number}") for number in numbers}
-    D = mode(len(answers[number]) for number in numbers)
-    chosen = [number for number in numbers if len(answers[number]) == D][:n]
-    return chosen, torch.tensor([answers[number] for number in chosen])
+# ---- prompts ----
 
-def make_prompts(data, n, length, seed):
-    """→ n prompts of `length` tokens (n, length), and the right answer to each (n, D). Raises ValueError if
-    the length has no room for fact and question."""
-    encode = data.tokenizer.encode
-    numbers, answers = draw_numbers(encode, n, seed)
+def of_one_length(encode, words):
+    """→ {word: tokens of those `words` whose number of tokens is the most frequent}. words: {word: text}"""
+    tokens = {word: encode(text) for word, text in words.items()}
+    counts = Counter(map(len, tokens.values()))
+    (length, _), = counts.most_common(1)
+    return {word: ids for word, ids in tokens.items() if len(ids) == length}
+
+def insert(text, facts, length):
+    """text: tokens. facts: {depth in percent: tokens} → `length` tokens, text with the facts in it. Raises
+    ValueError if there is no room for both."""
+    room = length - sum(map(len, facts.values()))
+    if room * min(facts) < 100 * BEFORE:
+        raise ValueError("--lengths: facts and question leave too few tokens for the text; take a larger one")
+    row, begin = [], 0
+    for depth, fact in sorted(facts.items()):
+        end = room * depth // 100
+        row += text[begin:end] + fact
+        begin = end
+    return row + text[begin:room]
+
+def hide(encode, draw, texts, depths, questions, numbers, length):
+    """Hide a number at each of some depths of each text. → contexts (n, T), T = length, and
+    {depth: (questions (n, q), answers (n, D))}.
+
+    questions, numbers: {what is asked: tokens}, {number: tokens}, from which draw, a random.Random, chooses.
+    """
+    contexts = []
+    asked = {depth: ([], []) for depth in depths}
+    for text in texts:
+        facts = {}
+        things = draw.sample(list(questions), len(depths))
+        chosen = draw.sample(list(numbers), len(depths))
+        for depth, thing, number in zip(depths, things, chosen):
+            facts[depth] = encode(FACT.format(thing, number))
+            asked[depth][0].append(questions[thing])
+            asked[depth][1].append(numbers[number])
+        contexts.append(insert(text, facts, length))
+    tensors = {depth: tuple(map(torch.tensor, pair)) for depth, pair in asked.items()}
+    return torch.tensor(contexts), tensors
+
+def make_prompts(data, n, length, needles, seed):
+    """→ pairs as of hide(), in which a context and a question have `length` tokens. One needle: a pair for
+    each depth; four: one for all depths. Raises ValueError if the length has no room for the facts, or if the
+    tokenizer does not split four of the questions alike."""
+    encode, draw = data.tokenizer.encode, random.Random(seed)
+    some = draw.sample(range(1000, 10000), 2000)
+    numbers = of_one_length(encode, {number: f" {number}" for number in some})
+    things = [f" of the {thing}" for thing in THINGS] if needles > 1 else [""]
+    questions = of_one_length(encode, {thing: QUESTION.format(thing) for thing in things})
+    if len(questions) < needles:
+        raise ValueError("--needles=4: the tokenizer of this model splits the questions too differently")
+    groups = [[*DEPTHS, NOT_ASKED]] if needles > 1 else [[depth] for depth in DEPTHS]
     texts = data.windows("val", n, length).tolist()
-    question = encode(QUESTION)
-    prompts = []
-    for text, number in zip(texts, numbers):
-        fact = encode(FACT.format(number))
-        end = length - len(fact) - len(question)
-        if end < BEFORE:
-            raise ValueError(f"--lengths={length}: fact and question take {length - end} of them in this "
-                             f"model's tokens; take at least {length - end + BEFORE}")
-        prompts.append(text[:BEFORE] + fact + text[BEFORE:end] + question)
-    return torch.tensor(prompts), answers
+    rest = length - len(next(iter(questions.values())))
+    return [hide(encode, draw, texts, group, questions, numbers, rest) for group in groups]
 
-# ---- questions and answers ----
+# ---- right answers ----
 
-def right_answers(model, prompts, answers, ways):
-    """prompts (n, T), answers (n, D) → for each way to keep the cache, how many of the n answers the model
-    gives. The prompts of a batch share their budgets."""
-    D = answers.size(1)
-    free = model.config.block_size + 1 - prompts.size(1)                # beyond it, the oldest tokens go
-    right = [0] * len(ways)
-    for batch, expected in zip(prompts.split(BATCH), answers.split(BATCH)):
+def likeliest(model, way, seen, said, n):
+    """Squeeze what a Reading has seen, let the model read said (B, T) → the n tokens (B, n) that it finds
+    most likely after each of the last n, and the bytes of the cache of one sequence."""
+    cache = way.of(seen, free=said.size(1))
+    x = squeeze.read_at_once(model, cache, said)
+    return model.head(x[:, -n:]).argmax(-1), cache.nbytes // len(said)
+
+@torch.inference_mode()
+def ask(model, context, asked, ways):
+    """context (B, T), asked: {depth: (questions (B, q), answers (B, D))} → {(way, depth, one of WHEN): (how
+    many answers are right, bytes of the cache of one prompt)}. The context is read once for all."""
+    B, T = context.shape
+    q = max(question.size(1) for question, _ in asked.values())
+    cache = KVCache(model, B, T + q)
+    unknown = squeeze.start_reading(model, cache, B, T, ways)
+    begun = squeeze.start_reading(model, cache, B, T + q - 1, ways)
+    squeeze.read_on(model, context, [unknown, begun])
+    found = {}
+    for depth, (question, answer) in asked.items():
+        cache.length = T                            # what follows takes the place of the last question
+        known = begun.again()
+        squeeze.read_on(model, question[:, :-1], [known])
+        rest = torch.cat((question, answer[:, :-1]), dim=1)     # if a token is wrong, so is the answer
+        for when, seen, said in ("known", known, rest[:, q - 1:]), ("unknown", unknown, rest):
+            for way in ways:
+                given, n_bytes = likeliest(model, way, seen, said, answer.size(1))
+                right = (given == answer).all(dim=1).sum().item()
+                found[way, depth, when] = right, n_bytes
+    return found
+
+def count_right(model, prompts, ways, label):
+    """→ as ask(), for all prompts, as of make_prompts()."""
+    device = model.embed.weight.device
+    batches = sum(len(contexts.split(BATCH)) for contexts, _ in prompts)
+    progress, done = Progress(label, batches), 0
+    right, n_bytes = Counter(), {}
+    for contexts, asked in prompts:
+        asked = {depth: pair for depth, pair in asked.items() if depth in DEPTHS}
+        for start in range(0, len(contexts), BATCH):
+            here = slice(start, start + BATCH)
+            batch = {depth: [t[here].to(device) for t in pair] for depth, pair in asked.items()}
+            found = ask(model, contexts[here].to(device), batch, ways)
+            for key, (number, size) in found.items():
+                right[key] += number
+                n_bytes[key] = size
+            done += 1
+            progress.say(done)
+    return {key: (right[key], n_bytes[key]) for key in n_bytes}
+
+# ---- loss and divergence ----
+
+@torch.inference_mode()
+def follow(model, windows, log_p, ways):
+    """windows (B, T + 1): all tokens but the last FOLLOWING are read and squeezed. Yield for each way three
+    lists: of each window the loss and the divergence of those that follow, and the bytes of its cache.
+    log_p (B, FOLLOWING, V): the first model's."""
+    prompt = windows.size(1) - 1 - FOLLOWING
+    targets = windows[:, prompt + 1:]
+    seen = squeeze.read(model, windows[:, :prompt], ways)
+    for way in ways:
+        cache = way.of(seen, free=FOLLOWING)
+        x = squeeze.read_at_once(model, cache, windows[:, prompt:-1])
+        log_q = model.head(x).float().log_softmax(-1)           # (B, FOLLOWING, V)
+        losses = -log_q.gather(2, targets[..., None]).mean((1, 2))
+        divergences = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+        yield losses.tolist(), divergences.tolist(), [cache.nbytes // len(windows)] * len(windows)
+
+def follow_all(model, first, windows, ways, label):
+    """→ for each way three lists as follow(), of all windows, and the losses of the first model."""
+    progress = Progress(label, len(windows))
+    found = {way: ([], [], []) for way in ways}
+    original = []
+    for batch in windows.split(BATCH):
         batch = batch.to(model.embed.weight.device)
-        reading = squeeze.read(model, batch[:, :-1], ways, min(D, free))    # once for all ways
-        caches = [way.of(reading) for way in ways]                          # before one goes on
-        for i, cache in enumerate(caches):
-            stream = model.stream(batch[:, -1:], D, temperature=0, cache=cache)
-            given = torch.cat([*stream], dim=1).cpu()                   # (B, D)
-            correct = (given == expected).all(dim=1)
-            right[i] += correct.sum().item()
-    return right
+        with torch.inference_mode():
+            hidden = first.hidden(batch[:, :-1])[:, -FOLLOWING:]
+            log_p = first.head(hidden).float().log_softmax(-1)
+        losses = -log_p.gather(2, batch[:, -FOLLOWING:, None]).mean((1, 2))
+        original += losses.tolist()
+        for way, lists in zip(ways, follow(model, batch, log_p, ways)):
+            for kept, new in zip(found[way], lists):
+                kept += new
+        progress.say(len(original))
+    return found, original
 
-def ask(args, source, model, data):
-    """Yield a row for a CSV file for each length and cache."""
-    ways = squeeze.ways_of(args, model)
+# ---- cases: ways to keep a model's cache, at equal bytes ----
+
+def bytes_per_token(model, storage):
+    """Of a cache of one sequence, in all layers."""
+    way = Stored(8, "window", 1, storage)
+    tokens = torch.zeros(1, 8, dtype=torch.long, device=model.embed.weight.device)
+    return way.of(squeeze.read(model, tokens, [way])).nbytes // 8
+
+def ways_at(args, model, ratio, n_bytes, length, rest):
+    """→ the ways to keep at most n_bytes of `length` tokens, the `rest` of which must stay. ratio: what these
+    bytes are called."""
+    ways = []
+    for bits in args.cache_bits:
+        storage = STORAGES[bits]
+        budget = n_bytes // bytes_per_token(model, storage)
+        if budget >= length:
+            ways.append(Stored(length, "window", 1, storage))
+        elif budget < rest + LEAST:
+            raise ValueError(f"--ratios={ratio:g}: too few bytes for {rest + LEAST} tokens; take more")
+        else:
+            ways += [Squeezing(budget, policy, 1, storage) for policy in args.squeeze_policy]
+    return ways
+
+def cases(args, model, per_token, length, rest):
+    """→ {way: its ratios}, for `length` tokens, the `rest` of which are read after the squeeze. per_token:
+    bytes in the first model's cache."""
+    found = {}
+    for ratio in args.ratios:
+        n_bytes = int(ratio / 100 * per_token * length)
+        for way in ways_at(args, model, ratio, n_bytes, length, rest):
+            found.setdefault(way, []).append(ratio)
+    return found
+
+def facts(source, model, way, length):
+    """→ the columns that say what was measured."""
+    return {"model": source, **described(model), **way.facts, "length": length}
+
+# ---- results, which a stopped run continues ----
+
+class Results:
+    """The rows of a CSV file, which is written again with each batch of new ones. `measured` are the columns
+    that do not say what a row is about."""
+
+    def __init__(self, file, measured):
+        self.file, self.measured, self.rows = file, {*measured, *provenance()}, []
+        if file and Path(file).exists():
+            with reading(file, "not a table of results", "delete it"):
+                self.rows = [*csv.DictReader(read_file(file).decode().splitlines())]
+
+    def key(self, row):
+        return frozenset((name, str(value)) for name, value in row.items() if name not in self.measured)
+
+    def lacks(self, rows):
+        """Is one of these rows, without what is measured, not there yet?"""
+        known = {self.key(row) for row in self.rows}
+        return any(self.key(row) not in known for row in rows)
+
+    def add(self, rows):
+        self.rows += [row for row in rows if self.lacks([row])]
+        if self.file and self.rows:
+            write_results(self.file, self.rows)
+
+def answers(args, results, source, model, data, per_token):
+    """Add the rows on right answers that are missing. per_token: bytes in the first model's cache."""
+    for length, needles in itertools.product(args.lengths, map(int, args.needles)):
+        prompts = make_prompts(data, args.prompts, length, needles, args.seed)
+        contexts, pairs = prompts[0]
+        _, digits = next(iter(pairs.values()))
+        tokens = length + digits.size(1) - 1                    # the last digit is not read
+        rest = tokens - contexts.size(1)
+        rows = {}
+        for way, ratios in cases(args, model, per_token, tokens, rest).items():
+            about = facts(source, model, way, length)
+            of_way = itertools.product(ratios, DEPTHS, WHEN)
+            rows[way] = [{**about, "ratio": ratio, "full_bytes": per_token * tokens, "needles": needles,
+                          "depth": depth, "question": when, "prompts": args.prompts}
+                         for ratio, depth, when in of_way]
+        missing = [way for way in rows if results.lacks(rows[way])]
+        if not missing:
+            continue
+        label = f"{source}, {length} tokens, needles: {needles}"
+        found = count_right(model, prompts, missing, label)
+        for way in missing:
+            for row in rows[way]:
+                row["right"], row["cache_bytes"] = found[way, row["depth"], row["question"]]
+            results.add(rows[way])
+        print_answers(label, [row for way in missing for row in rows[way]])
+
+def name(row):
+    """What a row says of a cache, as it is printed."""
+    size = 100 * row["cache_bytes"] / row["full_bytes"]
+    kept = f"{row['policy']} {row['budget']}" if row["policy"] else "all tokens"
+    bits = f", {row['bits']} bits" if row["bits"] else ""
+    return f"{row['ratio']:g} %: {kept}{bits}, {size:.1f} %"
+
+def print_answers(label, rows):
+    """The rows of a model, with all depths together."""
+    lines = [[label, *WHEN]]
+    for case, group in itertools.groupby(rows, name):
+        group = list(group)
+        cells = []
+        for when in WHEN:
+            chosen = [row for row in group if row["question"] == when]
+            right = sum(row["right"] for row in chosen)
+            asked = sum(row["prompts"] for row in chosen)
+            cells.append(share_of(right, asked))
+        lines.append([case, *cells])
+    print_table(lines)
+    print(flush=True)
+
+def print_losses(label, rows):
+    lines = [[label, "loss", "difference", "divergence"]]
+    for row in rows:
+        difference = f"{row['difference']:+.3f} ± {row['error']:.3f}"
+        divergence = f"{row['divergence']:.3f} ± {row['divergence_error']:.3f}"
+        lines.append([name(row), f"{row['loss']:.3f}", difference, divergence])
+    print_table(lines)
+    print(flush=True)
+
+def texts(args, results, source, model, first, data, per_token):
+    """Add the rows on loss and divergence that are missing."""
     for length in args.lengths:
-        prompts, answers = make_prompts(data, args.prompts, length, args.seed)
-        right = right_answers(model, prompts, answers, ways)
-        for way, n in zip(ways, right):
-            yield {
-                "model": source,
-                "share": model.config.share,
-                "share_kind": model.config.share and model.config.share_kind,
-                **way.facts,
-                "length": length,
-                "prompts": args.prompts,
-                "right": n,
+        windows = data.windows("val", args.windows, length)
+        rows = {}
+        for way, ratios in cases(args, model, per_token, length, FOLLOWING).items():
+            about = facts(source, model, way, length)
+            rows[way] = [{**about, "ratio": ratio, "full_bytes": per_token * length, "windows": args.windows}
+                         for ratio in ratios]
+        missing = [way for way in rows if results.lacks(rows[way])]
+        if not missing:
+            continue
+        label = f"{source}, {length} tokens, windows of text"
+        found, original = follow_all(model, first, windows, missing, label)
+        for way in missing:
+            losses, divergences, sizes = found[way]
+            difference, error = paired_means(original, losses)
+            _, divergence_error = paired_means([0.0] * len(windows), divergences)
+            measured = {
+                "cache_bytes": sizes[0],
+                "loss": statistics.fmean(losses),
+                "difference": difference,
+                "error": error,
+                "divergence": statistics.fmean(divergences),
+                "divergence_error": divergence_error,
             }
+            for row in rows[way]:
+                row |= measured
+            results.add(rows[way])
+        print_losses(label, [row for way in missing for row in rows[way]])
 
-def ask_all(args):
-    """Yield the rows of all models, each as it is, and made to share."""
+def measure(args):
+    """Measure all that is missing of all models, and compare each with the first."""
+    answered, followed = Results(args.csv, ANSWERED), Results(args.text_csv, FOLLOWED)
+    dtype = getattr(torch, args.dtype or choose_dtype(args.device))
+    first = None
     for source in args.models:
-        dtype = getattr(torch, args.dtype)
         model, tokenizer, info = load(source, device=args.device, dtype=dtype)
-        longest, block_size = max(args.lengths), model.config.block_size
-        if longest > block_size:
-            raise ValueError(f"--lengths: {longest} tokens are more than the context of {source}, "
-                             f"{block_size}")
-        data = data_of(info, tokenizer, args.text)
-        yield from ask(args, source, model, data)
-        if args.share and not model.config.share:
-            shared = reconfigure(model, share=args.share, share_kind=args.share_kind)
-            yield from ask(args, source, shared, data)
+        longest = model.config.block_size - FOLLOWING
+        if max(args.lengths) > longest:
+            raise ValueError(f"--lengths={max(args.lengths)}: too long for the context of {source}; "
+                             f"take at most {longest}")
+        if first is None:
+            first, identity = model, tokenizer.identity
+            data = data_of(info, tokenizer, args.text)
+            per_token = 2 * sum(k + v for _, k, v in (block.attn.widths for block in model.blocks))
+        if tokenizer.identity != identity:
+            raise ValueError(f"{source}: its tokens are not those of {args.models[0]}; compare models "
+                             "with the same tokenizer")
+        answers(args, answered, source, model, data, per_token)
+        if args.windows:
+            texts(args, followed, source, model, first, data, per_token)
 
 # ---- the command ----
 
 def main():
     parser = Parser(__doc__, usage="python -m minisa.lab.recall MODEL [MODEL ...] [--FLAG=VALUE ...]")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of runs or models, .gguf files, "
-                        "or smollm2, which is downloaded once")
-    parser.flag("lengths", several(at_least(int, 64)), "256,512,1024,1536",
-                "of the prompts, in tokens; several with commas")
-    parser.flag("prompts", count, 200, "how many of each length")
-    parser.flag("share", str, "", "spans that share, zero-shot, in models trained without", "none")
-    add_share_kind(parser)
-    squeeze.add_flags(parser)
-    parser.flag("text", help="UTF-8 file to hide the number in",
-                shown="what the model was trained on, or the plays")
+                        "or smollm2, which is downloaded once; the first is the one to compare with")
+    policies = ",".join(squeeze.POLICIES)
+    parser.flag("lengths", several(at_least(int, 64)), "512", "of the prompts, in tokens")
+    parser.flag("ratios", several(at_least(float, 1, 100)), "100,60,40,25", "of the bytes of a bfloat16 "
+                "cache of the first model, in percent")
+    parser.flag("squeeze_policy", several(one_of(*squeeze.POLICIES)), policies, "which tokens are kept where "
+                "not all fit")
+    parser.flag("cache_bits", several(one_of(*STORAGES)), ",".join(STORAGES), "8: int8; 16: as --dtype")
+    parser.flag("needles", several(one_of("1", "4")), "1,4", "numbers in a prompt")
+    parser.flag("prompts", count, 100, "for each length, depth and count of needles")
+    parser.flag("windows", whole, 64, "of text, for loss and divergence; 0 for none")
+    parser.flag("text", help="UTF-8 file to hide the numbers in",
+                shown="what the first model was trained on, or the plays")
     parser.flag("seed", at_least(int, 0), 1337, "of the numbers")
-    parser.flag("csv", table, None, "file to write the counts to, as .csv", "none")
+    parser.flag("csv", table, None, "file to write the answers to, as .csv", "none")
+    parser.flag("text_csv", table, None, "file to write loss and divergence to, as .csv", "none")
+    add_dtype(parser, "of weights and cache", None, "the faster one here")
     add_device(parser)
-    add_dtype(parser)
     args = parser.parse_intermixed_args()
-    args.context = min(args.lengths)                        # the most that a squeezed cache may keep
     keep_memory()
-    rows = []
-    for row in ask_all(args):
-        rows.append(row)
-        known = ", ".join(f"{name} {value}" for name, value in row.items() if value != "")
-        print(f"{known}: {share_of(row['right'], row['prompts'])}", flush=True)
-    if args.csv:
-        write_results(args.csv, rows)
+    measure(args)
 
 if __name__ == "__main__":
     command(main)

@@ -11,11 +11,12 @@ import tomllib
 from pathlib import Path
 
 from minisa.kit.files import read_file, write_file
+from minisa.lab.benchmarks import half_width
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
 TEXT = ("mode equal model share share_kind changes policy library dtype engine work windows spans best_span "
-        "refitted task measure commit processor torch date").split()        # columns of words, even if empty
+        "refitted task measure question commit processor torch date").split()   # columns of words
 
 # ---- reading ----
 
@@ -197,18 +198,45 @@ def three_measures(rows):
         shown.append(text.replace("-", "−"))
     return rows.assign(shown=shown)
 
+def interval(right, n, comparisons=1):
+    """How many of n are right → the ends of the interval around their fraction after Agresti and Coull, so
+    wide that as many of them as there are comparisons all hold with 95 %."""
+    z = half_width(1, comparisons)
+    near = (right + z**2 / 2) / (n + z**2)
+    half = z * (near * (1 - near) / (n + z**2))**0.5
+    return max(0.0, near - half), min(1.0, near + half)
+
+def share_of(right, n, comparisons=1):
+    """How many of n are right → the fraction and its interval(), as text."""
+    low, high = interval(right, n, comparisons)
+    return f"{right / n:.0%} ({100 * low:.0f} to {100 * high:.0f})"
+
 def refitted(rows):
     return rows.query("refitted == 'yes'")
 
-def share_of(right, n):
-    """How many of n are right → the fraction and its standard error after Agresti and Coull, as text."""
-    near = (right + 2) / (n + 4)
-    error = (near * (1 - near) / (n + 4))**0.5
-    return f"{right / n:.1%} ± {error:.1%}"
+CASE = ["model", "share_kind", "policy", "bits", "length", "ratio", "cache_bytes", "full_bytes", "question"]
 
 def answers(rows):
-    shares = map(share_of, rows["right"], rows["prompts"])
-    return rows.assign(answers=list(shares))
+    """Rows of recall.py → one for each case, with the answers for all depths and needles together."""
+    cases = rows.groupby(CASE, dropna=False, sort=False)
+    pooled = cases[["right", "prompts"]].sum().reset_index()
+    counts = pooled["right"], pooled["prompts"], [len(pooled)] * len(pooled)
+    low, high = zip(*map(interval, *counts))
+    return pooled.assign(
+        low=low,
+        high=high,
+        answers=list(map(share_of, *counts)),
+        percent=100 * pooled["cache_bytes"] / pooled["full_bytes"])
+
+def followed(rows):
+    """Rows of recall.py on text, with 95 % intervals for all of them together."""
+    width = half_width(1, 2 * len(rows))
+
+    def shown(value, error, form):
+        return [f"{value:{form}} ± {width * error:.2f}" for value, error in zip(rows[value], rows[error])]
+    return rows.assign(
+        loss=shown("difference", "error", "+z.2f"),
+        kl=shown("divergence", "divergence_error", ".2f"))
 
 # ---- the tables ----
 

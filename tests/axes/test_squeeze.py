@@ -1,5 +1,6 @@
 """Squeezed caches against a plain simulation with Python sets of tokens."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from minisa.axes.top import TopAttention
 from minisa.kit import cli
 from minisa.kit.data import tokenize
 from minisa.kit.tokenizer import Tokenizer
-from minisa.model import GPT, GPTConfig, rope_angles, rotate
+from minisa.model import GPT, GPTConfig, KVCache, rope_angles, rotate
 
 IDX = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -76,7 +77,7 @@ class Plain:
 
     def evict(self, u, length, room):
         kept, got = self.kept[u], self.got[u]
-        first = self.prompt - OBSERVERS
+        first = self.prompt - (8 if self.policy == "distinct" else OBSERVERS)
         while len(kept) > room:
             if self.policy == "heavy":
                 old = [p for p in kept if p < length - self.rooms[u] // 2]
@@ -85,8 +86,25 @@ class Plain:
                 pooled = {p: max(got[near] for near in range(max(0, p - 3), min(p + 4, first)))
                           for p in sorted(kept) if p < first}      # of two alike, the older goes
                 kept.remove(min(pooled, key=pooled.get))
+            elif self.policy == "distinct" and min(kept) < first:
+                unlike = self.unlike
+                kept.remove(min((p for p in sorted(kept) if p < first), key=unlike.__getitem__))
             else:
                 kept.remove(min(p for p in kept if self.policy != "sinks" or p >= SINKS))
+
+    @functools.cached_property
+    def unlike(self):
+        """How unlike the prompt's mean the passage around each of its tokens is, by all layers."""
+        alone = [0.0] * self.prompt
+        for values in filter(None, self.v):
+            of_heads = torch.stack([values[p] for p in range(self.prompt)], dim=1)  # (G, T, D)
+            for x in of_heads:
+                x = x / x.norm(dim=1, keepdim=True)
+                mean = x.mean(0)
+                for p in range(self.prompt):
+                    alone[p] -= (x[p] @ mean / mean.norm()).item() / len(of_heads)
+        near = [alone[max(0, p - 3):p + 4] for p in range(self.prompt)]
+        return [sum(passage) / len(passage) for passage in near]
 
     def rotated(self, x, n, t):
         """x (n·d,) of position t → (n, d), turned by every (D/d)-th of RoPE's angles."""
@@ -151,8 +169,9 @@ class Plain:
                 self.got[u][t] = 0.0
                 for layer in unit:
                     x = self.attend(layer, u, x, t, sorted(self.kept[u]))
+            for u, room in enumerate(self.rooms):
                 if t == self.prompt - 1:
-                    self.evict(u, self.prompt, self.rooms[u])
+                    self.evict(u, self.prompt, room)
             out.append(self.model.head(self.model.norm(x)))
         return torch.stack(out)
 
@@ -370,6 +389,41 @@ def test_snap_keeps_the_last_32_and_the_neighborhoods_that_these_attend_to():
             assert row.tolist()[-32:] == [*range(T - 32, T)] and len(before) == room - 32
             assert min(pooled[p] for p in before) > least - 1e-4
             assert max(pooled[p] for p in {*range(T - 32)} - {*before}) < least + 1e-4
+
+@torch.no_grad()
+def test_distinct_keeps_the_passage_whose_values_differ():
+    model, idx = make(block_size=100), torch.full((1, 90), 7)
+    idx[:, 30:40] = torch.arange(20, 30)                        # the only other words
+    cache = squeezed(model, idx, 30, "distinct", 1)
+    assert {*range(31, 39), *range(82, 90)} <= {*cache.units[0].where[0].tolist()}      # layer 0 sees words
+
+@torch.no_grad()
+def test_tokens_read_at_once_are_seen_as_one_by_one():
+    for mode in ({}, dict(share="1-3", n_kv_head=2), dict(share="1-3", share_kind="kv")):
+        model, way = make(**mode), Squeezing(20, "snap")        # unequal budgets
+        seen = read(model, IDX[:, :30], [way])
+        at_once = squeeze.read_at_once(model, way.of(seen, free=6), IDX[:, 30:36])
+        cache = way.of(seen, free=6)
+        expected = torch.cat([model.hidden(token, cache) for token in IDX[:, 30:36].split(1, dim=1)], dim=1)
+        torch.testing.assert_close(at_once, expected, atol=1e-4, rtol=1e-4)
+        assert all(kept.count == kept.room and kept.length == 36 for kept in cache.units)
+
+@torch.no_grad()
+def test_one_reading_serves_prompts_that_end_at_different_places():
+    model, ways = make(share="1-3"), [Squeezing(12, name, 1) for name in POLICIES]
+    cache = KVCache(model, 2, 30)
+    short, long = (squeeze.start_reading(model, cache, 2, T, ways) for T in (20, 30))
+    squeeze.read_on(model, IDX[:, :20], [short, long])
+    other = long.again()
+    squeeze.read_on(model, IDX[:, 25:35], [other])              # another end, then
+    cache.length = 20
+    squeeze.read_on(model, IDX[:, 20:30], [long])
+    for reading, T in ((short, 20), (long, 30)):
+        for way in ways:
+            alone = way.of(read(model, IDX[:, :T], [way]))
+            got = way.of(reading)
+            for a, b in zip(got.tensors, alone.tensors):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 @torch.no_grad()
 def test_snap_lets_new_tokens_go_last():

@@ -166,6 +166,20 @@ def test_each_mode_has_a_dot_with_its_spread_and_its_costs(figures):
     bars = loss.containers[0].lines[2][0].get_segments()
     assert bars[2][:, 0] == pytest.approx([1.5 - 0.5**0.5, 1.5 + 0.5**0.5])     # of 1 and 2 percent
 
+def test_right_answers_have_a_curve_for_each_method_on_both_sides(figures, recall_rows):
+    plot.draw(tables.pandas().DataFrame(recall_rows).replace({"bits": {"": float("nan"), "8": 8}}), "x.png")
+    known, unknown = figures[0].axes
+    for axis in (known, unknown):
+        assert [bar.get_label() for bar in axis.containers] == [*tables.TABLES["recall"]["rows"].values()]
+        for bars in axis.containers:
+            line, (_, _), (spread,) = bars
+            assert line.get_ydata().tolist() == [75] * len(line.get_xdata())
+            low, high = spread.get_segments()[0][:, 1]
+            assert 40 < low < 75 < high < 95
+    assert known.containers[2][0].get_xdata().tolist() == [25, 40, 60, 100]
+    assert known.containers[5][0].get_xdata().tolist() == [25, 40, 53]
+    assert is_legible(figures[0])
+
 def test_learning_has_a_line_for_each_mode_and_its_seeds_on_both_sides(figures):
     plot.learning(rows("mode seed step seconds val_bpb", *(
         [mode, seed, step, 3.0 * step + seed, 2.5 + seed / 10] for mode in ("full", "SA") for seed in (1, 3)

@@ -8,7 +8,17 @@ import pytest
 pytest.importorskip("pandas", reason="needs pandas: pip install pandas")
 from minisa.lab import tables  # noqa: E402
 from minisa.lab.experiments import STUDIES, TRAININGS  # noqa: E402
-from minisa.lab.tables import at_best, check_pages, make, markdown, percent, read, renew  # noqa: E402
+from minisa.lab.tables import (  # noqa: E402
+    at_best,
+    check_pages,
+    interval,
+    make,
+    markdown,
+    percent,
+    read,
+    renew,
+    share_of,
+)
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
@@ -147,14 +157,29 @@ def test_what_is_misspelt_in_a_table_is_named(write, monkeypatch, what):
 def test_the_study_of_each_table_exists():
     assert {table["study"] for table in tables.TABLES.values()} <= {*STUDIES, *TRAININGS}
 
-def test_right_answers_have_their_standard_error(write):
-    for length in (256, 512, 1024, 1536):
-        models = [{"model": model, "policy": policy, "right": 0 if policy else 98} for policy in ("", "heavy")
-                  for model in ("smollm2", "out/eight-plays", "out/narrow", "out/small")]
-        write(f"recall/{length}", models, length=length, prompts=196)
-    half, none = make("recall")[1:3]                        # (98 + 2) / 200, and 2 / 200
-    assert half == ["smollm2"] + ["50.0% ± 3.5%"] * 4       # √(0.5 · 0.5 / 200)
-    assert none == ["smollm2, squeezed to 60 %"] + ["0.0% ± 0.7%"] * 4
+def test_the_interval_is_that_of_agresti_and_coull_and_wider_for_more_comparisons():
+    z = 1.959964                                            # of 95 %
+    near, n = (90 + z**2 / 2) / (100 + z**2), 100 + z**2
+    half = z * (near * (1 - near) / n)**0.5
+    assert interval(90, 100) == pytest.approx((near - half, near + half), abs=1e-6)
+    assert share_of(90, 100) == "90% (82 to 95)" and share_of(90, 100, 50) == "90% (75 to 97)"
+    assert interval(0, 5)[0] == 0 and interval(5, 5)[1] == 1
+
+def test_right_answers_are_pooled_over_depths_and_needles(write, recall_rows):
+    write("recall", recall_rows)
+    rows = tables.answers(read("recall"))
+    assert set(rows["right"]) == {30} and set(rows["prompts"]) == {40}
+    line = next(row for row in make("recall") if row[0] == "full, `snap`")
+    assert line == ["full, `snap`"] + [share_of(30, 40, len(rows))] * 6
+
+def test_loss_and_divergence_have_intervals_that_hold_together(write, recall_rows):
+    names = "model", "bits", "policy", "ratio"
+    cases = dict.fromkeys(tuple(row[name] for name in names) for row in recall_rows)
+    rows = [dict(zip(names, case)) for case in cases]
+    write("recall-text", rows, difference=-0.1, error=0.01, divergence=0.5, divergence_error=0.02)
+    z = tables.half_width(1, 2 * len(rows))
+    expected = [f"−0.10 ± {z * 0.01:.2f}"] * 3 + [f"0.50 ± {z * 0.02:.2f}"] * 3
+    assert all(row[1:] == expected for row in make("recall-text")[1:])
 
 def test_measures_have_their_difference_from_the_first_model_and_its_interval(write):
     right = {"task": "lambada", "measure": "right"}
