@@ -217,7 +217,9 @@ def refitted(rows):
 CASE = ["model", "share_kind", "policy", "bits", "length", "ratio", "cache_bytes", "full_bytes", "question"]
 
 def answers(rows):
-    """Rows of recall.py → one for each case, with the answers for all depths and needles together."""
+    """Rows of recall.py → one for each case, with the answers for all depths and needles together. What two
+    files hold counts once."""
+    rows = rows.drop_duplicates([*CASE, "depth", "needles"])
     cases = rows.groupby(CASE, dropna=False, sort=False)
     pooled = cases[["right", "prompts"]].sum().reset_index()
     counts = pooled["right"], pooled["prompts"], [len(pooled)] * len(pooled)
@@ -229,7 +231,9 @@ def answers(rows):
         percent=100 * pooled["cache_bytes"] / pooled["full_bytes"])
 
 def followed(rows):
-    """Rows of recall.py on text, with 95 % intervals for all of them together."""
+    """Rows of recall.py on text, with 95 % intervals for all of them together. What two files hold counts
+    once."""
+    rows = rows.drop_duplicates([name for name in CASE if name in rows])
     width = half_width(1, 2 * len(rows))
 
     def shown(value, error, form):

@@ -166,8 +166,9 @@ def test_the_interval_is_that_of_agresti_and_coull_and_wider_for_more_comparison
     assert interval(0, 5)[0] == 0 and interval(5, 5)[1] == 1
 
 def test_right_answers_are_pooled_over_depths_and_needles(write, recall_rows):
-    write("recall", recall_rows)
-    rows = tables.answers(read("recall"))
+    write("recall-policies", recall_rows)
+    write("recall-models", recall_rows[:7])                 # again: they count once
+    rows = tables.answers(read("recall-policies", "recall-models"))
     assert set(rows["right"]) == {30} and set(rows["prompts"]) == {40}
     line = next(row for row in make("recall") if row[0] == "full, `snap`")
     assert line == ["full, `snap`"] + [share_of(30, 40, len(rows))] * 6
@@ -176,7 +177,7 @@ def test_loss_and_divergence_have_intervals_that_hold_together(write, recall_row
     names = "model", "bits", "policy", "ratio"
     cases = dict.fromkeys(tuple(row[name] for name in names) for row in recall_rows)
     rows = [dict(zip(names, case)) for case in cases]
-    write("recall-text", rows, difference=-0.1, error=0.01, divergence=0.5, divergence_error=0.02)
+    write("recall-models-text", rows, difference=-0.1, error=0.01, divergence=0.5, divergence_error=0.02)
     z = tables.half_width(1, 2 * len(rows))
     expected = [f"−0.10 ± {z * 0.01:.2f}"] * 3 + [f"0.50 ± {z * 0.02:.2f}"] * 3
     assert all(row[1:] == expected for row in make("recall-text")[1:])
