@@ -9,6 +9,7 @@ import math
 import re
 import tomllib
 from pathlib import Path
+from statistics import NormalDist
 
 from minisa.kit.files import read_file, write_file
 from minisa.lab.benchmarks import half_width
@@ -102,20 +103,11 @@ def at_best(rows):
     best["mean"] = modes["val_bpb"].transform("mean")
     best["difference"] = modes["percent"].transform("mean")
     best["deviation"] = modes["percent"].transform("std")
-    best["times"] = best["difference"].abs() / best["deviation"]
     best["over"] = list(map(percent, best["difference"], best["deviation"]))
 
     depth = best["file"].map({"depth": "8 layers, "}).fillna("")
     best["name"] = depth + best["mode"]
-    best["what"] = best["name"] + ", equal " + best["equal"]
     return best.sort_values(["shares", "mean", "seed"])
-
-def standing_out(rows):
-    """Of these, the modes whose difference is 2.5 times its standard deviation or more."""
-    best = at_best(rows).query("shares")
-    if best["times"].isna().any():
-        raise KeyError("not every mode has run with two seeds")
-    return best.query("times >= 2.5").sort_values("times", ascending=False)
 
 # ---- ten seeds ----
 
@@ -142,6 +134,94 @@ def time_ratios(runs):
     """→ for each seed and mode, the time of a run over that of full attention"""
     minutes = by_seed(runs, "minutes")
     return minutes.div(minutes["full"], axis=0)
+
+def quantile(p, freedom):
+    """→ the quantile of Student's t: the expansion of Abramowitz and Stegun, 26.7.5."""
+    z = NormalDist().inv_cdf(p)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+def compare(runs):
+    """Runs, one for each mode and seed → a row for each mode, full attention first: means over the seeds that
+    all modes have run, the difference from full attention in percent, and its standard error.
+
+    A loss is taken as the sum of a part of its mode, a part of its seed, and a rest. The error follows from
+    the standard deviation of that rest, pooled over modes.
+    """
+    losses = by_seed(runs, "report_bpb")
+    full, (n, n_modes) = losses["full"], losses.shape
+    of_mode = losses.sub(losses.mean(axis=1), axis=0)       # without the part of the seed
+    rest = of_mode - of_mode.mean()
+    freedom = (n - 1) * (n_modes - 1)
+    pooled = math.sqrt((rest**2).to_numpy().sum() / freedom)
+    rows = runs.drop_duplicates("mode", keep="last").set_index("mode").assign(
+        seeds=n, freedom=freedom, bpb=losses.mean(), four_bpb=by_seed(runs, "val_bpb").mean(),
+        difference=100 * losses.mean() / full.mean() - 100,
+        error=100 * pooled * math.sqrt(2 / n) / full.mean(),
+        deviation=losses.div(full / 100, axis=0).std(),
+        time=time_ratios(runs).apply(median_interval))
+    rows.loc["full", "difference"] = -math.inf              # comes first
+    return rows.sort_values("difference").reset_index()
+
+def median_interval(values):
+    """→ the median, and an interval for it that holds at 95 % by the sign test, as text."""
+    n, ordered = len(values), sorted(values)
+    outside = [2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(1, n)]
+    k = sum(part <= 0.05 for part in outside)               # the k-th smallest and the k-th largest
+    interval = f" ({ordered[k - 1]:.2f} to {ordered[-k]:.2f})" if k else ""
+    return f"{values.median():.2f}{interval}"
+
+MARGIN = 0.5            # percent: a difference that is surely smaller is called equal
+
+def verdict(low, high):
+    """What an interval says about a difference from full attention."""
+    small = -MARGIN < low and high < MARGIN
+    if low <= 0 <= high:
+        return f"equal within {MARGIN} %" if small else "open"
+    return ("higher" if low > 0 else "lower") + (f", by less than {MARGIN} %" if small else "")
+
+def ten_seeds(rows):
+    """Runs of the study seeds → their comparisons with full attention, as far as two seeds or more are there:
+    at equal steps, at equal time, and with more steps."""
+    runs = named(rows).query("seed > 0 and dtype == 'bfloat16'")
+    same = runs.query("equal == 'steps'")
+    groups = {f"{steps:,} steps": part for steps, part in same.groupby("max_iters")}
+    if groups:
+        first = [*groups.values()][0].query("mode == 'full'")
+        groups["equal time"] = pandas().concat([runs.query("equal == 'time'"), first])
+    modes = runs["mode"].nunique()
+    found = []
+    for name, part in groups.items():
+        complete = part["mode"].nunique() == modes
+        if complete and len(by_seed(part, "report_bpb")) > 1:
+            found.append(compare(part).assign(group=name))
+    if not found:
+        raise KeyError("two seeds of each mode")
+    table = pandas().concat(found, ignore_index=True)
+    comparisons = (table["mode"] != "full").sum()
+
+    cells = []
+    for row in table.itertuples():
+        each = quantile(0.975, row.freedom) * row.error
+        together = quantile(1 - 0.025 / comparisons, row.freedom) * row.error
+        says = verdict(row.difference - together, row.difference + together)
+        shown = percent(row.difference, each), f"± {together:.2f} %", says
+        cells.append(shown if row.mode != "full" else ("", "", ""))
+    table[["over", "together", "verdict"]] = cells
+    return table.assign(name=table["group"] + ": " + table["mode"])
+
+def formats(rows):
+    """Runs of the study seeds in float32, over the same in bfloat16."""
+    runs = named(rows).query("seed > 0")
+    ratio = over(runs, "report_bpb", "dtype == 'bfloat16'", ["mode", "equal", "max_iters", "seed"])
+    runs = runs.assign(percent=100 * ratio - 100).query("dtype == 'float32'").dropna(subset="percent")
+    modes = runs.groupby("mode")
+    mean, deviation = modes["percent"].transform("mean"), modes["percent"].transform("std")
+    return runs.assign(
+        bpb=modes["report_bpb"].transform("mean"), seeds=modes["seed"].transform("count"),
+        over=list(map(percent, mean, deviation)))
 
 # ---- bills ----
 

@@ -80,13 +80,94 @@ def test_equal_time_and_parameters_are_over_full_attention_trained_alike(write):
     assert make("fair")[1:] == [
         [mode, "+10.00 ± 0.00 %", "−25.00 ± 0.00 %", "2,500", "+25.00 ± 0.00 %"] for mode in modes]
 
-def test_what_stands_out_from_the_luck_of_seeds_is_listed_the_clearest_first(write):
-    write("sharing", runs({"SA": [2.02, 2.04, 2.03], "full": [2, 2, 2], "lucky": [2, 2.1, 1.96]}), **COST)
-    write("fair", runs({"full": [4, 4, 4], "SA": [3.8, 3.804, 3.796]}, equal="time"), **COST)
-    write("depth", runs({"full": [1, 1, 1], "SA": [1, 1.1, 1], "CLA": [1.2, 1.21, 1.19]}), **COST)
-    assert make("standing-out")[1:] == [["SA, equal time", "−5.00 ± 0.10 %", "50.0"],
-                                        ["8 layers, CLA, equal steps", "+20.00 ± 1.00 %", "20.0"],
-                                        ["SA, equal steps", "+1.50 ± 0.50 %", "3.0"]]
+# ---- ten seeds ----
+
+SHAPES = {"full": ("", "", 4), "SA 1-3": ("1-3", "weights", 4), "CLA 1-3, MQA": ("1-3", "kv", 1)}
+
+def of_seeds(losses, minutes=1.0, **more):
+    """{mode: [a loss for each seed]} → rows of the study seeds."""
+    return [dict(zip(tables.SHAPE, SHAPES[mode])) | {"seed": seed, "report_bpb": bpb, "val_bpb": bpb + 1,
+                                                     "minutes": minutes} | more
+            for mode, each in losses.items() for seed, bpb in enumerate(each, start=1)]
+
+AS_USUAL = {"equal": "steps", "max_iters": 2000, "learning_rate": 0.002, "warmup_iters": 500,
+            "dtype": "bfloat16"}
+LOSSES = {"full": [2.00, 2.10, 2.05, 2.01], "SA 1-3": [2.01, 2.08, 2.06, 2.03],
+          "CLA 1-3, MQA": [2.11, 2.17, 2.16, 2.13]}
+
+def test_losses_of_ten_seeds_have_an_interval_from_the_spread_of_all_modes(write):
+    write("seeds", of_seeds(LOSSES), **AS_USUAL)
+    head, full, *others = make("seeds")
+    mean = {mode: sum(each) / 4 for mode, each in LOSSES.items()}
+    of_seed = [sum(each[seed] for each in LOSSES.values()) / 3 for seed in range(4)]
+    rest = [each[seed] - mean[mode] - of_seed[seed] + sum(of_seed) / 4
+            for mode, each in LOSSES.items() for seed in range(4)]
+    error = (sum(x * x for x in rest) / (3 * 2) * 2 / 4)**0.5 / mean["full"] * 100
+    each, together = 2.4469 * error, 2.9687 * error         # t of 6 degrees of freedom at 5 and 2.5 %
+    assert full == ["2,000 steps: full", "2,000", "4", "0.002, 500", "2.0400", "3.0400", "", "0.00 %", "",
+                    "", "1.00"]
+    for row, mode in zip(others, ("SA 1-3", "CLA 1-3, MQA"), strict=True):
+        assert row[0] == f"2,000 steps: {mode}" and row[4] == f"{mean[mode]:.4f}"
+        difference = 100 * mean[mode] / mean["full"] - 100
+        assert row[6] == f"{difference:+.2f} ± {each:.2f} %" and row[8] == f"± {together:.2f} %"
+    own = [100 * a / b - 100 for a, b in zip(LOSSES["SA 1-3"], LOSSES["full"])]
+    assert others[0][7] == f"{(sum((x - sum(own) / 4)**2 for x in own) / 3)**0.5:.2f} %"
+    assert [row[9] for row in others] == ["open", "higher"]
+
+def test_the_quantile_is_students():
+    for freedom, p, t in ((5, 0.975, 2.571), (9, 0.975, 2.262), (9, 0.995, 3.250), (45, 0.975, 2.014),
+                          (30, 0.9975, 3.030), (60, 0.999, 3.232)):     # as printed in any table of t
+        assert tables.quantile(p, freedom) == pytest.approx(t, abs=0.004)
+
+@pytest.mark.parametrize("low, high, says", [
+    (-0.4, 0.3, "equal within 0.5 %"), (-0.6, 0.1, "open"), (-0.1, 0.5, "open"), (0.1, 0.6, "higher"),
+    (0.1, 0.4, "higher, by less than 0.5 %"), (-0.4, -0.1, "lower, by less than 0.5 %"), (-2, -1, "lower")])
+def test_equality_is_claimed_only_within_the_margin(low, high, says):
+    assert tables.verdict(low, high) == says
+
+def test_only_seeds_that_all_modes_have_run_are_compared(write):
+    begun = of_seeds({"full": [2, 2, 2], "SA 1-3": [2, 2, 2], "CLA 1-3, MQA": [2.2, 2.2]}, **AS_USUAL)
+    unreported = [row | {"seed": 0, "report_bpb": 9} for row in begun if row["seed"] == 1]
+    longer = of_seeds({"full": [1, 1], "SA 1-3": [1]}, **AS_USUAL | {"max_iters": 6000})
+    in_float32 = of_seeds({"full": [3, 3]}, **AS_USUAL | {"dtype": "float32"})
+    write("seeds", unreported + begun + longer + in_float32)
+    assert [row[0] for row in make("seeds")[1:]] == [
+        "2,000 steps: full", "2,000 steps: SA 1-3", "2,000 steps: CLA 1-3, MQA"]
+    assert {row[2] for row in make("seeds")[1:]} == {"2"} and make("seeds")[3][6] == "+10.00 ± 0.00 %"
+
+@pytest.mark.parametrize("n", range(2))
+def test_fewer_than_two_seeds_make_no_table(write, n):
+    chosen = of_seeds({mode: [2] for mode in SHAPES}, **AS_USUAL | {"seed": 0})
+    write("seeds", chosen + of_seeds({mode: [2] * n for mode in SHAPES}, **AS_USUAL))
+    with pytest.raises(ValueError, match="not all there .*two seeds of each mode.*experiments seeds$"):
+        make("seeds")
+
+def test_at_equal_time_modes_are_over_full_attention_of_the_first_comparison(write):
+    same = of_seeds({mode: [2, 2] for mode in SHAPES}, **AS_USUAL)
+    timed = of_seeds({"SA 1-3": [1.8, 1.8], "CLA 1-3, MQA": [1.9, 1.9]}, **AS_USUAL | {"equal": "time"})
+    for row in timed:
+        row["max_iters"] = 1990 if row["share_kind"] == "kv" else 2100      # one of them is slower
+    write("seeds", same + timed)
+    rows = {row[0]: row for row in make("seeds")[1:]}
+    assert rows["equal time: SA 1-3"][1] == "2,100" and rows["equal time: CLA 1-3, MQA"][1] == "1,990"
+    assert rows["equal time: SA 1-3"][6] == "−10.00 ± 0.00 %" and rows["equal time: full"][4] == "2.0000"
+
+def test_times_are_paired_by_seed_with_an_interval_of_the_sign_test(write):
+    shared = [0.90, 0.80, 0.99, 0.91, 0.89, 0.70, 0.92, 0.88, 0.93, 1.50]
+    rows = of_seeds({mode: [2 if mode == "full" else 2.1] * 10 for mode in SHAPES}, **AS_USUAL)
+    for row in rows:
+        pace = row["seed"]                                  # the machine was never equally fast
+        row["minutes"] = pace * (shared[pace - 1] if row["share_kind"] == "weights" else 1)
+    write("seeds", rows)
+    times = {row[0]: row[-1] for row in make("seeds")[1:]}
+    assert times["2,000 steps: SA 1-3"] == "0.91 (0.80 to 0.99)"        # without the two extremes: 97.9 %
+    assert times["2,000 steps: CLA 1-3, MQA"] == "1.00 (1.00 to 1.00)"
+
+def test_float32_is_over_bfloat16_with_the_same_seeds(write):
+    half = of_seeds({"full": [2, 2, 2], "SA 1-3": [2, 1, 2]}, **AS_USUAL)
+    whole = of_seeds({"full": [2.02, 2.04, 2.03], "SA 1-3": [2, 1, 2]}, **AS_USUAL | {"dtype": "float32"})
+    write("seeds", half + whole)
+    assert make("formats")[1:] == [["full", "3", "2.0300", "+1.50 ± 0.50 %"], ["SA 1-3", "3", "1.6667", ""]]
 
 def test_a_minus_is_a_minus_and_one_seed_has_no_spread():
     assert percent(-0.001) == "+0.00 %" and percent(0.0) == ""
