@@ -44,11 +44,11 @@ from minisa.model import SharedAttention, merge_heads
 def in_numpy_by(recombine):
     """The recombine() of a layer → the layer's attention, for minisa/decode.py."""
 
-    def attention(now, layer, x, below):
+    def attention(now, layer, h, below):
         P, keys, values = below                                 # P (G, H/G, S)
         heads = P.reshape(-1, P.shape[-1])                      # (H, S)
         recombined = recombine(layer, heads).reshape(P.shape)
-        y, _ = shared_attention(now, layer, x, (recombined, keys, values))
+        y, _ = shared_attention(now, layer, h, (recombined, keys, values))
         return y, below
     return attention
 
@@ -60,8 +60,8 @@ class Recombined(SharedAttention):
     def heads(self, x, step, below):
         P = below
         recombined = self.recombine(P.flatten(2))               # (B, H, T·S)
-        z, _ = super().heads(x, step, recombined.view_as(P))
-        return z, below
+        y, _ = super().heads(x, step, recombined.view_as(P))
+        return y, below
 
 class Matched(Recombined):
     """Head h reuses P of the anchor's head source[h]."""

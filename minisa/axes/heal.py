@@ -31,7 +31,7 @@ from minisa.kit.run import Signals, restore_optimizer
 STATE = "heal.safetensors"
 PARTS = "all", "reuse", "attention"
 SETTINGS = (                # which --resume must find the same
-    "model", "teacher", "train", "max_iters", "learning_rate", "reuse_learning_rate",
+    "model", "sha256", "teacher", "train", "max_iters", "learning_rate", "reuse_learning_rate",
     "batch_size", "block_size", "seed", "dtype")
 PROGRESS = {"step": int, "seconds": float, "text": str}         # text: a digest
 WARMUP = 0.1                # of the steps
@@ -147,8 +147,8 @@ def continue_run(model, optimizer, file, settings, data):
     ValueError if that is of another model, text or setting."""
     saved, _, moments, known = checkpoint.read_training(file, {"progress": PROGRESS})
     if known.get("settings") != settings or known["progress"]["text"] != data.digest:
-        raise ValueError(f"{file}: was begun with other flags or another text; give the same, or "
-                         "another --out")
+        raise ValueError(f"{file}: was begun with another model, other flags or another text; "
+                         "give the same, or another --out")
     model.load_state_dict(saved.state_dict())
     restore_optimizer(optimizer, moments, file)
     return known["progress"]
@@ -191,6 +191,7 @@ def heal_model(args):
         raise ValueError(f"--block_size={args.block_size}: the context of these models is "
                          f"{longest} tokens; take at most that")
     data = data_of(info, tokenizer, args.text)
+    _, args.sha256 = parent.origin                              # MODEL made anew is another one
     model = checkpoint.reconfigure(parent)                      # the same, in the same memory
     autocast = number_format(model, args.dtype)
     number_format(teacher, args.dtype)

@@ -91,7 +91,7 @@ def main():
                shown="the model's own spans")
     flags.flag("share_rank", count, 4, "numbers per head of the correction's query and key; even, "
                "and a divisor of the width of a head")
-    flags.flag("seed", whole, 1337, "for the keys of layers that had none")
+    flags.flag("seed", whole, 1337, "random seed for the keys of layers that had none")
     args = flags.parse_args()
 
     def technique(model, windows):

@@ -490,7 +490,8 @@ class Squeezing(Whole):
 
 class Stored(Squeezing):
     """The cache keeps all tokens, in another storage. Its budget should be the model's block_size,
-    its policy "window" and its cut 1, so that only tokens beyond that go."""
+    or as many tokens as there will be; its policy "window" and its cut 1, so that only tokens
+    beyond the budget go."""
 
     @property
     def facts(self):

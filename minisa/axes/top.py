@@ -83,8 +83,8 @@ def anchor_in_numpy(n):
     """→ the attention of an anchor that hands up n places, or all. They are rows of the cache,
     whose G heads lie one after the other."""
 
-    def attention(now, layer, x, below):
-        y, (P, _, _) = decode.full_attention(now, layer, x, below)
+    def attention(now, layer, h, below):
+        y, (P, _, _) = decode.full_attention(now, layer, h, below)
         weights = np.add.reduce(P, axis=1)                      # (G, S)
         G, S = weights.shape
         few = min(n, S)
@@ -93,9 +93,9 @@ def anchor_in_numpy(n):
         return y, places + heads * layer.k.shape[1]
     return attention
 
-def few_in_numpy(now, layer, x, rows):
+def few_in_numpy(now, layer, h, rows):
     """The attention of a reuse layer."""
-    q, _, _ = decode.project(now, layer, x)
+    q, _, _ = decode.project(now, layer, h)
     all_keys = layer.k.reshape(-1, now.D)                       # (G·size, D)
     all_values = layer.v.reshape(-1, now.D)
     keys = all_keys.take(rows, axis=0)                          # (G, few, D)

@@ -13,8 +13,8 @@ bytes: --ratios are percentages of what prompt and answer take in a bfloat16 cac
 tokens fit, all stay. Otherwise as many stay as fit, with room left for what is still to be read.
 
 --text_csv: the loss of the 32 tokens that follow a squeezed text, and the divergence (KL, in nats per token)
-from the first model with its whole cache; with standard errors. A case that --csv or --text_csv holds already
-is not measured again.
+from the first model with its whole cache; with standard errors. A case that --csv or --text_csv holds, with
+the same weights, number format, --text and --seed, is not measured again.
 """
 
 import csv

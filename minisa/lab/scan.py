@@ -263,7 +263,8 @@ def main():
     file = folder / f"scan-{name}.csv"
     pairs = [*itertools.combinations(range(L), 2)]
     numbers = ["loss", "divergence"]
-    rows = read_earlier(file, origin, ["anchor", "last"], numbers, known={FULL, *pairs})
+    earlier = read_earlier(file, origin, ["anchor", "last"], numbers, known={FULL, *pairs})
+    rows = {(int(a), int(b)): row for (a, b), row in earlier.items()}
 
     windows = data.windows("train", 2 * args.windows, T).to(args.device)
     if args.heads != "same":

@@ -109,6 +109,11 @@ def test_other_flags_cannot_continue_it(folder, run, stopped):
     stopped(0)
     status, _, err = run(heal.main, *flags, "--resume", "--learning_rate=0.5")
     assert status == 2 and "other flags" in err.splitlines()[-1]
+    model, tokenizer, info = checkpoint.load("shared")
+    model.norm.weight.data *= 2                                 # made anew, it is another model
+    checkpoint.save("shared", model, tokenizer, info)
+    status, _, err = run(heal.main, *flags, "--resume")
+    assert status == 2 and "another model" in err.splitlines()[-1]
 
 @pytest.mark.parametrize("flags,message", [
     ((), "--teacher"),
