@@ -80,6 +80,11 @@ def test_what_is_calibrated_on_is_the_text_and_the_windows_of_the_flags(run, ful
     for idx, data, n in zip(seen, (own, other), (12, 6)):
         assert torch.equal(idx, data.windows("train", n, 32)[::3, :-1])         # every third window
 
+def test_what_reads_no_text_takes_none(run, full, tmp_path):
+    status, _, err = run(lowrank.main, full, f"--out={tmp_path}/new", SPANS, "--share_rank=4",
+                         "--text=any.txt")
+    assert status == 2 and "unrecognized arguments: --text=any.txt" in err
+
 # ---- every kind of layer with every axis ----
 
 class SlidingAttention(Attention):

@@ -173,11 +173,13 @@ def test_a_folder_of_files_becomes_a_table_and_results_for_a_course_system(right
     (folder / "bob.py").write_text("def keep(:")
     (folder / "notes.txt").write_text("no answers")
     os.symlink(folder / "none", folder / "gone.py")
+    os.symlink(folder / "loop.py", folder / "loop.py")
     status, out, _ = run(main, f"--all={folder}", "--csv=points.csv", "--results=results", "--strict")
     rows = {row["file"]: row for row in csv.DictReader((tmp_path / "points.csv").open())}
-    assert status == 1 and list(rows) == ["ada.py", "bob.py", "folder.py", "gone.py"]
+    assert status == 1 and list(rows) == ["ada.py", "bob.py", "folder.py", "gone.py", "loop.py"]
     assert rows["ada.py"]["total"] == rows["ada.py"]["of"] == "100" and rows["ada.py"]["wrong"] == ""
     assert rows["ada.py"]["refit"] == "12" and rows["bob.py"]["total"] == rows["gone.py"]["total"] == "0"
+    assert rows["loop.py"]["total"] == "0"
     assert "attention_row: bob.py does not run: SyntaxError" in rows["bob.py"]["wrong"]
     tests = json.loads((tmp_path / "results/ada.json").read_text())["tests"]
     assert sum(test["score"] for test in tests) == sum(test["max_score"] for test in tests) == 100

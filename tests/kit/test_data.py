@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from minisa.kit import files
 from minisa.kit.data import Data, data_of, tokenize
 from minisa.model import GPT, GPTConfig
 
@@ -31,6 +32,13 @@ def test_token_files_are_made_once_and_anew_for_a_changed_text(tmp_path):
     file.write_text("other text, " * 50)
     assert tokenize(file, vocab_size=260, folder=tmp_path).folder != first
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+def test_token_files_may_be_larger_than_a_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.read_file, "__defaults__", (10_000,))
+    monkeypatch.setattr("minisa.kit.data.MOST", 10_000)
+    (tmp_path / "t.txt").write_text("some text " * 900)
+    data = tokenize(tmp_path / "t.txt", vocab_size=256, folder=tmp_path)        # a token for each byte
+    assert (data.folder / "train.npy").stat().st_size > 10_000 and len(data.train) == 8100
 
 UNUSABLE = [(None, "No such file"), (b"caf\xe9 " * 50, "not UTF-8"),
             (b"too short", "too short"), (b"", "too short")]
