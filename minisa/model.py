@@ -4,7 +4,7 @@ Shared Attention (Liao & Vargas 2024, arXiv:2407.12866): the first layer of a sp
 forms attention weights P; the others apply them to their own values, and cache only values.
 Cross-Layer Attention (CLA, arXiv:2405.12981), the rival: the others compute their own q and P, over
 the k and v of the anchor. They cache nothing. Each of these is a kind of sharing. minisa/axes holds
-axes: they change a trained model or its cache, or add a kind. Lines here that are for them say so.
+axes, which change a trained model or its cache, or add a kind; the lines here for them say so.
 
 Shapes: B batch, T new tokens, S visible tokens (cached and new), H query heads, G key/value heads,
 D head dim, C = H·D width of the model, M width of the MLP, V vocabulary.

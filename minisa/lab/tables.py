@@ -147,15 +147,15 @@ def compare(runs):
     """Runs, one for each mode and seed → a row for each mode, full attention first: means over the seeds that
     all modes have run, the difference from full attention in percent, and its standard error.
 
-    A loss is taken as the sum of a part of its mode, a part of its seed, and a rest. The error follows from
-    the standard deviation of that rest, pooled over modes.
+    A loss is modeled as the sum of an effect of its mode, an effect of its seed, and a residual. The error
+    follows from the standard deviation of the residual, pooled over modes.
     """
     losses = by_seed(runs, "report_bpb")
     full, (n, n_modes) = losses["full"], losses.shape
-    of_mode = losses.sub(losses.mean(axis=1), axis=0)       # without the part of the seed
-    rest = of_mode - of_mode.mean()
+    of_mode = losses.sub(losses.mean(axis=1), axis=0)       # without the effect of the seed
+    residual = of_mode - of_mode.mean()
     freedom = (n - 1) * (n_modes - 1)
-    pooled = math.sqrt((rest**2).to_numpy().sum() / freedom)
+    pooled = math.sqrt((residual**2).to_numpy().sum() / freedom)
     rows = runs.drop_duplicates("mode", keep="last").set_index("mode").assign(
         seeds=n, freedom=freedom, bpb=losses.mean(), four_bpb=by_seed(runs, "val_bpb").mean(),
         difference=100 * losses.mean() / full.mean() - 100,
