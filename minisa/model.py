@@ -160,20 +160,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(C, q + k + v, bias=False)          # rows of q, of k, of v
         self.out = nn.Linear(C, C, bias=False)
 
-    def forward(self, x, step, below=None):
-        """x (B, T, C), what the layer below hands up → (B, T, C) to add, what this one hands up."""
-        y, handed_up = self.heads(x, step, below)
+    def forward(self, h, step, below=None):
+        """h (B, T, C), what the layer below hands up → (B, T, C) to add, what this one hands up."""
+        y, handed_up = self.heads(h, step, below)
         return self.out(merge_heads(y)), handed_up
 
-    def heads(self, x, step, below):
+    def heads(self, h, step, below):
         """→ y (B, H, T, D), each head's weighted sum of values, and what this layer hands up."""
-        q, k, v = self.project(x, step)
+        q, k, v = self.project(h, step)
         return step.fused(q, k, v), None
 
-    def project(self, x, step):
-        """x (B, T, C) → q (B, H, T, D), and the visible k and v (B, G, S, D)."""
+    def project(self, h, step):
+        """h (B, T, C) → q (B, H, T, D), and the visible k and v (B, G, S, D)."""
         H, G = self.H, self.G
-        heads = split_heads(self.qkv(x), H + 2 * G)             # (B, H + 2·G, T, D)
+        heads = split_heads(self.qkv(h), H + 2 * G)             # (B, H + 2·G, T, D)
         qk, v = heads.split_with_sizes((H + G, G), dim=1)
         qk = rotate(qk, step.rope)
         q, k = qk.split_with_sizes((H, G), dim=1)
@@ -200,8 +200,8 @@ class Anchor(Attention):
     """The first layer of a span of Shared Attention: it forms P, so it cannot be fused, and hands
     it up."""
 
-    def heads(self, x, step, below):
-        q, k, v = self.project(x, step)
+    def heads(self, h, step, below):
+        q, k, v = self.project(h, step)
         P = step.attention_weights(q, k)                        # (B, H, T, S)
         return step.weighted_sum(P, v), P
 
@@ -211,17 +211,17 @@ class SharedAttention(Attention):
     makes = "v"
     in_numpy = decode.shared_attention
 
-    def heads(self, x, step, below):
+    def heads(self, h, step, below):
         P = below                                               # of the anchor: (B, H, T, S)
-        v = split_heads(self.qkv(x), self.G)                    # qkv is v only here: (B, G, T, D)
+        v = split_heads(self.qkv(h), self.G)                    # qkv is v only here: (B, G, T, D)
         v = step.remember("v", self.layer, v)                   # (B, G, S, D)
         return step.weighted_sum(P, v), below
 
 class KVAnchor(Attention):
     """The first layer of a span of Cross-Layer Attention: it hands up k and v."""
 
-    def heads(self, x, step, below):
-        q, k, v = self.project(x, step)
+    def heads(self, h, step, below):
+        q, k, v = self.project(h, step)
         return step.fused(q, k, v), (k, v)
 
 class CrossLayerAttention(Attention):
@@ -229,9 +229,9 @@ class CrossLayerAttention(Attention):
     makes = "q"
     in_numpy = decode.cross_layer_attention
 
-    def heads(self, x, step, below):
+    def heads(self, h, step, below):
         k, v = below                                            # of the anchor: (B, G, S, D)
-        q = split_heads(self.qkv(x), self.H)                    # qkv is q only here: (B, H, T, D)
+        q = split_heads(self.qkv(h), self.H)                    # qkv is q only here: (B, H, T, D)
         q = rotate(q, step.rope)
         return step.fused(q, k, v), below
 
@@ -342,8 +342,8 @@ class MLP(nn.Module):
         self.up = nn.Linear(C, M, bias=False)
         self.down = nn.Linear(M, C, bias=False)
 
-    def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))     # (B, T, M) inside
+    def forward(self, h):
+        return self.down(F.silu(self.gate(h)) * self.up(h))     # (B, T, M) inside
 
 class Block(nn.Module):
     def __init__(self, config, layer, kind):

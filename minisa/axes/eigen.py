@@ -84,9 +84,9 @@ class Narrow:
         restore = torch.zeros(self.G, k_rank, D)
         self.restore = nn.Parameter(restore) if self.restores_keys else None
 
-    def project(self, x, step):
-        """x (B, T, C) → q (B, H, T, D), and the visible k (B, G, S, D) and v (B, G, S, v_rank)."""
-        q, k, v = self.qkv(x).split(self.widths, dim=2)
+    def project(self, h, step):
+        """h (B, T, C) → q (B, H, T, D), and the visible k (B, G, S, D) and v (B, G, S, v_rank)."""
+        q, k, v = self.qkv(h).split(self.widths, dim=2)
         q = split_heads(q.contiguous(), self.H)                 # rotate() needs rows of even length
         k = split_heads(k.contiguous(), self.G)
         v = split_heads(v, self.G)

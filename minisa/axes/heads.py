@@ -57,10 +57,10 @@ class Recombined(SharedAttention):
     works in torch and in numpy. A new layer recombines nothing, even if it is built on the meta
     device: hence device="cpu" below."""
 
-    def heads(self, x, step, below):
+    def heads(self, h, step, below):
         P = below
         recombined = self.recombine(P.flatten(2))               # (B, H, T·S)
-        y, _ = super().heads(x, step, recombined.view_as(P))
+        y, _ = super().heads(h, step, recombined.view_as(P))
         return y, below
 
 class Matched(Recombined):

@@ -33,9 +33,9 @@ class Corrected(SharedAttention):
     """A reuse layer with a query and a key of R numbers per head, and the usual values."""
     makes = "qkv"
 
-    def heads(self, x, step, below):
+    def heads(self, h, step, below):
         P = below
-        q, k, v = self.qkv(x).split(self.widths, dim=2)
+        q, k, v = self.qkv(h).split(self.widths, dim=2)
         q = split_heads(q, self.H)                              # (B, H, T, R)
         k = split_heads(k, self.G)                              # (B, G, T, R)
         v = split_heads(v, self.G)                              # (B, G, T, D)

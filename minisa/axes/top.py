@@ -29,8 +29,8 @@ class TopAnchor(Attention):
     """The first layer of a span: it hands up places (B, G, T, n), where n = min(k, S)."""
     k: int                          # set by with_setting()
 
-    def heads(self, x, step, below):
-        q, k, v = self.project(x, step)
+    def heads(self, h, step, below):
+        q, k, v = self.project(h, step)
         P = step.attention_weights(q, k)                        # (B, H, T, S)
         weights = P.unflatten(1, (self.G, -1)).sum(2)           # (B, G, T, S)
         if step.mask is not None:
@@ -42,9 +42,9 @@ class TopAttention(Attention):
     """A reuse layer: it attends to the places handed up."""
     k: int
 
-    def heads(self, x, step, places):
-        q, k, v = self.project(x, step)
-        attend = self.to_few if x.size(1) == 1 else self.to_masked
+    def heads(self, h, step, places):
+        q, k, v = self.project(h, step)
+        attend = self.to_few if h.size(1) == 1 else self.to_masked
         return attend(step, q, k, v, places), places
 
     def to_few(self, step, q, k, v, places):

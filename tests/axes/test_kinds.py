@@ -130,13 +130,13 @@ from minisa.model import SHARE_KINDS, CrossLayerAttention, KVAnchor
 class Nearest(CrossLayerAttention):
     '''A reuse layer that, once the prompt is read, attends to n of the anchor's tokens only.'''
 
-    def heads(self, x, step, below):
-        if x.size(1) > 1:
-            return super().heads(x, step, below)
+    def heads(self, h, step, below):
+        if h.size(1) > 1:
+            return super().heads(h, step, below)
         k, v = below
         size = min(self.n, k.size(2))
         newest = step.cache.key_positions(self.layer).argsort()[-size:].view(1, 1, -1, 1)
-        z, _ = super().heads(x, step, (k.take_along_dim(newest, 2), v.take_along_dim(newest, 2)))
+        z, _ = super().heads(h, step, (k.take_along_dim(newest, 2), v.take_along_dim(newest, 2)))
         return z, below
 
     def tokens_read(self, T, S):
@@ -174,14 +174,14 @@ NOTHING = """
 from minisa.model import SHARE_KINDS, Attention
 
 class Lender(Attention):
-    def heads(self, x, step, below):
-        z, _ = super().heads(x, step, below)
+    def heads(self, h, step, below):
+        z, _ = super().heads(h, step, below)
         return z, z
 
 class Nothing(Attention):
     makes = ""
 
-    def heads(self, x, step, below):
+    def heads(self, h, step, below):
         return below, below
 
 SHARE_KINDS["nothing"] = Lender, Nothing
