@@ -244,7 +244,7 @@ class SqueezedCache:
     @property
     def watch(self):
         policy = self.units[0].policy
-        return self.receive if policy.watches_new else None     # None: P need not be formed
+        return self.receive if policy.watches_new else None
 
     @property
     def tensors(self):

@@ -253,14 +253,13 @@ def test_a_prompt_may_be_shorter_than_the_budget(n, policy):
     assert torch.equal(got, model.generate(IDX[:, :n + 1], 4, temperature=0)[:, n:])
 
 @policies
-def test_attention_weights_are_formed_only_where_the_policy_needs_them(policy, monkeypatch):
+def test_attention_weights_are_formed_and_handed_over_only_where_the_policy_needs_them(policy, monkeypatch):
     model, calls, fused = make(), [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
     cache = squeezed(model, IDX, 12, policy)
-    of_prompt = len(calls)
-    model(IDX[:, :1], cache=cache)
     asked = POLICIES[policy].watches_prompt, POLICIES[policy].watches_new
-    assert (of_prompt == 0, len(calls) == of_prompt) == asked
+    # of a single token, they are always formed, and handed to the policy that needs them
+    assert (not calls, cache.watch is not None) == asked
 
 def test_a_policy_may_build_on_another():
     class Older(Snap):
