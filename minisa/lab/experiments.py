@@ -57,6 +57,7 @@ HIGHER = 6e-3                   # its rate for modes that do best at the last on
 FIGURES = {
     "preset": "python -m minisa.lab.plot assets/results/learning.csv --file=assets/learning.png",
     "sharing": "python -m minisa.lab.plot assets/results/sharing.csv --file=assets/frontier.png",
+    "seeds": "python -m minisa.lab.plot assets/results/seeds.csv --file=assets/seeds.png",
 }
 
 # ---- plans: stages of runs, as their settings; each needs the results of those before it ----

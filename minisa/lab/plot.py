@@ -15,7 +15,7 @@ import numpy as np
 
 from minisa.kit.cli import Parser, command, picture
 from minisa.kit.picture import pyplot, save
-from minisa.lab.tables import ATTENTION, TABLES, answers, at_best, load, pandas
+from minisa.lab.tables import ATTENTION, TABLES, answers, at_best, load, pandas, ten_seeds
 
 BLUE = "#0072b2"
 
@@ -110,7 +110,7 @@ LOSS = "loss over full attention, %"
 
 def dot_plot(names, panels, spread, file):
     """A row for each name, a panel for each of panels: {title: a value for each name}. The first one is LOSS,
-    with the standard deviations `spread`, if known; the others are costs."""
+    with a bar of `spread` to each side, if known; the others are costs."""
     places = range(len(names))
     width = 5 + 4 * len(panels)                                                 # inches
     height = 1.6 + 0.45 * len(names)
@@ -168,6 +168,12 @@ def frontier(rows, file):
         "million FLOPs per token": modes["flops"] / 1e6,
     }
     dot_plot(modes["mode"], panels, modes["deviation"], file)
+
+def seeds(rows, file):
+    """Runs of the study seeds → the loss of each mode, with intervals that hold together, and its cache."""
+    shared = ten_seeds(rows).query("mode != 'full'")
+    panels = {LOSS: shared["difference"], "cache, bytes per token": shared["cache_bytes_per_token"]}
+    dot_plot(shared["name"], panels, shared["together"], file)
 
 def learning(rows, file):
     """Rows of learning.csv → the mean loss of each mode over steps and over seconds; thin: the lowest and
@@ -255,6 +261,8 @@ def draw(rows, file):
         answers_against_bytes(rows, file)
     elif "step" in rows:
         learning(rows, file)
+    elif "report_bpb" in rows:
+        seeds(rows, file)
     elif "seed" in rows:
         frontier(rows, file)
     else:

@@ -202,14 +202,15 @@ def ten_seeds(rows):
     table = pandas().concat(found, ignore_index=True)
     comparisons = (table["mode"] != "full").sum()
 
+    table["together"] = [quantile(1 - 0.025 / comparisons, row.freedom) * row.error
+                         for row in table.itertuples()]     # half-widths that hold at once
     cells = []
     for row in table.itertuples():
         each = quantile(0.975, row.freedom) * row.error
-        together = quantile(1 - 0.025 / comparisons, row.freedom) * row.error
-        says = verdict(row.difference - together, row.difference + together)
-        shown = percent(row.difference, each), f"± {together:.2f} %", says
+        says = verdict(row.difference - row.together, row.difference + row.together)
+        shown = percent(row.difference, each), f"± {row.together:.2f} %", says
         cells.append(shown if row.mode != "full" else ("", "", ""))
-    table[["over", "together", "verdict"]] = cells
+    table[["over", "at_once", "verdict"]] = cells
     return table.assign(name=table["group"] + ": " + table["mode"])
 
 def formats(rows):

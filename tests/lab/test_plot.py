@@ -65,7 +65,7 @@ def test_each_row_of_a_bill_is_a_dot_beside_its_name_the_least_loss_first(figure
     low, high = loss.get_xlim()
     assert low < 0 and high > 300 and cache.get_xlim()[0] == 0
 
-@pytest.mark.parametrize("name", ["frontier", "axes", "learning", "latency", "context", "batch_size"])
+@pytest.mark.parametrize("name", ["frontier", "seeds", "axes", "learning", "latency", "context", "batch_size"])
 def test_the_figures_of_the_pages_are_legible(figures, name):
     files = {"frontier": ["sharing"], "axes": ["all", "eigen", "kv", "squeeze"]}.get(name, [name])
     plot.draw(plot.read_results([tables.result(file) for file in files]), "x.png")
@@ -165,6 +165,20 @@ def test_each_mode_has_a_dot_with_its_spread_and_its_costs(figures):
     assert flops.lines[0].get_xdata() == pytest.approx([80e-6, 75e-6, 60e-6])
     bars = loss.containers[0].lines[2][0].get_segments()
     assert bars[2][:, 0] == pytest.approx([1.5 - 0.5**0.5, 1.5 + 0.5**0.5])     # of 1 and 2 percent
+
+def test_modes_with_ten_seeds_have_a_dot_and_the_interval_of_the_table(figures):
+    plot.draw(plot.read_results([tables.result("seeds")]), "x.png")
+    loss, cache = figures[0].axes
+    head, *table = tables.make("seeds")
+    shown = [dict(zip(head, row)) for row in table if row[head.index("all together")]]
+    assert labels(loss) == [row["compared: mode"] for row in shown]     # full attention is the dashed line
+    found = zip(shown, loss.lines[0].get_xdata(), loss.containers[0].lines[2][0].get_segments(), strict=True)
+    for row, x, bar in found:
+        difference, _ = row["over full attention"].replace("−", "-").split(" ± ")
+        half = float(row["all together"].strip("± %"))
+        assert x == pytest.approx(float(difference), abs=0.006)
+        assert bar[:, 0] == pytest.approx([x - half, x + half], abs=0.006)
+    assert [f"{x:,}" for x in cache.lines[0].get_xdata()] == [row["cache, B/token"] for row in shown]
 
 def test_right_answers_have_a_curve_for_each_method_in_each_panel(figures, recall_rows):
     plot.draw(tables.pandas().DataFrame(recall_rows).replace({"bits": {"": float("nan"), "8": 8}}), "x.png")
