@@ -65,7 +65,9 @@ def test_each_row_of_a_bill_is_a_dot_beside_its_name_the_least_loss_first(figure
     low, high = loss.get_xlim()
     assert low < 0 and high > 300 and cache.get_xlim()[0] == 0
 
-@pytest.mark.parametrize("name", ["frontier", "seeds", "axes", "learning", "latency", "context", "batch_size"])
+FIGURES = ["frontier", "seeds", "axes", "learning", "latency", "context", "batch_size"]
+
+@pytest.mark.parametrize("name", FIGURES)
 def test_the_figures_of_the_pages_are_legible(figures, name):
     files = {"frontier": ["sharing"], "axes": ["all", "eigen", "kv", "squeeze"]}.get(name, [name])
     plot.draw(plot.read_results([tables.result(file) for file in files]), "x.png")
