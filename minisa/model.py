@@ -129,8 +129,9 @@ class Step:
 
     def fused(self, q, k, v):
         """weighted_sum(attention_weights(q, k), v), by a "fused" kernel, which computes both for
-        a few rows of P at a time and never forms it whole. If watched, P is formed after all. So it
-        is for a single token: then P has one row, and these kernels are slow at one."""
+        a few rows of P at a time and never forms it whole. If watched, P is formed after all. That
+        of a single token is formed, too: it is one row per head, for which these kernels are slow
+        in bfloat16 and at long contexts."""
         if self.watch or q.size(2) == 1:
             return self.weighted_sum(self.attention_weights(q, k), v)
         mask = None if self.causal else self.mask

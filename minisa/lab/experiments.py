@@ -51,8 +51,8 @@ SEEDS = 1, 2, 3
 RATES = 1e-3, 2e-3, 3e-3, 4e-3
 WARMUPS = 500, 1000             # the first one while learning rates are swept
 STEPS = 2000
-TEN = range(1, 11)              # the seeds of the study seeds; it chooses with seed 0
-SIXTEEN = range(1, 17)          # those of its first comparison, in which differences are smallest
+TEN = range(1, 11)              # the study seeds: those of every comparison; it chooses with seed 0
+SIXTEEN = range(1, 17)          # those of its first comparison, in the end
 HIGHER = 6e-3                   # its rate for modes that do best at the last one of RATES
 FIGURES = {
     "preset": "python -m minisa.lab.plot assets/results/learning.csv --file=assets/learning.png",
@@ -115,8 +115,8 @@ def in_turn(modes):
     return turns
 
 def seeds(runs, modes):
-    """The selection; then two modes in float32, and all modes: for as many steps, for as long as full
-    attention takes, and for three times as many steps."""
+    """The selection; then two modes in float32, and all modes: for as many steps, and for as long as full
+    attention takes; then six more seeds of the former, and three times as many steps."""
     yield from selection(runs, modes)
     chosen = best_unreported(runs)
     sixteen = [(seed, mode, modes[mode], *chosen[mode]) for mode, seed in in_turn(modes)]
