@@ -11,7 +11,7 @@ import pytest
 def test_hostile_files_flags_and_moments_cost_nothing():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([sys.executable, Path(__file__).parent / script, str(times)], **pipes)
-            for script, times in (("fuzz.py", 40), ("kill.py", 6))]           # a core for each
+            for script, times in (("fuzz.py", 50), ("kill.py", 6))]           # a core for each
     for process in both:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out[-5000:] + err[-2000:]
