@@ -292,8 +292,9 @@ def main():
     try:
         draw(read_results(args.results), args.file)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{args.results[0]}: cannot be drawn ({error}); write results with: "
-                         "python sample.py MODEL --csv=FILE.csv") from error
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{args.results[0]}: cannot be drawn ({why}); --help names the commands whose "
+                         "results can be") from error
     print(f"wrote {args.file}")
 
 if __name__ == "__main__":
