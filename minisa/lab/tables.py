@@ -126,9 +126,8 @@ def best_unreported(runs):
     return {run.mode: (run.learning_rate, run.warmup_iters) for run in first.itertuples()}
 
 def by_seed(runs, value):
-    """Runs, one for each mode and seed → a row for each seed with which all modes have run, a column for each
-    mode."""
-    return runs.pivot(index="seed", columns="mode", values=value).dropna()
+    """Runs → a row for each seed that all modes have run in one number format, a column for each mode."""
+    return runs.pivot(index=["seed", "dtype"], columns="mode", values=value).dropna()
 
 def time_ratios(runs):
     """→ for each seed and mode, the time of a run over that of full attention"""
@@ -144,8 +143,8 @@ def quantile(p, freedom):
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 def compare(runs):
-    """Runs, one for each mode and seed → a row for each mode, full attention first: means over the seeds that
-    all modes have run, the difference from full attention in percent, and its standard error.
+    """Runs → a row for each mode, full attention first: means over the seeds that all modes have run, the
+    difference from full attention in percent, and its standard error.
 
     A loss is modeled as the sum of an effect of its mode, an effect of its seed, and a residual. The error
     follows from the standard deviation of the residual, pooled over modes.
@@ -185,7 +184,7 @@ def verdict(low, high):
 def ten_seeds(rows):
     """Runs of the study seeds → their comparisons with full attention, as far as two seeds or more are there:
     at equal steps, at equal time, and with more steps."""
-    runs = named(rows).query("seed > 0 and dtype == 'bfloat16'")
+    runs = named(rows).query("seed > 0")
     same = runs.query("equal == 'steps'")
     groups = {f"{steps:,} steps": part for steps, part in same.groupby("max_iters")}
     if groups:

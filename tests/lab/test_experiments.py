@@ -209,6 +209,19 @@ def test_seeds_are_run_one_by_one_with_all_modes_in_turn(stages):
     assert {(run["n_kv_head"], run["share"]): run["max_iters"] for run in timed} == {
         (4, "1-3"): 2000, (4, "0-3"): 2000, (1, ""): 2500, (1, "1-3"): 2000}
 
+def test_the_longest_runs_of_a_seed_have_one_format_on_whatever_machine(stages, checkout, monkeypatch):
+    *_, longer = stages
+    rows = [row for row in rows_of(checkout, "seeds") if row["max_iters"] != "6000"]
+    tables.result("seeds").unlink()
+    done = [seed_of(run | {"dtype": "float32"}) for run in longer[:8]]      # of seed 1, and two of seed 2
+    experiments.add_rows("seeds", rows + done)
+    for faster in "bfloat16", "float32":
+        monkeypatch.setattr(experiments, "choose_dtype", lambda _, dtype=faster: dtype)
+        left = experiments.missing("seeds", tables.read("seeds"))
+        assert len(left) == 52
+        assert {run["dtype"] for run in left if run["seed"] <= 2} == {"float32"}
+        assert {run["dtype"] for run in left if run["seed"] > 2} == {faster}
+
 def test_modes_of_the_ten_seeds_are_named_for_their_flags(checkout):
     modes = TRAININGS["seeds"]
     experiments.add_rows("seeds", [{**shape, "seed": 1} for shape in modes.values()])

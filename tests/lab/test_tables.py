@@ -135,6 +135,14 @@ def test_only_seeds_that_all_modes_have_run_are_compared(write):
         "2,000 steps: full", "2,000 steps: SA 1-3", "2,000 steps: CLA 1-3, MQA"]
     assert {row[2] for row in make("seeds")[1:]} == {"2"} and make("seeds")[3][6] == "+10.00 ± 0.00 %"
 
+def test_a_seed_is_compared_in_the_one_format_that_all_modes_have(write):
+    half = of_seeds({mode: [2, 2] for mode in SHAPES}, **AS_USUAL)
+    whole = of_seeds({"full": [8, 8, 3, 3], "SA 1-3": [9, 9, 3, 3], "CLA 1-3, MQA": [0, 0, 6, 6]},
+                     **AS_USUAL | {"dtype": "float32"})
+    write("seeds", half + [row for row in whole if row["report_bpb"]])
+    full, shared, cla = make("seeds")[1:]
+    assert full[2] == "4" and full[4] == shared[4] == "2.5000" and cla[4] == "4.0000"
+
 @pytest.mark.parametrize("n", range(2))
 def test_fewer_than_two_seeds_make_no_table(write, n):
     chosen = of_seeds({mode: [2] for mode in SHAPES}, **AS_USUAL | {"seed": 0})
