@@ -143,6 +143,14 @@ def test_a_seed_is_compared_in_the_one_format_that_all_modes_have(write):
     full, shared, cla = make("seeds")[1:]
     assert full[2] == "4" and full[4] == shared[4] == "2.5000" and cla[4] == "4.0000"
 
+@pytest.mark.parametrize("n, shown", [(2, False), (3, True)])
+def test_a_comparison_needs_half_as_many_seeds_as_the_largest(write, n, shown):
+    most = of_seeds({mode: 6 * bpb[:1] for mode, bpb in LOSSES.items()}, **AS_USUAL)
+    longer = of_seeds({mode: n * bpb[:1] for mode, bpb in LOSSES.items()}, **AS_USUAL | {"max_iters": 6000})
+    write("seeds", most + longer)
+    names = ["2,000 steps"] * 3 + ["6,000 steps"] * 3 * shown
+    assert [row[0].split(":")[0] for row in make("seeds")[1:]] == names
+
 @pytest.mark.parametrize("n", range(2))
 def test_fewer_than_two_seeds_make_no_table(write, n):
     chosen = of_seeds({mode: [2] for mode in SHAPES}, **AS_USUAL | {"seed": 0})
