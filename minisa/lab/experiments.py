@@ -116,7 +116,8 @@ def in_turn(modes):
 
 def seeds(runs, modes):
     """The selection; then two modes in float32, and all modes: for as many steps, and for as long as full
-    attention takes; then six more seeds of the former, and three times as many steps."""
+    attention takes; then six more seeds of the former; and three times as many steps, all modes of a seed
+    in the format that is faster on the machine that began with it."""
     yield from selection(runs, modes)
     chosen = best_unreported(runs)
     sixteen = [(seed, mode, modes[mode], *chosen[mode]) for mode, seed in in_turn(modes)]
