@@ -90,7 +90,7 @@ def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
     if not 1 <= context <= config.block_size:
         raise ValueError(f"--context={context}: must be from 1 to block_size = {config.block_size}")
     C, V = config.n_embd, config.vocab_size
-    head = 2 * C * V
+    logits = 2 * C * V
     kept = kept or [context] * len(blocks)
     tokens_seen = [min(n, context) for n in kept]
     matrices = V * C + sum(map(layer_params, blocks))
@@ -105,8 +105,8 @@ def predict(model_or_config: GPT | GPTConfig, context: int, batch_size: int = 1,
         cache_bytes_per_token=sum(cached),
         cache_bytes=batch_size * sum(size * n for size, n in zip(cached, kept)),
         read_bytes=bytes_per_number * (matrices + batch_size * numbers_read(blocks, tokens_seen)),
-        decode_flops=batch_size * (decode + head),
-        prefill_flops=batch_size * (prefill + head))
+        decode_flops=batch_size * (decode + logits),
+        prefill_flops=batch_size * (prefill + logits))
 
 class Reads(TorchFunctionMode):
     """Within it, adds up the bytes of weights and cache that enter matrix products, or are gathered

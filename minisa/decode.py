@@ -44,44 +44,44 @@ def weighted_sum(P, values):
     return (P @ values).reshape(-1)
 
 # After project(), a function for each kind of layer: h (C,) → y (C,), and the (P, keys, values)
-# that it hands up for reuse. below: those handed up by the layer below. `now` is the Decoder,
-# further down: it knows S, the turn for rotate(), and the newest token's slot, its place in the
+# that it hands up for reuse. below: those handed up by the layer below. decoder: the Decoder, see
+# further down. It knows S, the turn for rotate(), and the newest token's slot, its place in the
 # cache of `size` slots.
 # layer.qkv holds those of W_q, W_k and W_v that the layer has; layer.k and layer.v (G, size, D) are
 # its cache (a reuse layer has no k, and in CLA no v). The newest k and v are stored before they are
 # used, as a token attends to itself too.
 
-def project(now, layer, h):
+def project(decoder, layer, h):
     """h (C,) → q (H, D), and all keys and values (G, S, D); stores the newest."""
-    heads = (layer.qkv @ h).reshape(-1, now.D)              # (H + G + G, D)
+    heads = (layer.qkv @ h).reshape(-1, decoder.D)          # (H + G + G, D)
     G = len(layer.k)
     qk, v = heads[:-G], heads[-G:]
-    qk = rotate(qk, now.turn)
+    qk = rotate(qk, decoder.turn)
     q, k = qk[:-G], qk[-G:]
-    layer.k[:, now.slot] = k
-    layer.v[:, now.slot] = v
-    return q, layer.k[:, :now.S], layer.v[:, :now.S]
+    layer.k[:, decoder.slot] = k
+    layer.v[:, decoder.slot] = v
+    return q, layer.k[:, :decoder.S], layer.v[:, :decoder.S]
 
-def full_attention(now, layer, h, below):
+def full_attention(decoder, layer, h, below):
     """A full layer, or an anchor: computes q, k and v, and stores k and v."""
-    q, keys, values = project(now, layer, h)
+    q, keys, values = project(decoder, layer, h)
     P = attention_weights(q, keys)
     return weighted_sum(P, values), (P, keys, values)
 
-def shared_attention(now, layer, h, below):
+def shared_attention(decoder, layer, h, below):
     """A reuse layer of Shared Attention: computes and stores v. P is the anchor's."""
     P, _, _ = below
     v = layer.qkv @ h                                       # qkv is W_v alone: (G·D, C)
-    layer.v[:, now.slot] = v.reshape(-1, now.D)
-    values = layer.v[:, :now.S]
+    layer.v[:, decoder.slot] = v.reshape(-1, decoder.D)
+    values = layer.v[:, :decoder.S]
     return weighted_sum(P, values), below
 
-def cross_layer_attention(now, layer, h, below):
+def cross_layer_attention(decoder, layer, h, below):
     """A reuse layer of Cross-Layer Attention: computes q, stores nothing. Keys and values are the
     anchor's."""
     _, keys, values = below
     q = layer.qkv @ h                                       # qkv is W_q alone: (C, C)
-    q = rotate(q.reshape(-1, now.D), now.turn)              # (H, D)
+    q = rotate(q.reshape(-1, decoder.D), decoder.turn)      # (H, D)
     P = attention_weights(q, keys)                          # not handed up: nobody reuses it
     return weighted_sum(P, values), below
 
@@ -144,7 +144,7 @@ class Decoder:
 
         x = self.weights.embed[token].copy()                # (C,), to which the layers add
         handed_up = None
-        for layer in self.layers:                           # .attention: one of the three above
+        for layer in self.layers:                           # .attention: of its kind, as above
             h = rms_norm(x, layer.eps)
             y, handed_up = layer.attention(self, layer, h, handed_up)
             x += layer.out @ y

@@ -44,11 +44,11 @@ from minisa.model import SharedAttention, merge_heads
 def in_numpy_by(recombine):
     """The recombine() of a layer → the layer's attention, for minisa/decode.py."""
 
-    def attention(now, layer, h, below):
+    def attention(decoder, layer, h, below):
         P, keys, values = below                                 # P (G, H/G, S)
         heads = P.reshape(-1, P.shape[-1])                      # (H, S)
         recombined = recombine(layer, heads).reshape(P.shape)
-        y, _ = shared_attention(now, layer, h, (recombined, keys, values))
+        y, _ = shared_attention(decoder, layer, h, (recombined, keys, values))
         return y, below
     return attention
 

@@ -83,8 +83,8 @@ def anchor_in_numpy(n):
     """→ the attention of an anchor that hands up n places, or all. They are rows of the cache,
     whose G heads lie one after the other."""
 
-    def attention(now, layer, h, below):
-        y, (P, _, _) = decode.full_attention(now, layer, h, below)
+    def attention(decoder, layer, h, below):
+        y, (P, _, _) = decode.full_attention(decoder, layer, h, below)
         weights = np.add.reduce(P, axis=1)                      # (G, S)
         G, S = weights.shape
         few = min(n, S)
@@ -93,11 +93,11 @@ def anchor_in_numpy(n):
         return y, places + heads * layer.k.shape[1]
     return attention
 
-def few_in_numpy(now, layer, h, rows):
+def few_in_numpy(decoder, layer, h, rows):
     """The attention of a reuse layer."""
-    q, _, _ = decode.project(now, layer, h)
-    all_keys = layer.k.reshape(-1, now.D)                       # (G·size, D)
-    all_values = layer.v.reshape(-1, now.D)
+    q, _, _ = decode.project(decoder, layer, h)
+    all_keys = layer.k.reshape(-1, decoder.D)                   # (G·size, D)
+    all_values = layer.v.reshape(-1, decoder.D)
     keys = all_keys.take(rows, axis=0)                          # (G, few, D)
     values = all_values.take(rows, axis=0)
     P = decode.attention_weights(q, keys)
