@@ -16,13 +16,18 @@ def provenance():
             "date": datetime.date.today().isoformat()}
 
 def commit():
-    """The commit of this checkout, with a + if files differ from it; "" where there is no git."""
+    """The commit of this checkout, with a + if files differ from it; "" where there is no git. Those in
+    assets/ do not count: a study writes its results there while it runs."""
     folder = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+    git = ["git", "-C", str(folder)]
+    name = [*git, "describe", "--always", "--exclude=*"]
+    compare = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)assets"]
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        known = subprocess.run(name, capture_output=True, text=True).stdout.strip()
+        differs = subprocess.run(compare, capture_output=True).returncode == 1
     except OSError:
         return ""
+    return f"{known}+" if differs else known
 
 def processor():
     """The name of this machine's processor, as Linux reports it, or else what Python knows."""

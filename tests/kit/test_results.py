@@ -31,6 +31,9 @@ def test_the_commit_is_that_of_the_checkout_with_a_plus_if_a_file_differs(monkey
     file = tmp_path / "minisa" / "kit" / "results.py"
     file.parent.mkdir(parents=True)
     file.write_text("as it was")
+    table = tmp_path / "assets" / "results.csv"
+    table.parent.mkdir()
+    table.write_text("no rows yet")
 
     def git(*words):
         who = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
@@ -40,6 +43,8 @@ def test_the_commit_is_that_of_the_checkout_with_a_plus_if_a_file_differs(monkey
         git(*words)
     monkeypatch.setattr(results, "__file__", str(file))
     short = git("rev-parse", "--short", "HEAD")
+    assert results.commit() == short
+    table.write_text("a row")                   # a study adds rows while it runs
     assert results.commit() == short
     file.write_text("changed since then")
     assert results.commit() == f"{short}+"
