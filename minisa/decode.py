@@ -144,7 +144,7 @@ class Decoder:
 
         x = self.weights.embed[token].copy()                # (C,), to which the layers add
         handed_up = None
-        for layer in self.layers:                           # .attention: of its kind, as above
+        for layer in self.layers:                           # .attention: one of those above
             h = rms_norm(x, layer.eps)
             y, handed_up = layer.attention(self, layer, h, handed_up)
             x += layer.out @ y

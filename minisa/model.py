@@ -66,7 +66,7 @@ def check(config):
     must(config.n_embd % (2 * H) == 0, "n_embd", f"must be a multiple of 2 · {H} (n_head)")
     must(H % config.n_kv_head == 0, "n_kv_head", f"must divide {H} (n_head)")
     must(0 <= config.dropout < 1, "dropout", "must be at least 0 and below 1")
-    sharing_kind(config.share_kind)             # raises if there is none
+    sharing_kind(config.share_kind)             # imports its axis, or raises
     layers = [layer for span in config.spans for layer in span]
     written = ",".join(f"{a}-{b}" for a, b in config.spans)
     rising = layers == sorted(set(layers))
@@ -348,9 +348,9 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(h)) * self.up(h))     # (B, T, M) inside
 
 class Block(nn.Module):
-    def __init__(self, config, layer, attention):
+    def __init__(self, config, layer, attention_class):
         super().__init__()
-        self.attn = attention(config, layer)
+        self.attn = attention_class(config, layer)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
         # no gain: it can be folded into the next matrix, see plain.rms_norm()
@@ -376,7 +376,7 @@ class GPT(nn.Module):
         anchor, reuse = SHARE_KINDS[config.share_kind]
         for a, b in config.spans:                               # "1-3": layers 1, 2 and 3
             classes[a:b + 1] = [anchor] + [reuse] * (b - a)
-        self.blocks = nn.ModuleList(Block(config, i, each) for i, each in enumerate(classes))
+        self.blocks = nn.ModuleList(Block(config, i, which) for i, which in enumerate(classes))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         for name, p in self.named_parameters():                 # as in GPT-2
             std = 0.02
